@@ -1,0 +1,147 @@
+"""The commands as a shell calls them: help, a whole run, and one clear line for whatever a user can put right."""
+import inspect, shutil, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tmpa import cli
+from tmpa.data.synthetic import make_regdb, make_sysu
+from tmpa.models.backbone import tiny_resnet
+from tmpa.models.tmpa import TMPANet, save_weights
+
+SMALL = '--arch tiny_resnet --scratch --size 48x24 --p 4 --k 2 --patch 4 --epochs 1 --workers 0 --quiet'.split()
+
+
+@pytest.fixture(scope='module')
+def regdb(tmp_path_factory): return make_regdb(tmp_path_factory.mktemp('data')/'regdb', n_ids=12, per_modality=3, size=(48, 24))
+
+
+@pytest.fixture
+def broken(regdb, tmp_path):
+    "A copy that a test may damage."
+    return Path(shutil.copytree(regdb, tmp_path/'RegDB'))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def _run(command, *args):
+        monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
+        status = 0
+        try: getattr(cli, command)()
+        except SystemExit as e: status = e.code
+        out = capsys.readouterr()
+        return status, out.out, out.err
+    return _run
+
+
+def one_line(result, *words):
+    status, out, err = result
+    lines = [l for l in err.splitlines() if 'error:' in l]
+    assert status == 2 and len(lines) == 1 and 'Traceback' not in err, err
+    for w in words: assert str(w) in lines[0], lines[0]
+
+
+@pytest.mark.parametrize('command', ['tmpa_demo', 'tmpa_train', 'tmpa_evaluate'])
+def test_help_is_complete(run, command):
+    status, out, _ = run(command, '--help')
+    assert not status and '--out' in out
+    for name in inspect.signature(getattr(cli, command)).parameters: assert f'--{name}' in out
+    cfg = ConfigParser(delimiters=['=']); cfg.read(Path(__file__).parents[1]/'settings.ini')
+    assert f'{command}=tmpa.cli:{command}' in cfg['DEFAULT']['console_scripts']
+
+
+def test_train_then_evaluate(run, regdb, tmp_path):
+    status, out, err = run('tmpa_train', '--data', 'regdb', '--path', regdb, '--trial', 2, '--out', tmp_path/'r', *SMALL)
+    assert status == 0, err
+    assert 'Rank-1' in out and 'v2t' in out and 't2v' in out and 'mINP' in out
+    files = {p.name for p in (tmp_path/'r').iterdir()}
+    assert {'config.json', 'environment.json', 'history.csv', 'last.pth', 'metrics.json', 'report.html'} <= files
+    status, out2, err = run('tmpa_evaluate', '--weights', tmp_path/'r'/'last.pth', '--path', regdb)
+    assert status == 0 and out2.splitlines()[1] in out
+    one_line(run('tmpa_evaluate', '--weights', tmp_path/'r'/'last.pth', '--path', regdb, '--trial', 1), 'trial 1', 'trial 2', 'last.pth')
+    one_line(run('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'r', *SMALL), tmp_path/'r', 'exists')
+    cut = tmp_path/'cut.pth'
+    cut.write_bytes((tmp_path/'r'/'last.pth').read_bytes()[:5000])
+    one_line(run('tmpa_evaluate', '--weights', cut, '--path', regdb), 'cut.pth')
+    one_line(run('tmpa_evaluate', '--weights', tmp_path/'none.pth', '--path', regdb), 'none.pth')
+
+
+def test_sysu_prints_counts(run, tmp_path):
+    rows = [dict(pid=p, split='train' if p < 9 else 'test', cam1=2, cam2=2, cam3=2, cam4=1, cam5=1, cam6=2) for p in range(1, 13)]
+    root = make_sysu(tmp_path/'sysu', structure=rows, size=(48, 24))
+    status, out, err = run('tmpa_train', '--data', 'sysu', '--path', root, '--out', tmp_path/'r', *SMALL)
+    assert status == 0, err
+    table = {l.split()[0]: l.split() for l in out.splitlines() if l.startswith(('all_', 'indoor_'))}
+    assert table['all_single'][1:5] == ['16', '16', '16', '10'] and table['indoor_single'][3] == '8' and table['all_multi'][3] == '24'
+
+
+def test_missing_folder_and_files(run, broken, tmp_path):
+    train = ('tmpa_train', '--data', 'regdb', '--out', tmp_path/'r', *SMALL, '--path')
+    one_line(run(*train, tmp_path/'nowhere'), tmp_path/'nowhere')
+    index = broken/'idx'/'train_visible_1.txt'
+    lines = index.read_text().splitlines()
+    index.write_text('\n'.join(['Visible/1/not_there.bmp 0', *lines[1:]]) + '\n')
+    one_line(run(*train, broken), 'train_visible_1.txt', 'not_there.bmp')
+    index.unlink()
+    one_line(run(*train, broken), 'train_visible_1.txt')
+    assert not (tmp_path/'r').exists()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('damage', ['truncated', 'empty'])
+def test_damaged_images(run, broken, tmp_path, damage, workers):
+    line = (broken/'idx'/'train_thermal_1.txt').read_text().splitlines()[0]
+    img = broken/line.rsplit(' ', 1)[0]
+    if damage == 'empty': img.write_bytes(b'')
+    else:
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 24, 3), dtype=np.uint8)).save(img, format='JPEG')
+        img.write_bytes(img.read_bytes()[:900])
+    one_line(run('tmpa_train', '--data', 'regdb', '--path', broken, '--out', tmp_path/'r', *SMALL, '--workers', workers), img.name)
+
+
+def test_identities(run, broken, tmp_path):
+    train = ('tmpa_train', '--data', 'regdb', '--path', broken, '--out', tmp_path/'r', *SMALL)
+    one_line(run(*train, '--p', 40), '40')
+    f = broken/'idx'/'train_thermal_1.txt'
+    test = (broken/'idx'/'test_thermal_1.txt').read_text().splitlines()
+    f.write_text('\n'.join(test) + '\n')   # other people: nobody is seen in both modalities
+    one_line(run(*train), 'modalit')
+
+
+def test_arguments(run, regdb, tmp_path):
+    train = ('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'r', *SMALL)
+    one_line(run(*train, '--patch', 7), '7')
+    one_line(run(*train, '--size', '48'), '288x144')
+    one_line(run(*train, '--trial', 11), '11')
+    one_line(run(*train, '--recipe', 'agw'), 'agw', 'TMPA')
+    one_line(run('tmpa_evaluate'), '--weights')
+    assert not (tmp_path/'r').exists()
+
+
+def test_offline(run, regdb, tmp_path, monkeypatch):
+    from urllib.error import URLError
+    def no_network(*a, **k): raise URLError('no network')
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', no_network)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'hub'))
+    args = [a for a in SMALL if a not in ('--scratch', 'tiny_resnet', '--arch')]
+    one_line(run('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'r', '--arch', 'resnet18', *args), 'resnet18', 'pth')
+
+
+def test_checkpoint_of_another_architecture(tmp_path):
+    from torchvision.models import resnet18
+    from tmpa.core import CheckpointError
+    from tmpa.models.tmpa import load_weights
+    small, other = TMPANet(4, tiny_resnet, pretrained=False), TMPANet(4, resnet18, pretrained=False, mfe=False, mft=False)
+    save_weights(small, tmp_path/'w.pth')
+    with pytest.raises(CheckpointError, match='w.pth.*tiny_resnet.*resnet18'): load_weights(other, tmp_path/'w.pth')
+
+
+def test_installed_commands_answer():
+    exe = Path(sys.executable).parent/'tmpa_train'
+    if not exe.exists(): pytest.skip('tmpa is not installed in this environment')
+    r = subprocess.run([exe, '--data', 'regdb', '--path', 'nowhere', '--out', 'never-made'], capture_output=True, text=True, timeout=120)
+    assert r.returncode == 2 and 'nowhere' in r.stderr and 'Traceback' not in r.stderr

@@ -1,0 +1,521 @@
+"Data: readers on folders of true shape, hostile images, the sampler, augmentation, loaders. The whole reference set runs where TMPA_ORACLES names its folder."
+import csv, io, json, os, pickle, random, shutil, struct, warnings, zlib
+from collections import Counter
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image, ImageFile
+from hypothesis import given, settings as hyp, strategies as st
+from fastai.learner import Learner
+from fastai.callback.schedule import lr_find
+from tmpa.core import ConfigError, DataError, ProtocolError, ReIDImage
+from tmpa.data.external import (cross_settings, llcm_gallery, llcm_items, llcm_settings, load_image, load_perms, read_image, regdb_items, regdb_settings,
+                                sysu_gallery, sysu_items, sysu_settings)
+from tmpa.data.load import ReIDDataLoaders, ReIDDataset, ReIDDL, identity_batches, split_by_pid
+from tmpa.data.transforms import ReIDAug, channel_exchange, hflip, pad_crop, random_erase
+
+ORACLES = os.environ.get('TMPA_ORACLES')
+needs_oracles = pytest.mark.skipif(not ORACLES, reason='TMPA_ORACLES does not name the folder of reference outputs')
+
+def one_line(e, *words):
+    s = str(e.value)
+    assert '\n' not in s and all(w in s for w in words), s
+
+# --- SYSU-MM01 ---------------------------------------------------------------------------------------------------------------------------------------
+
+def sysu_tree(root, rows):
+    "Empty files in the shape of a structure table."
+    (root/'exp').mkdir(parents=True)
+    for s in ('train', 'val', 'test'): (root/'exp'/f'{s}_id.txt').write_text(','.join(r['pid'] for r in rows if r['split']==s)+'\n')
+    for r in rows:
+        for c in range(1, 7):
+            if n := int(r[f'cam{c}']):
+                d = root/f'cam{c}'/f"{int(r['pid']):04d}"
+                d.mkdir(parents=True)
+                for i in range(1, n+1): os.close(os.open(d/f'{i:04d}.jpg', os.O_CREAT))
+    return root
+
+@pytest.fixture(scope='module')
+def sysu_small(tmp_path_factory):
+    rows = [dict(pid=str(p), split=s, **{f'cam{c}': str((p*c) % 14 if p!=9 or c>2 else 0) for c in range(1, 7)}) for p, s in ((1, 'train'), (3, 'val'), (5, 'test'), (9, 'test'))]
+    return sysu_tree(tmp_path_factory.mktemp('cam6')/'0005'/'cam1 data', rows)
+
+def test_sysu_small(sysu_small):
+    items = sysu_items(sysu_small, 'test')
+    assert Counter(o.pid for o in items)=={5: sum((5*c) % 14 for c in range(1, 7)), 9: sum((9*c) % 14 for c in range(3, 7))}
+    assert all(o.modality==(o.cam in (3, 6)) and o.path.parts[-3:-1]==(f'cam{o.cam}', f'{o.pid:04d}') for o in items)
+    assert items==sysu_items(str(sysu_small)+'/', 'test')
+    assert {o.pid for o in sysu_items(sysu_small)}=={1, 3} and {o.pid for o in sysu_items(sysu_small, 'val')}=={3}
+    a,b = sysu_gallery(items, 'all', 1, 4),sysu_gallery(list(reversed(items)), 'all', 1, 4)
+    assert [items[i] for i in a]==[items[::-1][i] for i in b]                       # the order of the items does not matter
+    assert len(set(sysu_gallery(items, 'all', 10, 4)))==sum(min(10, (p*c) % 14) for p in (5, 9) for c in (1, 2, 4, 5) if p==5 or c>2)
+
+def test_sysu_seeded_gallery_slice(tmp_path):
+    "The first test identities with their real counts, and what published code draws for them (the random stream runs from identity to identity)."
+    counts = {6: (42, 29, 20, 20, 20, 20), 10: (34, 30, 20, 20, 20, 20), 17: (0, 0, 20, 20, 20, 20), 21: (0, 0, 0, 20, 20, 20), 24: (0, 0, 20, 20, 21, 20)}
+    test = sysu_items(sysu_tree(tmp_path/'cam1', [dict(pid=str(p), split='test', **{f'cam{c+1}': n for c, n in enumerate(v)}) for p, v in counts.items()]), 'test')
+    num = lambda mode, t: [int(test[i].path.stem) for i in sysu_gallery(test, mode, 1, t, 'seeded')]
+    assert num('all', 0)==[25, 25, 14, 2, 17, 17, 16, 13, 10, 16, 12, 19, 7, 17]
+    assert num('all', 7)==[21, 5, 13, 2, 5, 27, 18, 4, 12, 19, 2, 17, 7, 2]
+    assert num('indoor', 9)==[30, 20, 24, 9]
+
+@pytest.fixture(scope='module')
+def sysu_full(tmp_path_factory):
+    root = tmp_path_factory.mktemp('cam3')/'SYSU-MM01'
+    yield sysu_tree(root, list(csv.DictReader(open(Path(ORACLES)/'sysu_structure.csv'))))
+    shutil.rmtree(root)                                                                # 45,000 files
+
+@needs_oracles
+def test_sysu_true_shape(sysu_full):
+    items = sysu_items(sysu_full)
+    assert (len({o.pid for o in items}), *Counter(o.modality for o in items).values())==(395, 22258, 11909)
+    test = sysu_items(sysu_full, 'test')
+    assert len({o.pid for o in test})==96
+    ss = {s.name: s for s in sysu_settings(test)}
+    assert {n: len(s.g_idxs[0]) for n, s in ss.items()}=={'all_single': 301, 'all_multi': 3010, 'indoor_single': 112, 'indoor_multi': 1120}
+    assert all(len(s.q_idx)==3803 and len(s.g_idxs)==10 and s.rule=='sysu' and 'seeded' in s.note for s in ss.values())
+    seen = {test[i].pid for i in ss['indoor_single'].g_idxs[0]}
+    assert len(seen)==56 and sum(test[i].pid in seen for i in ss['indoor_single'].q_idx)==2208
+
+@needs_oracles
+def test_sysu_seeded_gallery_is_the_published_one(sysu_full):
+    test = sysu_items(sysu_full, 'test')
+    for key, names in json.loads((Path(ORACLES)/'sysu_gallery_names.json').read_text()).items():
+        mode,trial = key.split('_')
+        assert ['/'.join(test[i].path.parts[-3:]) for i in sysu_gallery(test, mode, 1, int(trial), 'seeded')]==names
+
+@needs_oracles
+def test_sysu_official_gallery(sysu_full):
+    from scipy.io import loadmat
+    f,test = Path(ORACLES)/'rand_perm_cam.mat',sysu_items(sysu_full, 'test')
+    perms,raw = load_perms(f),loadmat(f)['rand_perm_cam']
+    for mode, shots, n in (('all', 1, 301), ('all', 10, 3010), ('indoor', 1, 112), ('indoor', 10, 1120)):
+        for t in (0, 9):
+            g = sysu_gallery(test, mode, shots, t, perms=perms)
+            assert len(g)==n==len(set(g))
+            want = [(p, c, int(k)) for p in sorted({o.pid for o in test}) for c in ((1, 2, 4, 5) if mode=='all' else (1, 2))
+                    for x in [raw[c-1, 0][p-1, 0] if p<=len(raw[c-1, 0]) else np.zeros((0, 0))] if x.size for k in x[t][:shots]]
+            assert [(test[i].pid, test[i].cam, int(test[i].path.stem)) for i in g]==want
+    (sysu_full/'exp'/'rand_perm_cam.mat').symlink_to(f)                              # found beside the index files: becomes the default
+    try: assert all('official' in s.note for s in sysu_settings(test, trials=2)) and 'seeded' in sysu_settings(test, trials=1, convention='seeded')[0].note
+    finally: (sysu_full/'exp'/'rand_perm_cam.mat').unlink()
+
+def test_sysu_errors(sysu_small, tmp_path):
+    with pytest.raises(DataError) as e: sysu_items(tmp_path/'none')
+    one_line(e, str(tmp_path/'none'), 'pass the folder')
+    with pytest.raises(DataError) as e: sysu_items(tmp_path)
+    one_line(e, 'train_id.txt')
+    (tmp_path/'exp').mkdir()
+    (tmp_path/'exp'/'test_id.txt').write_text('1,two')
+    with pytest.raises(DataError) as e: sysu_items(tmp_path, 'test')
+    one_line(e, 'test_id.txt', 'commas')
+    (tmp_path/'exp'/'test_id.txt').write_text('1,2')
+    with pytest.raises(DataError) as e: sysu_items(tmp_path, 'test')
+    one_line(e, 'cam1')
+    for c in range(1, 7): (tmp_path/f'cam{c}').mkdir()
+    with pytest.raises(DataError) as e: sysu_items(tmp_path, 'test')
+    one_line(e, 'no image')
+    with pytest.raises(DataError): sysu_items(sysu_small, 'gallery')
+    items = sysu_items(sysu_small, 'test')
+    with pytest.raises(ProtocolError): sysu_gallery(items, 'outdoor')
+    with pytest.raises(ProtocolError): sysu_gallery(items, convention='random')
+    with pytest.raises(DataError) as e: sysu_gallery(items, perms=sysu_small/'exp'/'test_id.txt')
+    one_line(e, 'test_id.txt', 'rand_perm_cam')
+    with pytest.raises(DataError) as e: sysu_gallery(items, perms={})
+    one_line(e, 'does not fit')
+    (sysu_small/'cam4').rename(sysu_small/'cam4_away')
+    try:
+        with pytest.warns(UserWarning, match='cam4'): sysu_items(sysu_small, 'test')
+    finally: (sysu_small/'cam4_away').rename(sysu_small/'cam4')
+
+# --- RegDB, LLCM -------------------------------------------------------------------------------------------------------------------------------------
+
+def regdb_tree(root, n_ids=4, n=3, trials=10, relabel=True):
+    for m in ('Visible', 'Thermal'):
+        for p in range(1, n_ids+1):
+            (root/m/str(p)).mkdir(parents=True)
+            for i in range(n): (root/m/str(p)/f'x {i}.bmp').touch()                  # a space in the name, on purpose
+    (root/'idx').mkdir()
+    for t in range(1, trials+1):
+        pids = random.Random(t).sample(range(1, n_ids+1), n_ids)
+        for s, part in (('train', pids[:n_ids//2]), ('test', pids[n_ids//2:])):
+            for m in ('Visible', 'Thermal'):
+                (root/'idx'/f'{s}_{m.lower()}_{t}.txt').write_text(''.join(f'{m}/{p}/x {i}.bmp {l if relabel else 7}\n' for l, p in enumerate(part) for i in range(n)))
+    return root
+
+def test_regdb(tmp_path):
+    root = regdb_tree(tmp_path/'cam3')
+    for t in range(1, 11):
+        tr,te = regdb_items(root, t),regdb_items(root, t, 'test')
+        assert len(tr)==len(te)==12 and not {o.pid for o in tr} & {o.pid for o in te} and {o.pid for o in tr} | {o.pid for o in te}=={1, 2, 3, 4}
+        assert all(int(o.path.parent.name)==o.pid and o.cam==o.modality+1 and ('Visible', 'Thermal')[o.modality]==o.path.parts[-3] for o in tr+te)
+    v,t = regdb_settings(te)
+    assert (v.name, t.name, v.rule)==('v2t', 't2v', 'regdb') and len(v.q_idx)==len(v.g_idxs[0])==6 and te[v.q_idx[0]].modality==0
+
+def test_regdb_label_where_folders_do_not_say_who(tmp_path):
+    root = regdb_tree(tmp_path/'r', relabel=False)                                    # folders disagree with labels: labels win
+    assert {o.pid for o in regdb_items(root)}=={7}
+
+def test_regdb_errors(tmp_path):
+    root = regdb_tree(tmp_path/'r')
+    with pytest.raises(DataError) as e: regdb_items(root, 11)
+    one_line(e, 'train_visible_11.txt', 'trial')
+    f = root/'idx'/'train_thermal_1.txt'
+    good = f.read_text()
+    for bad, words in (('Thermal/1/gone.bmp 0\n', ('gone.bmp', 'line 7')), ('Thermal/99/x 0.bmp 0\n', ('99', 'line 7')), ('Thermal/1/x 0.bmp zero\n', ('line 7', 'correct the line')), ('nonsense\n', ('line 7',))):
+        f.write_text(good+bad)
+        with pytest.raises(DataError) as e: regdb_items(root)
+        one_line(e, 'train_thermal_1.txt', *words)
+    f.write_text('\n \n')
+    with pytest.raises(DataError) as e: regdb_items(root)
+    one_line(e, 'empty')
+    f.write_bytes(b'\xff\xfe\x00bad')
+    with pytest.raises(DataError) as e: regdb_items(root)
+    one_line(e, 'train_thermal_1.txt')
+    f.write_bytes(('\ufeff'+good.replace('/', '\\').replace('\n', '\r\n')+'\r\n\r\n').encode())    # Windows, with a byte order mark
+    assert len(regdb_items(root))==12
+
+def test_llcm(tmp_path):
+    root = tmp_path/'cam8'
+    for m in ('vis', 'nir'):
+        for p in (3, 4):
+            for c in (1, 2, 9):
+                d = root/f'test_{m}'/f'cam{c}'/f'{p:04d}'
+                d.mkdir(parents=True)
+                for i in range(4): (d/f'{i}.jpg').touch()
+        for p in (1, 2):
+            (root/m/f'{p:04d}').mkdir(parents=True)
+            for c in (1, 5): (root/m/f'{p:04d}'/f'{p:04d}_c{c:02d}_s185535_f7010_{m}.jpg').touch()
+    (root/'idx').mkdir()
+    (root/'idx'/'test_id.txt').write_text('3,4\n')
+    for m in ('vis', 'nir'): (root/'idx'/f'train_{m}.txt').write_text('\n'.join(f'{m}/{p:04d}/{p:04d}_c{c:02d}_s185535_f7010_{m}.jpg {p-1}' for p in (1, 2) for c in (1, 5)))
+    assert [(o.pid, o.cam, o.modality) for o in llcm_items(root)]==[(p, c, m) for m in (0, 1) for p in (1, 2) for c in (1, 5)]
+    te = llcm_items(root, 'test')
+    assert len(te)==48 and {o.cam for o in te}=={1, 2, 9}
+    v,t = llcm_settings(te)
+    assert v.rule=='llcm' and len(v.q_idx)==24 and [len(g) for g in v.g_idxs]==[6]*10 and te[v.g_idxs[0][0]].modality==1 and te[t.g_idxs[0][0]].modality==0
+    rng = random.Random(3)
+    assert [te[i].path.name for i in llcm_gallery(te, 0, 3)]==[rng.choice([f'{i}.jpg' for i in range(4)]) for _ in range(6)]
+    (root/'idx'/'test_id.txt').unlink()
+    with pytest.raises(DataError) as e: llcm_items(root, 'test')
+    one_line(e, 'test_id.txt')
+
+# --- images ------------------------------------------------------------------------------------------------------------------------------------------
+
+RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (8, 1))
+
+def png16(a):
+    "16-bit colour PNG, which Pillow cannot write: (H, W, 3) or with alpha (H, W, 4)."
+    chunk = lambda t, d: struct.pack('>I', len(d))+t+d+struct.pack('>I', zlib.crc32(t+d))
+    h,w,c = a.shape
+    return (b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 16, {2: 4, 3: 2, 4: 6}[c], 0, 0, 0))
+            +chunk(b'IDAT', zlib.compress(b''.join(b'\0'+r.astype('>u2').tobytes() for r in a)))+chunk(b'IEND', b''))
+
+def tif16(a, order):
+    "Uncompressed 16-bit TIFF of (H, W, 1 or 3) in either byte order."
+    h,w,c = a.shape
+    tags = [(256, w), (257, h), (258, 16), (259, 1), (262, 1 if c==1 else 2), (273, 200), (277, c), (278, h), (279, a.nbytes)]
+    if c==3: tags[2] = (258, 150)                                                      # three counts need a place of their own
+    ifd = struct.pack(order+'H', len(tags))+b''.join(struct.pack(order+'HHI', t, 3 if (t, c)==(258, 3) else 4, 3 if (t, c)==(258, 3) else 1)+struct.pack(order+'I', v) for t, v in tags)+bytes(4)
+    head = (b'II' if order=='<' else b'MM')+struct.pack(order+'HI', 42, 8)+ifd
+    return head.ljust(150, b'\0')+struct.pack(order+'HHH', 16, 16, 16)+bytes(44)+a.astype(order+'u2').tobytes()
+
+@pytest.mark.parametrize('mode,ext', [('1', 'png'), ('L', 'png'), ('L', 'jpg'), ('L', 'bmp'), ('LA', 'png'), ('P', 'png'), ('P', 'bmp'), ('RGB', 'png'), ('RGB', 'bmp'), ('RGB', 'jpg'), ('RGBA', 'png'),
+                                      ('CMYK', 'tif'), ('CMYK', 'jpg'), ('YCbCr', 'jpg'), ('I;16', 'png'), ('I;16', 'tif'), ('I', 'tif'), ('F', 'tif')])
+def test_every_mode(tmp_path, mode, ext):
+    f = tmp_path/f'x.{ext}'
+    im = {'I;16': lambda: Image.fromarray(RAMP.astype(np.uint16)*257), 'I': lambda: Image.fromarray(RAMP.astype(np.int32)*257), 'F': lambda: Image.fromarray((RAMP/255).astype(np.float32)),
+          '1': lambda: Image.fromarray(RAMP>127), 'P': lambda: Image.fromarray(np.stack([RAMP]*3, -1)).quantize(64)}.get(mode, lambda: Image.fromarray(np.stack([RAMP]*3, -1)).convert(mode))()
+    im.save(f, **(dict(quality=100) if ext=='jpg' else {}))
+    for x in (read_image(f), load_image(f, (8, 16))):
+        assert x.shape==(3, 8, 16) and x.dtype==torch.float32 and x.is_contiguous() and 0<=x.min() and x.max()<=1
+        want = torch.tensor(RAMP/255).float() if mode!='1' else torch.tensor(RAMP>127).float()
+        assert (x-want).abs().max()<(.04 if mode in ('CMYK', 'P') else .02 if ext=='jpg' else 1e-6)
+    assert load_image(f, (20, 10)).shape==(3, 20, 10)
+
+def test_16_bit_is_never_cut(tmp_path):
+    raw = np.random.default_rng(0).integers(0, 65536, (24, 12), dtype=np.uint16)
+    for ext in ('png', 'tif'):
+        Image.fromarray(raw).save(tmp_path/f'a.{ext}')
+        assert torch.equal(read_image(tmp_path/f'a.{ext}')[0], torch.tensor(raw.astype(np.float32)/65535))
+    (tmp_path/'be.tif').write_bytes(tif16(raw[..., None], '>'))
+    assert Image.open(tmp_path/'be.tif').mode=='I;16B' and torch.equal(read_image(tmp_path/'be.tif')[0], torch.tensor(raw.astype(np.float32)/65535))
+    for c in (3, 4):
+        a = np.random.default_rng(c).integers(0, 65536, (6, 5, c), dtype=np.uint16)
+        (tmp_path/'c.png').write_bytes(png16(a))
+        assert np.allclose(read_image(tmp_path/'c.png').permute(1, 2, 0).numpy(), a[..., :3]/65535, atol=1e-7)
+        assert load_image(tmp_path/'c.png', (9, 9)).shape==(3, 9, 9)
+    (tmp_path/'c.png').write_bytes(png16(a[..., :2]))                                  # grey and alpha
+    with pytest.raises(DataError) as e: read_image(tmp_path/'c.png')
+    one_line(e, 'c.png', '16-bit')
+    for order in '<>':                                                                  # colour TIFF, both byte orders
+        (tmp_path/'c.tif').write_bytes(tif16(a[..., :3], order))
+        assert np.allclose(read_image(tmp_path/'c.tif').permute(1, 2, 0).numpy(), a[..., :3]/65535, atol=1e-7)
+    # resized in float: a step of 40 raw values survives, and two images with different ranges stay comparable
+    lo,hi = np.full((40, 20), 30000, np.uint16),np.full((40, 20), 30040, np.uint16)
+    for n, a in (('lo', lo), ('hi', hi)): Image.fromarray(a).save(tmp_path/f'{n}.png')
+    d = load_image(tmp_path/'hi.png', (9, 7))-load_image(tmp_path/'lo.png', (9, 7))
+    assert torch.allclose(d, torch.full((3, 9, 7), 40/65535), atol=1e-6)
+    x = load_image(tmp_path/'hi.png', (9, 7), ir_range=(30000, 30020))
+    assert torch.equal(x, torch.ones(3, 9, 7))                                         # clipped, not wrapped
+
+def test_5_6_5_bitmap_is_8_bit_colour(tmp_path):
+    a = np.array([[0xF800, 0x07E0], [0x001F, 0xFFFF]], '<u2')[::-1]                     # rows from the bottom: red, green / blue, white
+    head = struct.pack('<IiiHHIIiiII', 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)+struct.pack('<III', 0xF800, 0x07E0, 0x001F)
+    (tmp_path/'a.bmp').write_bytes(b'BM'+struct.pack('<IHHI', 14+len(head)+8, 0, 0, 14+len(head))+head+a.tobytes())
+    assert read_image(tmp_path/'a.bmp').permute(1, 2, 0).tolist()==[[[1, 0, 0], [0, 1, 0]], [[0, 0, 1], [1, 1, 1]]]
+
+def test_8_bit_ignores_ir_range(tmp_path):
+    Image.fromarray(RAMP).save(tmp_path/'a.png')
+    assert torch.equal(read_image(tmp_path/'a.png', (0, 1)), read_image(tmp_path/'a.png'))
+
+def test_no_natural_range(tmp_path):
+    for a in (np.full((4, 4), 70000, np.int32), np.full((4, 4), -1, np.int32), np.full((4, 4), 36.6, np.float32), np.full((4, 4), np.nan, np.float32)):
+        Image.fromarray(a).save(tmp_path/'a.tif')
+        with pytest.raises(DataError) as e: read_image(tmp_path/'a.tif')
+        one_line(e, 'a.tif', 'ir_range')
+    assert torch.equal(read_image(tmp_path/'a.tif', (0, 50)), torch.zeros(3, 4, 4))
+
+@pytest.mark.parametrize('ext', ['jpg', 'png', 'bmp', 'tif'])
+def test_damaged(tmp_path, ext):
+    f = tmp_path/f'x.{ext}'
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 40, 3), dtype=np.uint8)).save(f)
+    whole = f.read_bytes()
+    for lenient in (False, True):
+        old,ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES,lenient
+        try:
+            for n in (0, 1, 20, len(whole)//3, len(whole)//2, len(whole)*9//10):
+                f.write_bytes(whole[:n])
+                with pytest.raises(DataError) as e: read_image(f)
+                one_line(e, str(f), 'restore the file')
+                if n==0: one_line(e, '0 bytes')
+            assert ImageFile.LOAD_TRUNCATED_IMAGES==lenient                           # left as found
+        finally: ImageFile.LOAD_TRUNCATED_IMAGES = old
+    f.write_text('<html>404</html>')
+    with pytest.raises(DataError) as e: read_image(f)
+    one_line(e, str(f))
+    f.unlink()
+    with pytest.raises(DataError) as e: read_image(f)
+    one_line(e, str(f), 'no image')
+    with pytest.raises(DataError) as e: read_image(tmp_path)                           # a folder
+    one_line(e, str(tmp_path))
+
+def test_orientation_tag_is_ignored(tmp_path):
+    im = Image.fromarray(np.stack([RAMP]*3, -1))
+    ex = im.getexif()
+    ex[274] = 6
+    im.save(tmp_path/'o.png', exif=ex)
+    assert read_image(tmp_path/'o.png').shape==(3, 8, 16)
+
+# --- sampler -----------------------------------------------------------------------------------------------------------------------------------------
+
+def fake_items(counts): return [ReIDImage(Path(f'{p}_{m}_{i}.png'), p, m+1, m) for p, c in counts.items() for m in range(2) for i in range(c[m])]
+
+@hyp(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 5), st.integers(0, 3), st.integers(0, 3))
+def test_identity_batches(counts, P, K, seed, epoch):
+    counts = {3*i+5: c for i, c in enumerate(counts)}
+    items,both = fake_items(counts),{p for p, c in counts.items() if all(c)}
+    counts = {p: c for p, c in counts.items() if p in both}
+    b = identity_batches(items, P, K, seed, epoch)
+    if not both:
+        assert len(b)==0
+        return
+    P = min(P, len(both))
+    most = max(sum(c[m] for c in counts.values()) for m in range(2))
+    assert b.shape==(max(-(-len(both)//P), -(-most//(P*K))), P, 2, K)
+    assert {items[i].pid for i in b.flat}==both
+    for batch in b:
+        assert len({items[i].pid for i in batch[:, 0, 0]})==P
+        for person in batch:
+            p, = {items[i].pid for i in person.flat}
+            for m, row in enumerate(person):
+                assert {items[i].modality for i in row}=={m}
+                if counts[p][m]>=K: assert len(set(row))==K
+    turns = Counter(items[i].pid for i in b[:, :, 0, 0].flat)
+    assert max(turns.values())-min(turns.values())<=1                                   # dealt like cards
+    assert (b==identity_batches(items, P, K, seed, epoch)).all()
+
+def test_epochs_and_seeds_differ():
+    items = fake_items({p: (10, 10) for p in range(20)})
+    a = [identity_batches(items, 4, 2, s, e).tobytes() for s in range(3) for e in range(3)]
+    assert len(set(a))==9
+
+@pytest.fixture(scope='module')
+def people(tmp_path_factory):
+    d,rng,items = tmp_path_factory.mktemp('people'),np.random.default_rng(0),[]
+    for p in range(10):
+        base = rng.integers(0, 255, (8, 4, 3), dtype=np.uint8)
+        for m in range(2):
+            for k in range(5):
+                f = d/f'{p}_{m}_{k}.png'
+                im = Image.fromarray(base).resize((16, 32), Image.NEAREST)
+                (im.convert('L') if m else im).save(f)
+                items.append(ReIDImage(f, 100+p, 1+m, m))
+    return items
+
+mk = lambda items, valid=None, **kw: ReIDDataLoaders.from_items(items, valid, **{**dict(size=(32, 16), P=4, K=2, num_workers=0, device='cpu'), **kw})
+batches = lambda dl: [(b[0].as_subclass(torch.Tensor).clone(), *b[1:]) for b in dl]
+
+def test_same_batches_for_any_workers(people):
+    res = []
+    for n in (0, 1, 2, 3):
+        dls = mk(people, num_workers=n, seed=5)
+        torch.manual_seed(0)
+        res.append(batches(dls.train))
+    for other in res[1:]:
+        assert len(other)==len(res[0])==len(dls.train)==7
+        for a, b in zip(res[0], other): assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+def test_looking_does_not_change_the_order(people):
+    a,b = mk(people),mk(people)
+    b.one_batch(); b.show_batch(show=False); b.train.new(); b.test_dl(people[:3]).one_batch()
+    for _ in range(2): assert all(torch.equal(x[3], y[3]) for x, y in zip(a.train, b.train))
+    resumed = mk(people)
+    resumed.train.set_epoch(2)
+    assert all(torch.equal(x[3], y[3]) for x, y in zip(a.train, resumed.train))
+
+def test_new_keeps_arguments(people):
+    dl = mk(people, P=3, K=4, seed=9).train
+    for o in (dl.new(), dl.new(num_workers=1), dl.new(dl.dataset)): assert (o.P, o.K, o.seed, o.bs, o.shuffle, len(o))==(3, 4, 9, 24, True, len(dl))
+    assert dl.new(P=2).bs==16 and len(dl.new(shuffle=False))==-(-len(people)//24)
+    assert len(dl.new(dl.dataset.new_empty()))==0
+    two = pickle.loads(pickle.dumps(dl))
+    assert (two.P, two.K, two.epoch)==(3, 4, dl.epoch)
+
+def test_layout_and_types(people):
+    dls = mk(people)
+    x,modality,label,pid,cam = dls.one_batch()
+    assert type(x).__name__=='TensorImage' and x.shape==(16, 3, 32, 16) and x.dtype==torch.float32
+    assert all(type(o) is torch.Tensor and o.dtype==torch.int64 and o.shape==(16,) for o in (modality, label, pid, cam))
+    assert modality.view(4, 2, 2)[:, 0].eq(0).all() and modality.view(4, 2, 2)[:, 1].eq(1).all() and pid.view(4, 4).eq(pid.view(4, 4)[:, :1]).all()
+    assert torch.equal(label, pid-100) and dls.c==10 and dls.vocab==list(range(100, 110)) and cam.eq(modality+1).all()
+
+# --- augmentation ------------------------------------------------------------------------------------------------------------------------------------
+
+@hyp(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(8, 40), st.integers(8, 40), st.integers(0, 12), st.integers(0, 10**6))
+def test_augmentation_by_slow_loops(n, h, w, pad, seed):
+    g = lambda: torch.Generator().manual_seed(seed)
+    x,modality = torch.rand(n, 3, h, w, generator=g())*.9+.05,torch.randint(0, 2, (n,), generator=g())
+    y = pad_crop(x, pad, g())
+    for a, b in zip(x, y):
+        p = torch.zeros(3, h+2*pad, w+2*pad)
+        p[:, pad:pad+h, pad:pad+w] = a
+        assert any(torch.equal(b, p[:, i:i+h, j:j+w]) for i in range(2*pad+1) for j in range(2*pad+1))
+    for a, b in zip(x, hflip(x, .5, g())): assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
+    for a, b, m in zip(x, channel_exchange(x, modality, .75, g()), modality): assert torch.equal(a, b) or (m==0 and any(torch.equal(b, c.expand(3, h, w)) for c in a))
+    for a, b in zip(x, random_erase(x, .5, fill=(2., 2., 2.), generator=g())):
+        hit = (b==2).all(0)
+        r,c = hit.any(1),hit.any(0)
+        assert torch.equal(hit, r[:, None] & c) and torch.equal(a[:, ~hit], b[:, ~hit]) and int(r.sum())*int(c.sum())==int(hit.sum())
+        for v in (r, c): assert int(v.long().diff().abs().sum())<=2                     # one stretch
+
+def test_augmentation_train_only_and_normalised_last(people):
+    dls = mk(people, people[:0], aug=ReIDAug(pad=0, flip=0, exchange=1., erase=0))
+    x,m,*_ = dls.train.decode(dls.one_batch())
+    x = x.as_subclass(torch.Tensor)
+    assert (x[m==0].amax(1)-x[m==0].amin(1)).abs().max()<1e-5                            # exchange, then normalise: undoing the latter shows grey
+    dl = dls.test_dl(people)
+    assert torch.allclose(dl.decode(dl.one_batch())[0], torch.stack([load_image(o.path, (32, 16)) for o in people[:128]]), atol=1e-5)
+    plain = mk(people, aug=False)
+    a = torch.cat([b[0] for b in plain.train.new(shuffle=False)])
+    assert torch.allclose(a, torch.cat([b[0] for b in dl]), atol=1e-6)
+
+def test_channel_exchange_switch(people):
+    for ce, want in ((True, .75), (False, 0), (.3, .3)): assert mk(people, channel_exchange=ce).train.after_batch.fs[0].exchange==want
+
+# --- loaders -----------------------------------------------------------------------------------------------------------------------------------------
+
+class Net(torch.nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head = torch.nn.Linear(48, c)
+    def forward(self, x, modality):
+        f = torch.nn.functional.adaptive_avg_pool2d(x.as_subclass(torch.Tensor), 4).flatten(1)
+        return self.head(f) if self.training else f
+
+def loss(out, label, pid, cam): return torch.nn.functional.cross_entropy(out, label) if (label>=0).all() else out.new_tensor(float('nan'))
+
+def test_learner_end_to_end(people, tmp_path):
+    train,valid = split_by_pid(people, .3)
+    dls = mk(train, valid, cache=True, num_workers=None)
+    learn = Learner(dls, Net(dls.c), loss, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2)
+        learn.lr_find(num_it=6, show_plot=False)
+        learn.validate()
+        f,t = learn.get_preds()
+        assert f.shape==(len(valid), 48) and t[1].tolist()==[o.pid for o in valid] and t[0].eq(-1).all()
+        assert learn.get_preds(ds_idx=0)[1][1].tolist()==[o.pid for o in train]
+        some = learn.get_preds(dl=dls.test_dl(people[::7], bs=2))[0]
+        assert len(dls.train_ds._kept)==len(train)
+        learn.export()
+        assert (tmp_path/'export.pkl').stat().st_size<60_000
+    from fastai.learner import load_learner
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        again = load_learner(tmp_path/'export.pkl')
+    with again.no_bar(): assert torch.allclose(again.get_preds(dl=again.dls.test_dl(people[::7]))[0], some, atol=1e-6)
+    assert (again.dls.c, again.dls.P, again.dls.vocab, again.dls.settings)==(7, 4, dls.vocab, [])
+
+def test_training_without_validation(people):
+    dls = mk(people)
+    learn = Learner(dls, Net(dls.c), loss)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        learn.lr_find(num_it=4, show_plot=False)
+
+def test_cache_is_bounded_equal_and_not_pickled(people):
+    a,b = ReIDDataset(people, size=(32, 16), cache=True, cache_gb=4*32*16*3/2**30),ReIDDataset(people, size=(32, 16))
+    for _ in range(2): assert all(torch.equal(a[i][0], b[i][0]) for i in range(10))
+    assert 0<a._bytes<=4*32*16*3 and len(pickle.dumps(a))<20_000
+
+def test_bad_items(people, tmp_path):
+    with pytest.raises(ConfigError) as e: mk(people, P=11)
+    one_line(e, 'P=11', 'pass P=10')
+    with pytest.raises(DataError) as e: mk([o for o in people if o.modality==1])
+    one_line(e, 'both modalities')
+    with pytest.raises(DataError): mk([])
+    with pytest.raises(ConfigError): mk(['a.png'])
+    with pytest.raises(ConfigError): mk(people, K=0)
+    with pytest.raises(ConfigError): mk(people, size=(32,))
+    with pytest.raises(ConfigError): mk(people).test_dl([Path('a.png')])
+    with pytest.warns(UserWarning, match='1 of 10 .* 100$'): assert mk([o for o in people if o.pid!=100 or o.modality==0]).c==9
+    with pytest.warns(UserWarning, match='10 validation identities'): mk(people, people)
+    with pytest.raises(ConfigError): split_by_pid(people, 1.)
+    with pytest.raises(ProtocolError) as e: cross_settings([o for o in people if o.modality==0])
+    one_line(e, 'v2t')
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_bad_image_is_one_line_from_any_process(people, tmp_path, workers):
+    (tmp_path/'zero.jpg').touch()
+    items = [o._replace(path=tmp_path/'zero.jpg') if o.pid==104 else o for o in people]
+    with pytest.raises(DataError) as e: list(mk(items, num_workers=workers).train)
+    one_line(e, 'zero.jpg is empty')
+    assert 'Traceback' not in str(e.value)
+
+def test_held_out_and_published(tmp_path):
+    from tmpa.data.synthetic import make_regdb
+    root = make_regdb(tmp_path/'r', 24, per_modality=2, size=(32, 16))
+    kw = dict(size=(32, 16), P=4, K=2, num_workers=0, device='cpu')
+    train,test = ({o.pid for o in regdb_items(root, 3, s)} for s in ('train', 'test'))
+    held = ReIDDataLoaders.from_regdb(root, trial=3, **kw)
+    a,b = ({o.pid for o in x} for x in (held.train_items, held.valid_items))
+    assert a | b==train and not a & b and len(b)==1 and held.source['valid']=='held_out' and held.source['trial']==3
+    pub = ReIDDataLoaders.from_regdb(root, trial=3, valid=None, **kw)
+    assert pub.c==12 and pub.valid_items==[] and {o.pid for o in pub.test_items}==test and [s.name for s in pub.test_settings]==['v2t', 't2v']
+    watch = ReIDDataLoaders.from_regdb(root, trial=3, valid='test', **kw)
+    assert {o.pid for o in watch.valid_items}==test and watch.c==12
+    with pytest.raises(ConfigError): ReIDDataLoaders.from_regdb(root, valid='train', **kw)
+    syn = ReIDDataLoaders.from_synthetic(tmp_path/'r', n_ids=24, per_modality=2, **kw)
+    assert syn.source['dataset']=='synthetic' and syn.c==11 and syn.train_ds.cache
+
+def test_from_sysu_splits(tmp_path):
+    rows = [dict(pid=str(p), split=s, **{f'cam{c}': '2' for c in range(1, 7)}) for p, s in ((1, 'train'), (2, 'train'), (3, 'val'), (5, 'test'), (9, 'test'))]
+    root = sysu_tree(tmp_path/'s', rows)
+    kw = dict(size=(32, 16), P=2, K=1, num_workers=0, device='cpu')
+    d = ReIDDataLoaders.from_sysu(root, **kw)
+    assert ({o.pid for o in d.train_items}, {o.pid for o in d.valid_items}, [s.name for s in d.settings])==({1, 2}, {3}, ['v2t', 't2v'])
+    d = ReIDDataLoaders.from_sysu(root, valid='test', trials=3, **kw)
+    assert ({o.pid for o in d.train_items}, {o.pid for o in d.valid_items})==({1, 2, 3}, {5, 9})
+    assert [s.name for s in d.settings]==['all_single', 'all_multi', 'indoor_single', 'indoor_multi'] and len(d.settings[0].g_idxs)==3

@@ -1,0 +1,370 @@
+"Networks: references spelled out row by row, pretrained starts, damaged files, mixed precision."
+import copy, pickle, itertools
+from urllib.error import URLError
+import pytest, torch, torch.nn.functional as F, torchvision
+from functools import partial
+from torch import nn
+from torchvision.models import resnet18, resnet34, resnet50
+from torchvision.models.resnet import Bottleneck, ResNet
+from tmpa.core import CheckpointError, ConfigError
+from tmpa.layers import GeM, avg_pool
+from tmpa.models.backbone import Extractor, Tail, make_resnet, split_resnet, tiny_resnet
+from tmpa.models.mft import MFT, complete_feature, cross_attention
+from tmpa.models.tmpa import TMPANet, load_model, load_weights, n_flops, n_params, read_meta, save_weights, split_params
+
+small = lambda: ResNet(Bottleneck, [1, 1, 1, 1])
+MOD = torch.tensor([0, 0, 1, 1]*2)
+VARIANTS = [dict(), dict(eval_complete='own'), dict(eval_complete='miss'), dict(mft=False), dict(mft=False, eval_complete='own'), dict(mft=False, eval_complete='miss'),
+            dict(mfe=False, mft=False)]
+
+def net(arch=tiny_resnet, seed=0, **kw):
+    torch.manual_seed(seed)
+    return TMPANet(kw.pop('n', 5), arch, pretrained=False, **kw)
+
+def data(seed=1, size=(64, 32)):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 3, *size, generator=g), torch.randn(8, 3, *size, generator=g)
+
+def warm(m, x, xm=None):
+    "Running statistics from a training batch, then every batch norm fixed, the model still in training mode."
+    with torch.no_grad(): m.train()(x, MOD, xm)
+    for o in m.modules():
+        if isinstance(o, nn.modules.batchnorm._BatchNorm): o.eval()
+    return m
+
+def close(a, b, eps=1e-5): assert a.shape == b.shape and (a-b).abs().max() <= eps, (a-b).abs().max()
+
+def one_line(e): assert '\n' not in str(e.value) and len(str(e.value)) < 500; return str(e.value)
+
+# ---------------------------------------------------------------- rows
+
+def by_hand(m, sh, vis, ir, missing):
+    "F_C of one image from single maps, eq. 9-12 in order; `missing` None, 0 or 1."
+    t = m.tail
+    if m.mft is not None:
+        k = t.layer4[0].conv1(sh) if t.bottleneck else m.mft.k(sh)
+        v,gen = m.mft.v(sh),[]
+        for b,f in ((m.mft.vis, vis), (m.mft.ir, ir)):
+            q = b.q(f)
+            Q,K,V = (o.flatten(2).transpose(1, 2) for o in (q, k, v))
+            A = ((Q @ K.transpose(1, 2)/K.shape[-1]**.5).softmax(-1) @ V).transpose(1, 2).reshape(q.shape)
+            gen.append(b.expand(A + b.conv(q)))
+        conv = t.layer4(sh)
+    else:
+        gen,conv = [],sh
+        for f in (vis, ir):
+            Q,K = (o.flatten(2).transpose(1, 2) for o in (f, sh))
+            gen.append(((Q @ K.transpose(1, 2)/K.shape[-1]**.5).softmax(-1) @ K).transpose(1, 2).reshape(sh.shape))
+    rv,ri = gen[0] if missing == 0 else vis, gen[1] if missing == 1 else ir
+    join = (lambda a,b: torch.cat([a, b], 1)) if m.mft is not None else torch.add
+    return .25*join(gen[0], ri) + .25*join(rv, gen[1]) + conv, gen
+
+def sh_of(m, x): f = m.mfe.shared(x); return f if m.mft is not None else m.tail(f)
+
+@pytest.mark.parametrize('arch', [tiny_resnet, small])
+@pytest.mark.parametrize('kw', VARIANTS[:-1])
+def test_single_image_by_hand(arch, kw):
+    x,xm = data(); m = warm(net(arch, **kw), x, xm)
+    with torch.no_grad():
+        tr = m(x, MOD, xm); m.eval(); m.feature = 'pool'; ev = m(x, MOD)
+        for i in range(len(x)):
+            o,own = x[i:i+1], (m.mfe.visible, m.mfe.infrared)[MOD[i]]
+            vis,ir = (own(o), own(o)) if m.eval_complete == 'own' else (m.mfe.visible(o), m.mfe.infrared(o))
+            fc,gen = by_hand(m, sh_of(m, o), vis, ir, 1-int(MOD[i]) if m.eval_complete == 'miss' else None)
+            want = m.pool(fc)[0]
+            close(tr['feat'][i], want, 1e-4); close(ev[i], F.normalize(want, dim=0))
+        assert tr['slot_index'].tolist() == [0, 1, 4, 5] and tr['ir_index'].tolist() == [2, 3, 6, 7]
+        close(tr['f_vis'], avg_pool(m.mfe.visible(x))[[0, 1, 4, 5]], 1e-4); close(tr['f_ir'], avg_pool(m.mfe.infrared(x))[[2, 3, 6, 7]], 1e-4)
+        close(tr['logits_vis'], m.classifier_vis(tr['f_vis'])); close(tr['logits_ir'], m.classifier_ir(tr['f_ir']))
+        close(tr['logits'], m.classifier(m.neck(tr['feat'])))
+    # the rows of training are those of evaluation, and the mixed images are in f_sh alone
+    close(tr['f_sh'], avg_pool(sh_of(m, xm))[[0, 1, 4, 5, 2, 3, 6, 7]], 1e-4)
+
+@pytest.mark.parametrize('kw', [dict(), dict(mft=False)])
+@pytest.mark.parametrize('keep', [False, True])
+def test_pair_by_hand(kw, keep):
+    x,xm = data(); m = warm(net(complete='pair', keep_originals=keep, **kw), x, xm)
+    vis,ir = [0, 1, 4, 5], [2, 3, 6, 7]
+    with torch.no_grad():
+        out = m(x, MOD, xm)
+        assert out['index'].tolist() == (vis+ir)*(1+keep) and out['modality'].tolist() == ([0]*4+[1]*4)*(1+keep)
+        for r in range(len(out['feat'])):
+            src = x if keep and r < 8 else xm
+            i,row = r % 4, out['index'][r]
+            fc,gen = by_hand(m, sh_of(m, src[row:row+1]), m.mfe.visible(x[vis[i]:vis[i]+1]), m.mfe.infrared(x[ir[i]:ir[i]+1]), None)
+            close(out['feat'][r], m.pool(fc)[0], 1e-4)
+            if m.mft is not None:
+                close(out['logits_vis_gen'][r], m.classifier_vis(avg_pool(gen[0]))[0], 1e-4)
+                close(out['logits_ir_gen'][r], m.classifier_ir(avg_pool(gen[1]))[0], 1e-4)
+        close(out['f_vis'], avg_pool(m.mfe.visible(x[vis])), 1e-4); close(out['f_ir'], avg_pool(m.mfe.infrared(x[ir])), 1e-4)
+        close(out['f_sh'], avg_pool(sh_of(m, xm[vis+ir])), 1e-4)
+
+@pytest.mark.parametrize('which,rows', [('match', ([0, 1, 4, 5], [2, 3, 6, 7])), ('miss', ([2, 3, 6, 7], [0, 1, 4, 5])), ('all', (list(range(8)),)*2)])
+def test_gen_rows(which, rows):
+    x,_ = data(); m = warm(net(gen_rows=which), x)
+    with torch.no_grad():
+        out = m(x, MOD); _,gv,gi = m._single(x, MOD)
+        assert out['gen_vis_index'].tolist() == rows[0] and out['gen_ir_index'].tolist() == rows[1]
+        close(out['logits_vis_gen'], m.classifier_vis(avg_pool(gv))[rows[0]]); close(out['logits_ir_gen'], m.classifier_ir(avg_pool(gi))[rows[1]])
+
+def test_mix_into_complete():
+    x,xm = data(); m = warm(net(), x, xm); xm2 = xm.flip(-1)
+    with torch.no_grad():
+        close(m(x, MOD, xm)['feat'], m(x, MOD, xm2)['feat'])               # mixed images stay out of F_C ...
+        assert (m(x, MOD, xm)['f_sh'] - m(x, MOD, xm2)['f_sh']).abs().max() > 1e-3
+        org = m(x, MOD)['feat']
+        m.mix_into_complete = True
+        mix = m(x, MOD, xm)['feat']
+        assert (mix - org).abs().max() > 1e-3
+        fc,_ = by_hand(m, sh_of(m, xm[3:4]), m.mfe.visible(x[3:4]), m.mfe.infrared(x[3:4]), None)
+        close(mix[3], m.pool(fc)[0], 1e-4)                                # ... or give F_sh only
+        m.keep_originals = True
+        both = m(x, MOD, xm)
+        close(both['feat'], torch.cat([org, mix]), 1e-4); close(both['f_sh'], m(x, MOD, xm)['f_sh'])
+        assert both['index'].tolist() == list(range(8))*2
+        assert both['gen_vis_index'].tolist() == [0, 1, 4, 5]*2
+
+def test_row_order_is_free():
+    "A shuffled batch gives every image the same outputs, slots paired in order of appearance."
+    x,xm = data(); p = torch.tensor([4, 2, 0, 3, 1, 6, 5, 7])   # visible rows 4 0 1 5, infrared rows 2 3 6 7
+    m = warm(net(), x, xm)
+    with torch.no_grad(): a,b = m(x, MOD, xm), m(x[p], MOD[p], xm[p])
+    close(b['feat'], a['feat'][p], 1e-4); close(b['f_sh'][:4], a['f_sh'][[2, 0, 1, 3]], 1e-4)
+    assert b['slot_index'].tolist() == [0, 2, 4, 6] and b['ir_index'].tolist() == [1, 3, 5, 7]
+
+def test_single_trunk():
+    x,xm = data(); m = warm(net(mfe=False, mft=False), x)
+    with torch.no_grad():
+        close(m(x, MOD, xm)['feat'], m(xm, MOD)['feat'])
+        m.keep_originals = True
+        close(m(x, MOD, xm)['feat'], torch.cat([m(x, MOD)['feat'], m(xm, MOD)['feat']]), 1e-4)
+        assert len(m(x[:3], torch.zeros(3, dtype=torch.long))['feat']) == 3     # one modality can train one trunk
+
+def test_baseline_lives_inside():
+    "With lambda_2 = lambda_3 = 0 TMPA is the baseline with the same weights."
+    x,_ = data(); b = warm(net(mfe=False, mft=False), x).eval()
+    for kw in (dict(), dict(mft=False)):
+        m = net(seed=3, lams=(0., 0.), **kw); m.load_state_dict({**m.state_dict(), **b.state_dict()}); m.eval()
+        with torch.no_grad(): close(m(x, MOD), b(x, MOD))
+
+# ---------------------------------------------------------------- evaluation
+
+@pytest.mark.parametrize('arch', [tiny_resnet, small])
+@pytest.mark.parametrize('kw', VARIANTS)
+@pytest.mark.parametrize('feature', ['bn', 'pool'])
+def test_alone_or_in_a_batch(arch, kw, feature):
+    x,xm = data(); m = net(arch, feature=feature, **kw)
+    with torch.no_grad():
+        for _ in range(3): m.train()(x, MOD, xm)
+        m.eval(); f = m(x, MOD)
+        close(f.norm(dim=1), torch.ones(8))
+        for i in range(8): close(m(x[i:i+1], MOD[i:i+1]), f[i:i+1])
+        for k in (0, 1): close(m(x[MOD == k], k), f[MOD == k])
+        p = torch.randperm(8); close(m(x[p], MOD[p]), f[p])
+        close(m(x.to(memory_format=torch.channels_last), MOD), f)
+
+def test_evaluation_computes_what_it_uses():
+    "`own` runs no extractor of the other modality; the baseline has none."
+    x,_ = data(); m = net(eval_complete='own').eval(); calls = []
+    m.mfe.visible.register_forward_hook(lambda *a: calls.append(len(a[2])))
+    with torch.no_grad(): m(x, 1); assert calls == []; m(x, MOD); assert calls == [4]
+    assert net(mfe=False, mft=False).mfe.visible is None
+
+def test_training_computes_what_it_uses():
+    x,xm = data(); m = net(); calls = {}
+    for n,o in (('sh', m.mfe.shared), ('vis', m.mfe.visible), ('ir', m.mfe.infrared), ('tail', m.tail)):
+        o.register_forward_hook(lambda mod,i,out,n=n: calls.setdefault(n, []).append(len(out)))
+    for kw,want in ((dict(), dict(sh=[16], vis=[8], ir=[8], tail=[8])), (dict(mix_into_complete=True), dict(sh=[8], vis=[8], ir=[8], tail=[8])),
+                    (dict(complete='pair', mix_into_complete=False), dict(sh=[8], vis=[4], ir=[4], tail=[8]))):
+        calls.clear(); [setattr(m, k, v) for k,v in kw.items()]; m(x, MOD, xm); assert calls == want, (kw, calls)
+
+# ---------------------------------------------------------------- training
+
+@pytest.mark.parametrize('arch', [tiny_resnet, small])
+@pytest.mark.parametrize('kw', [dict(), dict(complete='pair'), dict(heads=4), dict(eval_complete='own'), dict(eval_complete='miss'), dict(mft=False), dict(mfe=False, mft=False),
+                                dict(mix_into_complete=True, keep_originals=True), dict(pool_trainable=True)])
+def test_gradients_reach_everything(arch, kw):
+    x,xm = data(); m = net(arch, **kw); out = m(x, MOD, xm)
+    sum(v.square().sum() if k in ('feat', 'f_sh', 'f_vis', 'f_ir') else v.logsumexp(1).sum() for k,v in out.items() if v.is_floating_point()).backward()
+    assert [n for n,p in m.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum() > 0] == []
+
+@pytest.mark.parametrize('kw', [dict(), dict(complete='pair'), dict(mft=False), dict(mfe=False, mft=False)])
+def test_bf16_autocast(kw):
+    x,xm = data(); m = net(**kw)
+    with torch.autocast('cpu', torch.bfloat16): out = m(x, MOD, xm)
+    assert all(v.dtype == (torch.float32 if v.is_floating_point() else torch.int64) for v in out.values())
+    assert all(v.isfinite().all() for v in out.values())
+    out['logits'].logsumexp(1).sum().backward()
+    m.eval()
+    with torch.no_grad():
+        f = m(x, MOD)
+        with torch.autocast('cpu', torch.bfloat16): h = m(x, MOD)
+        assert h.dtype == torch.float32 and (f*h).sum(1).min() > .99
+        assert (m.bfloat16()(x.bfloat16(), MOD)*f).sum(1).min() > .98      # a model cast as a whole
+
+def test_bad_batches():
+    x,xm = data(); m = net()
+    for mod in (torch.zeros(8, dtype=torch.long), torch.tensor([0]*5+[1]*3)):
+        with pytest.raises(ConfigError, match='infrared images') as e: m(x, mod)
+        one_line(e)
+    with pytest.raises(ConfigError, match='8 images but modality has 4'): m(x, MOD[:4])
+    with pytest.raises(ConfigError, match='8 images but 4 mixed'): m(x, MOD, xm[:4])
+
+def test_bad_arguments():
+    for kw in (dict(mfe=False), dict(complete='x'), dict(eval_complete='x'), dict(feature='x'), dict(gen_rows='x'), dict(n=0), dict(heads=5), dict(pool_p=0), dict(attention=nn.Conv2d),
+               dict(arch='resnet1'), dict(arch=lambda: nn.Linear(1, 1)), dict(arch=torchvision.models.alexnet)):
+        with pytest.raises(ConfigError) as e: net(**kw)
+        one_line(e)
+
+def test_unfreeze_leaves_the_neck_alone():
+    "fastai's unfreeze sets requires_grad on everything that the optimiser holds."
+    from fastai.optimizer import SGD
+    m = net(); opt = SGD(split_params(m), lr=1.); opt.freeze_to(1); assert not m.tail.layer4[0].conv1.weight.requires_grad
+    opt.freeze_to(0)
+    x,_ = data(); m(x, MOD)['logits'].logsumexp(1).sum().backward(); opt.step()
+    assert m.neck.bias.abs().max() == 0 and not m.neck.bias.requires_grad
+
+def test_groups():
+    for kw in VARIANTS:
+        m = net(**kw); a,b = split_params(m)
+        assert len({id(p) for p in a+b}) == len(a)+len(b) == len(list(m.parameters()))
+        assert all(not any(p is q for q in b) for p in m.mfe.parameters()) and any(m.classifier.weight is p for p in b)
+
+def test_fastai_tensors_and_pickle():
+    from fastai.torch_core import TensorImage, TensorCategory
+    x,xm = data(); m = net()
+    out = m(TensorImage(x), TensorCategory(MOD), TensorImage(xm))
+    assert all(type(v) is torch.Tensor for v in out.values())
+    m.eval()
+    with torch.no_grad():
+        f = m(TensorImage(x), TensorCategory(MOD)); assert type(f) is torch.Tensor
+        close(pickle.loads(pickle.dumps(m))(x, MOD), f); close(copy.deepcopy(m)(x, MOD), f)
+
+def test_attention_hook():
+    class Half(nn.Module):
+        def __init__(self, c): super().__init__(); self.w = nn.Parameter(torch.full((c, 1, 1), .5))
+        def forward(self, x): return x*self.w
+    x,_ = data(); m = net(mfe=False, mft=False, attention=Half); m(x, MOD)['feat'].sum().backward()
+    assert m.attention.w.grad.abs().sum() > 0 and any(p is m.attention.w for p in split_params(m)[1])
+
+# ---------------------------------------------------------------- size
+
+@pytest.fixture(scope='module')
+def resnet50s():
+    with torch.device('meta'): return {n: TMPANet(206, resnet50, False, **kw) for n,kw in dict(baseline=dict(mfe=False, mft=False), without=dict(mft=False), tmpa={}).items()}
+
+def test_parameter_counts(resnet50s):
+    with torch.device('meta'): r = resnet50()
+    trunk = sum(p.numel() for n,p in r.named_parameters() if not n.startswith('fc'))
+    assert n_params(resnet50s['baseline']) == trunk + 2048
+    assert n_params(resnet50s['without']) == 3*trunk + 2048
+    assert 47.8e6 < n_params(resnet50s['tmpa']) <= 48.3e6
+    assert 48.7e6 < n_params(resnet50s['tmpa'], classifiers=True) < 48.9e6
+
+def test_flops(resnet50s):
+    assert abs(n_flops(resnet50s['baseline'])/1e9 - 10.3) < .1
+    assert abs(n_flops(resnet50s['tmpa'])/1e9 - 23.6) < .2
+
+def test_shapes_of_the_big_one(resnet50s):
+    m = resnet50s['tmpa']; x = torch.zeros(2, 3, 288, 144, device='meta')
+    assert m.mfe.shared(x).shape == (2, 1024, 18, 9) and m.tail(m.mfe.shared(x)).shape == (2, 2048, 18, 9)
+    assert m.eval()(x, 0).shape == (2, 2048)
+
+@pytest.mark.parametrize('arch', [resnet18, resnet34, 'resnet18', partial(tiny_resnet, 16), small, partial(resnet50, replace_stride_with_dilation=[False, False, True])])
+def test_archs(arch):
+    x,_ = data(); m = net(arch).eval()
+    with torch.no_grad(): assert m(x, MOD).shape == (8, m.dim)
+
+# ---------------------------------------------------------------- pretrained
+
+def test_offline(monkeypatch):
+    def no_host(*a, **k): raise URLError('Name or service not known')
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', no_host)
+    for arch in (resnet18, 'resnet18'):
+        with pytest.raises(CheckpointError) as e: TMPANet(5, arch)
+        s = one_line(e); assert 'checkpoints/resnet18-f37072fd.pth' in s and 'pretrained=False' in s and 'https://' in s
+    def bad_hash(*a, **k): raise RuntimeError('invalid hash value (expected "f37072fd", got "00")')
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', bad_hash)
+    with pytest.raises(CheckpointError, match='invalid hash'): TMPANet(5, resnet18)
+    with pytest.raises(ConfigError, match='IMAGENET9'): TMPANet(5, resnet18, weights='IMAGENET9')
+    with pytest.raises(ConfigError, match='tiny_resnet takes no weights'): TMPANet(5, tiny_resnet)
+
+def test_damaged_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    f = tmp_path/'checkpoints'/'resnet18-f37072fd.pth'; f.parent.mkdir(); f.write_bytes(b'PK\x03\x04 half a file')
+    with pytest.raises(CheckpointError, match='resnet18-f37072fd.pth') as e: make_resnet(resnet18)
+    one_line(e)
+
+def test_torchvision_weights_are_used(monkeypatch):
+    torch.manual_seed(5); sd,seen = resnet18().state_dict(), []
+    def fake(url, *a, **k): seen.append(url); return sd
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', fake)
+    m = TMPANet(5, resnet18)
+    assert len(seen) == 1 and 'resnet18' in seen[0]                      # read once, copied twice
+    for e in (m.mfe.shared, m.mfe.visible, m.mfe.infrared): assert torch.equal(e.layer3[1].conv2.weight, sd['layer3.1.conv2.weight'])
+    assert torch.equal(m.tail.layer4[1].bn2.weight, sd['layer4.1.bn2.weight']) and m.mft.k is not None
+
+def test_pretrained_start(tmp_path):
+    torch.manual_seed(0); sd = small().state_dict(); torch.save(sd, tmp_path/'r.pth')
+    for src in (sd, tmp_path/'r.pth', str(tmp_path/'r.pth')):
+        m = TMPANet(5, small, src)
+        for e in (m.mfe.shared, m.mfe.visible, m.mfe.infrared):
+            for k,v in e.state_dict().items(): assert torch.equal(v, sd[k]), k
+        for k,v in m.tail.state_dict().items(): assert torch.equal(v, sd[k]), k
+        for o in (m.mft.vis.q, m.mft.ir.q, m.mft.v): assert torch.equal(o.weight, sd['layer4.0.conv1.weight'])
+        for o in (m.mft.vis, m.mft.ir): assert torch.equal(o.conv[2].weight, sd['layer4.0.conv2.weight'])
+        assert m.mft.k is None
+    m = TMPANet(5, small, sd, mft=False)
+    for t in (m.mfe.visible, m.mfe.infrared): assert torch.equal(t[1].layer4[0].conv2.weight, sd['layer4.0.conv2.weight'])
+    ids = [id(p) for p in m.parameters()]; assert len(ids) == len(set(ids))
+    with torch.no_grad(): m.mfe.visible[0].conv1.weight.zero_()
+    assert m.mfe.shared.conv1.weight.abs().sum() > 0                     # copies, not views
+    with pytest.raises(CheckpointError, match='not the weights of resnet18'): TMPANet(5, resnet18, sd)
+    with pytest.raises(CheckpointError, match='no such file'): TMPANet(5, small, tmp_path/'none.pth')
+
+def test_stride_one_everywhere():
+    for arch in (resnet18, small):
+        t = Tail(arch()); assert all(o.stride == (1, 1) for o in t.modules() if isinstance(o, nn.Conv2d)) and t.layer4[0].stride == 1
+
+def test_key_is_computed_once():
+    "k_sh is the output of layer 4's first 1x1 convolution, and that convolution runs once."
+    x,_ = data(); m = net(small).eval(); n = []
+    m.tail.layer4[0].conv1.register_forward_hook(lambda *a: n.append(1))
+    with torch.no_grad(): m(x, MOD)
+    assert len(n) == 1
+
+# ---------------------------------------------------------------- files
+
+def test_files(tmp_path):
+    f,m = tmp_path/'a'/'w.pth', net(heads=2, eval_complete='own', lams=(.3, .2)).eval(); x,_ = data()
+    m.feature = 'pool'                                                   # switched after building
+    save_weights(m, f, trial=4, data='regdb', out=tmp_path)
+    meta = read_meta(f); assert (meta['trial'], meta['data'], meta['arch'], meta['n_classes'], meta['heads'], meta['out']) == (4, 'regdb', 'tiny_resnet', 5, 2, str(tmp_path))
+    with torch.no_grad(): assert torch.equal(load_model(f)(x, MOD), m(x, MOD))
+    assert load_weights(net(heads=2), f)['trial'] == 4
+    raw = f.read_bytes()
+    for name,content in (('half', raw[:len(raw)//2]), ('empty', b''), ('text', b'hello'), ('nearly', raw[:-10])):
+        g = tmp_path/f'{name}.pth'; g.write_bytes(content)
+        for fn in (read_meta, load_model, partial(load_weights, m)):
+            with pytest.raises(CheckpointError, match=f'{name}.pth: damaged') as e: fn(g)
+            one_line(e)
+    torch.save([1, 2], g)
+    with pytest.raises(CheckpointError, match='holds a list'): read_meta(g)
+    with pytest.raises(CheckpointError, match='no such file'): load_weights(m, tmp_path/'absent.pth')
+    with pytest.raises(CheckpointError, match='no such file'): load_weights(m, tmp_path)
+
+def test_bare_and_fastai_files(tmp_path):
+    m,f = net(), tmp_path/'m.pth'
+    for o in (m.state_dict(), {'model': m.state_dict(), 'opt': {'state': []}}):
+        torch.save(o, f); n = net(seed=9); assert load_weights(n, f) == {} and torch.equal(n.classifier.weight, m.classifier.weight)
+    with pytest.raises(CheckpointError, match='does not say which model'): load_model(f)
+
+def test_other_models(tmp_path):
+    f = tmp_path/'w.pth'; save_weights(net(), f)
+    for kw,words in ((dict(arch=resnet18), 'resnet18 TMPA'), (dict(mft=False), 'tiny_resnet without MFT'), (dict(mfe=False, mft=False), 'tiny_resnet baseline'), (dict(arch=small), 'TMPA')):
+        m = net(**kw); was = {k: v.clone() for k,v in m.state_dict().items()}
+        with pytest.raises(CheckpointError, match=f'tiny_resnet TMPA do not fit.*{words}') as e: load_weights(m, f)
+        one_line(e); assert all(torch.equal(v, was[k]) for k,v in m.state_dict().items())      # refused as a whole
+    m = net(n=9)
+    with pytest.raises(CheckpointError, match='5 identities, the model has 9') as e: load_weights(m, f)
+    one_line(e); load_weights(m, f, strict_classes=False); assert m.classifier.weight.shape == (9, 256)
