@@ -8,7 +8,7 @@ from hypothesis import given, settings as hyp, strategies as st
 from fastai.learner import Learner
 from fastai.callback.schedule import lr_find
 from tmpa.core import ConfigError, DataError, ProtocolError, ReIDImage
-from tmpa.data.external import (cross_settings, llcm_gallery, llcm_items, llcm_settings, load_image, load_perms, read_image, regdb_items, regdb_settings,
+from tmpa.data.external import (cross_settings, llcm_gallery, llcm_items, llcm_settings, load_resized, load_perms, read_image, regdb_items, regdb_settings,
                                 sysu_gallery, sysu_items, sysu_settings)
 from tmpa.data.load import ReIDDataLoaders, ReIDDataset, ReIDDL, identity_batches, split_by_pid
 from tmpa.data.transforms import ReIDAug, channel_exchange, hflip, pad_crop, random_erase
@@ -226,11 +226,11 @@ def test_every_mode(tmp_path, mode, ext):
     im = {'I;16': lambda: Image.fromarray(RAMP.astype(np.uint16)*257), 'I': lambda: Image.fromarray(RAMP.astype(np.int32)*257), 'F': lambda: Image.fromarray((RAMP/255).astype(np.float32)),
           '1': lambda: Image.fromarray(RAMP>127), 'P': lambda: Image.fromarray(np.stack([RAMP]*3, -1)).quantize(64)}.get(mode, lambda: Image.fromarray(np.stack([RAMP]*3, -1)).convert(mode))()
     im.save(f, **(dict(quality=100) if ext=='jpg' else {}))
-    for x in (read_image(f), load_image(f, (8, 16))):
+    for x in (read_image(f), load_resized(f, (8, 16))):
         assert x.shape==(3, 8, 16) and x.dtype==torch.float32 and x.is_contiguous() and 0<=x.min() and x.max()<=1
         want = torch.tensor(RAMP/255).float() if mode!='1' else torch.tensor(RAMP>127).float()
         assert (x-want).abs().max()<(.04 if mode in ('CMYK', 'P') else .02 if ext=='jpg' else 1e-6)
-    assert load_image(f, (20, 10)).shape==(3, 20, 10)
+    assert load_resized(f, (20, 10)).shape==(3, 20, 10)
 
 def test_16_bit_is_never_cut(tmp_path):
     raw = np.random.default_rng(0).integers(0, 65536, (24, 12), dtype=np.uint16)
@@ -243,7 +243,7 @@ def test_16_bit_is_never_cut(tmp_path):
         a = np.random.default_rng(c).integers(0, 65536, (6, 5, c), dtype=np.uint16)
         (tmp_path/'c.png').write_bytes(png16(a))
         assert np.allclose(read_image(tmp_path/'c.png').permute(1, 2, 0).numpy(), a[..., :3]/65535, atol=1e-7)
-        assert load_image(tmp_path/'c.png', (9, 9)).shape==(3, 9, 9)
+        assert load_resized(tmp_path/'c.png', (9, 9)).shape==(3, 9, 9)
     (tmp_path/'c.png').write_bytes(png16(a[..., :2]))                                  # grey and alpha
     with pytest.raises(DataError) as e: read_image(tmp_path/'c.png')
     one_line(e, 'c.png', '16-bit')
@@ -253,9 +253,9 @@ def test_16_bit_is_never_cut(tmp_path):
     # resized in float: a step of 40 raw values survives, and two images with different ranges stay comparable
     lo,hi = np.full((40, 20), 30000, np.uint16),np.full((40, 20), 30040, np.uint16)
     for n, a in (('lo', lo), ('hi', hi)): Image.fromarray(a).save(tmp_path/f'{n}.png')
-    d = load_image(tmp_path/'hi.png', (9, 7))-load_image(tmp_path/'lo.png', (9, 7))
+    d = load_resized(tmp_path/'hi.png', (9, 7))-load_resized(tmp_path/'lo.png', (9, 7))
     assert torch.allclose(d, torch.full((3, 9, 7), 40/65535), atol=1e-6)
-    x = load_image(tmp_path/'hi.png', (9, 7), ir_range=(30000, 30020))
+    x = load_resized(tmp_path/'hi.png', (9, 7), ir_range=(30000, 30020))
     assert torch.equal(x, torch.ones(3, 9, 7))                                         # clipped, not wrapped
 
 def test_5_6_5_bitmap_is_8_bit_colour(tmp_path):
@@ -416,7 +416,7 @@ def test_augmentation_train_only_and_normalised_last(people):
     x = x.as_subclass(torch.Tensor)
     assert (x[m==0].amax(1)-x[m==0].amin(1)).abs().max()<1e-5                            # exchange, then normalise: undoing the latter shows grey
     dl = dls.test_dl(people)
-    assert torch.allclose(dl.decode(dl.one_batch())[0], torch.stack([load_image(o.path, (32, 16)) for o in people[:128]]), atol=1e-5)
+    assert torch.allclose(dl.decode(dl.one_batch())[0], torch.stack([load_resized(o.path, (32, 16)) for o in people[:128]]), atol=1e-5)
     plain = mk(people, aug=False)
     a = torch.cat([b[0] for b in plain.train.new(shuffle=False)])
     assert torch.allclose(a, torch.cat([b[0] for b in dl]), atol=1e-6)

@@ -10,7 +10,7 @@ from tmpa.core import CheckpointError, ConfigError
 from tmpa.layers import GeM, avg_pool
 from tmpa.models.backbone import Extractor, Tail, make_resnet, split_resnet, tiny_resnet
 from tmpa.models.mft import MFT, complete_feature, cross_attention
-from tmpa.models.tmpa import TMPANet, load_model, load_weights, n_flops, n_params, read_meta, save_weights, split_params
+from tmpa.models.tmpa import TMPANet, load_tmpa, load_weights, n_flops, n_params, read_meta, save_weights, split_params
 
 small = lambda: ResNet(Bottleneck, [1, 1, 1, 1])
 MOD = torch.tensor([0, 0, 1, 1]*2)
@@ -340,12 +340,12 @@ def test_files(tmp_path):
     m.feature = 'pool'                                                   # switched after building
     save_weights(m, f, trial=4, data='regdb', out=tmp_path)
     meta = read_meta(f); assert (meta['trial'], meta['data'], meta['arch'], meta['n_classes'], meta['heads'], meta['out']) == (4, 'regdb', 'tiny_resnet', 5, 2, str(tmp_path))
-    with torch.no_grad(): assert torch.equal(load_model(f)(x, MOD), m(x, MOD))
+    with torch.no_grad(): assert torch.equal(load_tmpa(f)(x, MOD), m(x, MOD))
     assert load_weights(net(heads=2), f)['trial'] == 4
     raw = f.read_bytes()
     for name,content in (('half', raw[:len(raw)//2]), ('empty', b''), ('text', b'hello'), ('nearly', raw[:-10])):
         g = tmp_path/f'{name}.pth'; g.write_bytes(content)
-        for fn in (read_meta, load_model, partial(load_weights, m)):
+        for fn in (read_meta, load_tmpa, partial(load_weights, m)):
             with pytest.raises(CheckpointError, match=f'{name}.pth: damaged') as e: fn(g)
             one_line(e)
     torch.save([1, 2], g)
@@ -357,7 +357,7 @@ def test_bare_and_fastai_files(tmp_path):
     m,f = net(), tmp_path/'m.pth'
     for o in (m.state_dict(), {'model': m.state_dict(), 'opt': {'state': []}}):
         torch.save(o, f); n = net(seed=9); assert load_weights(n, f) == {} and torch.equal(n.classifier.weight, m.classifier.weight)
-    with pytest.raises(CheckpointError, match='does not say which model'): load_model(f)
+    with pytest.raises(CheckpointError, match='does not say which model'): load_tmpa(f)
 
 def test_other_models(tmp_path):
     f = tmp_path/'w.pth'; save_weights(net(), f)

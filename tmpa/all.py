@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/24_all.ipynb #3e7acad3
+# %% ../nbs/24_all.ipynb #d7467565
 from fastai.vision.all import *
 from fastai.callback.fp16 import *
 from .core import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_size', 'parse_ints', 'tmpa_demo', 'mean_scores', 'tmpa_train', 'tmpa_evaluate']
 
-# %% ../nbs/18b_cli.ipynb #46547c7d
+# %% ../nbs/18b_cli.ipynb #19c87cae
 import functools, sys
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ from .experiment import ARCHS, DATA, DataSpec, RunConfig, as_scores, evaluate_ru
 from .recipes import get_recipe
 from .report import score_rows, text_table
 
-# %% ../nbs/18b_cli.ipynb #e62ec7f4
+# %% ../nbs/18b_cli.ipynb #0c525a39
 def _one_line_errors(f):
     @functools.wraps(f)
     def _f(*args, **kwargs):
@@ -38,9 +38,9 @@ def parse_ints(s, what):
     try: return [int(o) for o in str(s).split(',')]
     except ValueError: raise ConfigError(f'{what} {s!r}: give whole numbers with commas, for instance 0,1,2') from None
 
-# %% ../nbs/18b_cli.ipynb #1f2b384d
-@_one_line_errors
+# %% ../nbs/18b_cli.ipynb #e362ed54
 @call_parse
+@_one_line_errors
 def tmpa_demo(
     out:str='runs/demo', # Folder to make, with one sub-folder a run
     ablation:store_true=False, # All four rows of table II: B, B+CA, B+CA+PedMix, TMPA (default: B and TMPA)
@@ -60,11 +60,11 @@ def tmpa_demo(
     rows = demo_rows(['B','B+CA','B+CA+PedMix','TMPA'] if ablation else ['B','TMPA'], epochs, equal_compute, size=size)
     spec = DataSpec('synthetic', path=data, n_ids=ids, size=size)
     print(f'Rendering {ids} identities (once) ...', flush=True)
-    lines = compare(rows, out, spec, seeds, resume=resume, quiet=quiet, workers=workers, arch='tiny_resnet', pretrained=False, patch=max(1, size[0]//24), select='held_out')
+    lines = compare(rows, out, spec, seeds, resume=resume, quiet=quiet, workers=workers, arch='tiny_resnet', pretrained=False, patch=max(1, size[0]//24), select='held_out', warmup=.1, decay=(.6,.85))
     print('\nUnseen identities, per cent' + (', mean ± deviation over seeds' if len(seeds) > 1 else '') + ':\n' + text_table(summarise(lines)))
     print(f'\nReport: {Path(out)/"report.html"}')
 
-# %% ../nbs/18b_cli.ipynb #e178ff1b
+# %% ../nbs/18b_cli.ipynb #14c3ff47
 def mean_scores(
     trials:list, # `scores` of several models
 )->dict:
@@ -77,9 +77,9 @@ def mean_scores(
             out[name] |= {k: float(v.mean()), f'{k}_std': float(v.std(ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18b_cli.ipynb #e0b9e3a2
-@_one_line_errors
+# %% ../nbs/18b_cli.ipynb #f49bbc45
 @call_parse
+@_one_line_errors
 def tmpa_train(
     data:Param('Data set', str, choices=DATA)='synthetic',
     path:str=None, # Folder that holds the data set
@@ -123,9 +123,9 @@ def tmpa_train(
         write_json(out/'metrics.json', dict(trials=t, scores=mean_scores(scores)))
     print(f"\n{get_recipe(recipe).name} on {data}, mean of ten trials, per cent:\n{text_table(score_rows(mean_scores(scores)))}\n\nReports: {out}/trial*/report.html")
 
-# %% ../nbs/18b_cli.ipynb #e79d96f9
-@_one_line_errors
+# %% ../nbs/18b_cli.ipynb #14030190
 @call_parse
+@_one_line_errors
 def tmpa_evaluate(
     weights:str=None, # Weights that tmpa_train wrote (last.pth, best.pth)
     data:Param('Data set', str, choices=DATA)=None,

@@ -6,7 +6,7 @@
 __all__ = ['evaluate', 'Setting', 'SettingResult', 'evaluate_settings', 'evaluate_features', 'ProtocolTable', 'compare_protocols',
            'cmc_map', 'cmc_map_slow', 'EvalResult', 'RULES', 'Rule']
 
-# %% ../nbs/14_evaluation.ipynb #fc504e52
+# %% ../nbs/14_evaluation.ipynb #564f3b66
 import numpy as np, torch
 from dataclasses import dataclass
 from math import nan
@@ -18,7 +18,7 @@ from .rerank import rerank as k_reciprocal
 
 _all_ = ['cmc_map', 'cmc_map_slow', 'EvalResult', 'RULES', 'Rule']
 
-# %% ../nbs/14_evaluation.ipynb #e7aa23e0
+# %% ../nbs/14_evaluation.ipynb #d18283e5
 _BLOCK = 256
 
 def _distance(q, g, metric, step):
@@ -31,7 +31,7 @@ def _distance(q, g, metric, step):
         return out if bias is None else out.add_(bias)
     return f
 
-# %% ../nbs/14_evaluation.ipynb #6e13b811
+# %% ../nbs/14_evaluation.ipynb #65349f3d
 def _prepare(q_feats, g_feats, metric):
     "Checked features of one type on one device, and a function from row numbers to rows, normalised where the metric asks for it."
     if metric not in ('cosine', 'dot', 'euclidean'): raise ProtocolError(f"metric={metric!r}: choose 'cosine', 'dot' or 'euclidean'")
@@ -47,7 +47,7 @@ def _prepare(q_feats, g_feats, metric):
         return f
     return q.device, rows_of(q), rows_of(g)
 
-# %% ../nbs/14_evaluation.ipynb #719c703d
+# %% ../nbs/14_evaluation.ipynb #110ff27b
 def evaluate(
     q_feats, g_feats,     # (n_q, D) and (n_g, D) features; tensors (any device) or arrays
     q_pids, g_pids,       # (n_q,) and (n_g,) identities
@@ -71,8 +71,8 @@ def evaluate(
     get = lambda rows, cols: _distance(q(rows), g(cols), metric, step)
     return run_rule(get, labels, rule, max_rank, step, device, 'the distance matrix', '' if metric == 'cosine' else f'{metric} of the features as given')
 
-# %% ../nbs/14_evaluation.ipynb #ccfa554c
-@dataclass
+# %% ../nbs/14_evaluation.ipynb #228be959
+@dataclass(eq=False)
 class Setting:
     "One row of a protocol's table: which images search which, trial by trial."
     name:str          # 'all_single', 'v2t', ...
@@ -81,8 +81,8 @@ class Setting:
     rule:str          # Name in `RULES`
     note:str = ''     # Convention and anything else that a reader of the number should know
 
-# %% ../nbs/14_evaluation.ipynb #429fa09e
-@dataclass
+# %% ../nbs/14_evaluation.ipynb #88363c6a
+@dataclass(eq=False)
 class SettingResult:
     "Mean and deviation over the trials of a setting."
     trials:list      # `EvalResult` of each trial
@@ -103,7 +103,7 @@ class SettingResult:
     @property
     def percent(self) -> dict: return {k: float(np.mean([t.percent[k] for t in self.trials])) for k in self.trials[0].percent}
 
-# %% ../nbs/14_evaluation.ipynb #4a28ea73
+# %% ../nbs/14_evaluation.ipynb #9cdf9a88
 @patch(as_prop=True)
 def ap(self:SettingResult) -> np.ndarray:
     "AP of each query, averaged over the trials in which it has a match."
@@ -114,15 +114,18 @@ def ap(self:SettingResult) -> np.ndarray:
 @patch(as_prop=True)
 def n_valid(self:SettingResult) -> float: return float(np.mean([t.n_valid for t in self.trials]))
 
+@patch(as_prop=True)
+def n_queries(self:SettingResult) -> int: return self.trials[0].n_queries
+
 @patch
 def rank(self:SettingResult, k:int) -> float: return float(np.mean([t.rank(k) for t in self.trials]))
 
 @patch
 def __repr__(self:SettingResult):
     s = '  '.join(f'{k} {v:.2f}' + ('' if np.isnan(d) else f'±{d:.2f}') for (k,v),d in zip(self.percent.items(), self.std.values()))
-    return f"{self.name}: {s}  ({len(self.trials)} trial{'s'*(len(self.trials)>1)}, {self.n_valid:g} of {self.trials[0].n_queries} queries{'; ' + self.note if self.note else ''})"
+    return f"{self.name}: {s}  ({len(self.trials)} trial{'s'*(len(self.trials)>1)}, {self.n_valid:g} of {self.n_queries} queries{'; ' + self.note if self.note else ''})"
 
-# %% ../nbs/14_evaluation.ipynb #01ead57c
+# %% ../nbs/14_evaluation.ipynb #b0bbc6e3
 def evaluate_settings(
     feats,                # (n, D) features of all images
     pids, cams,           # (n,) identities and cameras of all images
@@ -144,7 +147,7 @@ def evaluate_settings(
         return SettingResult(trials, s.name, '; '.join(filter(None, (s.note, trials[0].note))))
     return {s.name: setting(s) for s in settings}
 
-# %% ../nbs/14_evaluation.ipynb #13ea6873
+# %% ../nbs/14_evaluation.ipynb #dea214bd
 def evaluate_features(
     q_path, g_path,       # Files of query and gallery features, see `tmpa.features.load_features`; both may be one file
     rule:str='regdb',     # 'regdb' (plain), 'sysu', 'llcm' or 'market'
@@ -162,14 +165,14 @@ def evaluate_features(
     for f,path in ((q, q_path), (g, g_path)): check_finite(as_matrix(f.feats, str(path)), str(path))
     return evaluate(q.feats, g.feats, q.pids, g.pids, q.cams, g.cams, rule, max_rank, metric, rerank, chunk)
 
-# %% ../nbs/14_evaluation.ipynb #80f6e094
+# %% ../nbs/14_evaluation.ipynb #18ff7b3b
 @dataclass
 class ProtocolTable:
     "Rows of (setting, what differs from the reference, `SettingResult`)."
     rows:list
     def cells(self):
         for name,change,r in self.rows:
-            yield [name, change, *(f'{v:.2f}' + ('' if np.isnan(r.std[k]) else f' ±{r.std[k]:.2f}') for k,v in r.percent.items()), f'{r.n_valid:g}/{r.trials[0].n_queries}', str(len(r.trials))]
+            yield [name, change, *(f'{v:.2f}' + ('' if np.isnan(r.std[k]) else f' ±{r.std[k]:.2f}') for k,v in r.percent.items()), f'{r.n_valid:g}/{r.n_queries}', str(len(r.trials))]
     def head(self): return ['setting', 'convention', *self.rows[0][2].percent, 'queries', 'trials']
     def __repr__(self):
         t = [self.head(), *self.cells()]
@@ -179,24 +182,18 @@ class ProtocolTable:
         tr = lambda t, r: '<tr>' + ''.join(f'<{t}>{x}</{t}>' for x in r) + '</tr>'
         return '<table>' + tr('th', self.head()) + ''.join(tr('td', r) for r in self.cells()) + '</table>'
 
-# %% ../nbs/14_evaluation.ipynb #ba522679
-def _rule_changes(data, pids, cams, modality, perms, trials):
-    "Reference settings of a data set, and (what differs, settings) for other galleries and other ways of counting."
-    from tmpa.data.external import cross_settings, llcm_settings, sysu_settings
+# %% ../nbs/14_evaluation.ipynb #0a8c49a6
+def _items(pids, cams, modality):
+    "Records of the rows, with the file names that a data set would have given them."
     from pathlib import Path
     seen, items = {}, []
     for p,c,m in zip(pids.tolist(), cams.tolist(), modality.tolist()):
         n = seen[p,c,m] = seen.get((p, c, m), 0) + 1
         items.append(ReIDImage(Path(f'cam{c}/{p:04d}/{n:04d}.jpg'), p, c, m))
-    count = lambda ss, rule: [Setting(s.name, s.q_idx, s.g_idxs, rule, s.note) for s in ss]
-    if data == 'regdb':
-        ref = cross_settings(items)
-        return ref, 'all images as gallery, plain CMC', [('CMC over identities', count(ref, Rule('none', True)))]
-    if data == 'llcm':
-        ref = llcm_settings(items, trials)
-        return ref, 'one image per identity and camera, CMC over identities, same camera removed', [('plain CMC', count(ref, 'market')),
-            ('same camera not removed', count(ref, Rule('none', True))), ('all images as gallery', cross_settings(items, 'llcm'))]
-    if data != 'sysu': raise ProtocolError(f"data={data!r}: choose 'sysu', 'regdb' or 'llcm'")
+    return items
+
+def _sysu_changes(items, perms, trials, count):
+    from tmpa.data.external import sysu_settings
     main = 'seeded' if perms is None else 'official'
     full = lambda conv: {s.name: s for s in sysu_settings(items, trials, conv, perms if conv == 'official' else None)}
     by = full(main)
@@ -205,7 +202,20 @@ def _rule_changes(data, pids, cams, modality, perms, trials):
     return ref, f'{main} gallery, single-shot, CMC over identities', [*other, ('multi-shot', multi), ('indoor-search', indoor),
         ('plain CMC', count(ref, Rule('place', False))), ('camera 2 kept for camera 3', count(ref, Rule('none', True)))]
 
-# %% ../nbs/14_evaluation.ipynb #76b5141d
+def _changes(data, items, perms, trials):
+    "Reference settings of a data set, what they are, and (what differs, settings) for other galleries and other ways of counting."
+    from tmpa.data.external import cross_settings, llcm_settings
+    count = lambda ss, rule: [Setting(s.name, s.q_idx, s.g_idxs, rule, s.note) for s in ss]
+    if data == 'sysu': return _sysu_changes(items, perms, trials, count)
+    if data == 'regdb':
+        ref = cross_settings(items)
+        return ref, 'all images as gallery, plain CMC', [('CMC over identities', count(ref, Rule('none', True)))]
+    if data != 'llcm': raise ProtocolError(f"data={data!r}: choose 'sysu', 'regdb' or 'llcm'")
+    ref = llcm_settings(items, trials)
+    return ref, 'one image per identity and camera, CMC over identities, same camera removed', [('plain CMC', count(ref, 'market')),
+        ('same camera not removed', count(ref, Rule('none', True))), ('all images as gallery', cross_settings(items, 'llcm'))]
+
+# %% ../nbs/14_evaluation.ipynb #baa89849
 def compare_protocols(
     feats,                # (n, D) features as the reference scores them: after BNNeck
     pids, cams, modality, # (n,) identities, cameras, modalities (0 visible, 1 infrared)
@@ -219,7 +229,7 @@ def compare_protocols(
     "The scores of one set of features under each convention in use, one change at a time."
     x = check_finite(as_matrix(feats, 'feats'), 'feats')
     pids, cams, modality = (check_label(v, len(x), k) for v,k in ((pids, 'pids'), (cams, 'cams'), (modality, 'modality')))
-    ref, how, changes = _rule_changes(data, pids, cams, modality, perms, trials)
+    ref, how, changes = _changes(data, _items(pids, cams, modality), perms, trials)
     unit = lambda v: v/v.norm(dim=1, keepdim=True).clamp_min(1e-12)
     score = lambda change, settings, f=x, **kw: [(s, change, r) for s,r in evaluate_settings(f, pids, cams, settings, **kw).items()]
     rows = score(f'reference: {how}; after BNNeck, L2-normalised', ref)

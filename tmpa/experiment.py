@@ -7,7 +7,7 @@ __all__ = ['DATA', 'ARCHS', 'DataSpec', 'read_data', 'synthetic_path', 'as_score
            'SaveWeights', 'write_json', 'new_folder', 'make_learner', 'train_run', 'held_out_split', 'mean_map',
            'save_report', 'evaluate_run']
 
-# %% ../nbs/18_experiment.ipynb #2f5b4837
+# %% ../nbs/18_experiment.ipynb #53fd2e00
 import json, os, platform, subprocess, time
 from dataclasses import asdict, dataclass, replace
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ from .data.external import sysu_items, regdb_items, llcm_items, sysu_settings, r
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION, make_regdb
 from .models.backbone import tiny_resnet
-from .models.tmpa import load_model, read_meta, save_weights
+from .models.tmpa import load_tmpa, read_meta, save_weights
 from .regions import region_mask
 from .callback.pedmix import PedMix
 from .evaluation import evaluate_settings
@@ -31,7 +31,7 @@ from .recipes import Recipe, get_recipe
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, text_table, write_report
 
-# %% ../nbs/18_experiment.ipynb #e506d33c
+# %% ../nbs/18_experiment.ipynb #e32973ef
 DATA = ('sysu', 'regdb', 'llcm', 'synthetic')
 
 @dataclass
@@ -44,7 +44,7 @@ class DataSpec:
     size:tuple = (288,144) # Height and width
     seed:int = 0 # Synthetic: seed of the renderer
 
-# %% ../nbs/18_experiment.ipynb #f2453ed4
+# %% ../nbs/18_experiment.ipynb #c74f0d52
 def _int_trial(trial, low, high, data):
     try: t = int(trial)
     except ValueError: t = low-1
@@ -68,14 +68,14 @@ def read_data(spec:DataSpec):
         settings = [replace(s, g_idxs=s.g_idxs[t:t+1], note=f'{s.note}, trial {t}') for s in settings]
     return train,test,settings
 
-# %% ../nbs/18_experiment.ipynb #8a948c01
+# %% ../nbs/18_experiment.ipynb #bc4f517a
 def synthetic_path(spec:DataSpec):
     "Where the built-in data of this description is rendered, once."
     h,w = spec.size
     home = Path(os.environ.get('TMPA_HOME', '~/.cache/tmpa')).expanduser()
     return Path(spec.path) if spec.path else home/f'synthetic-v{GENERATOR_VERSION}-{spec.n_ids}ids-{h}x{w}-seed{spec.seed}'
 
-# %% ../nbs/18_experiment.ipynb #0cf9fccb
+# %% ../nbs/18_experiment.ipynb #412157af
 def as_scores(
     results:dict, # Setting name -> list of `EvalResult`, one a trial
     n_gallery:dict, # Setting name -> size of the gallery
@@ -88,7 +88,7 @@ def as_scores(
         for k,v in vals.items(): out[name] |= {k: float(np.mean(v)), f'{k}_std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18_experiment.ipynb #b2f03817
+# %% ../nbs/18_experiment.ipynb #39254f26
 def score_model(
     model, # A network with `model(images, modality) -> features`
     items:list, # Test items
@@ -104,7 +104,7 @@ def score_model(
     results = evaluate_settings(feats, pids, cams, settings)
     return as_scores({k: r.trials for k,r in results.items()}, {s.name: len(s.g_idxs[0]) for s in settings}),feats
 
-# %% ../nbs/18_experiment.ipynb #c404223b
+# %% ../nbs/18_experiment.ipynb #079ba69d
 def environment():
     "Versions, machine kind and git state, for the run folder."
     def git(*a):
@@ -115,7 +115,7 @@ def environment():
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', generator=GENERATOR_VERSION,
         versions={p: version(p) for p in ('tmpa','torch','torchvision','fastai','numpy')}, git=git('rev-parse', 'HEAD'), git_clean=None if dirty is None else dirty == '')
 
-# %% ../nbs/18_experiment.ipynb #b1527336
+# %% ../nbs/18_experiment.ipynb #5c97498a
 ARCHS = {'tiny_resnet': tiny_resnet, **{n: getattr(torchvision.models, n) for n in ('resnet18','resnet34','resnet50','resnet101')}}
 
 @dataclass
@@ -144,7 +144,7 @@ class RunConfig:
 
     def asdict(self): "As plain data for JSON."; return {**asdict(self), 'recipe': self.recipe.asdict()}
 
-# %% ../nbs/18_experiment.ipynb #2bb62052
+# %% ../nbs/18_experiment.ipynb #03591e71
 class SaveWeights(Callback):
     "After every epoch write `last.pth`, and `best.pth` when the held-out mAP is the best so far; whole files or none."
     order = 56  # after the recorder and the CSV log
@@ -158,7 +158,7 @@ class SaveWeights(Callback):
             self.best = mAP
             save_weights(self.model, self.folder/'best.pth', **meta, held_out_mAP=mAP)
 
-# %% ../nbs/18_experiment.ipynb #b6337868
+# %% ../nbs/18_experiment.ipynb #598d7371
 def _log_cbs(log, out):
     if log == 'csv': return []
     if log == 'tensorboard':
@@ -176,7 +176,7 @@ def write_json(path, obj):
     "JSON, whole or not at all."
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + '\n', encoding='utf8')
 
-# %% ../nbs/18_experiment.ipynb #f30b939e
+# %% ../nbs/18_experiment.ipynb #5f1a0bf8
 def new_folder(out):
     "Make `out`; what is already there is never written over."
     out = Path(out)
@@ -202,7 +202,7 @@ def make_learner(
     return tmpa_learner(dls, ARCHS[cfg.arch], pretrained=cfg.pretrained, mfe=cfg.recipe.mfe, mft=cfg.recipe.mft, mix=mix, loss_func=cfg.recipe.make_loss(),
         model_kw=cfg.recipe.model, precision=cfg.precision, eval_every=cfg.eval_every)
 
-# %% ../nbs/18_experiment.ipynb #7c104d7f
+# %% ../nbs/18_experiment.ipynb #7a2634d7
 def train_run(
     cfg:RunConfig,
     quiet:bool=False, # No progress bar
@@ -230,13 +230,13 @@ def train_run(
     write_json(out/'metrics.json', metrics)
     return metrics
 
-# %% ../nbs/18_experiment.ipynb #f469f253
+# %% ../nbs/18_experiment.ipynb #d3bca347
 def held_out_split(cfg, train):
     "Training items without the held-out identities, and those: SYSU-MM01's own val identities, elsewhere a seeded tenth."
     if cfg.spec.data == 'sysu': return sysu_items(cfg.spec.path, split='train'),sysu_items(cfg.spec.path, split='val')
     return split_by_pid(train, 0.1, seed=cfg.seed)
 
-# %% ../nbs/18_experiment.ipynb #8eccf4cb
+# %% ../nbs/18_experiment.ipynb #03da6017
 def mean_map(scores): "mAP averaged over settings."; return float(np.mean([s['mAP'] for s in scores.values()]))
 
 def save_report(out, cfg, learn, metrics, test, settings, feats=None):
@@ -252,7 +252,7 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
     write_report(out/'report.html', f"{cfg.recipe.name} on {cfg.spec.data}",
         [('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
-# %% ../nbs/18_experiment.ipynb #44b4c68d
+# %% ../nbs/18_experiment.ipynb #c0f373b0
 def evaluate_run(
     weights, # File that `train_run` wrote
     data:str|None=None, # Default: the data set that it was trained on
@@ -272,7 +272,7 @@ def evaluate_run(
     synthetic = {k: meta[k] for k in ('n_ids',) if k in meta}
     spec = DataSpec(data, path, trial or own or 'all', size=tuple(meta['size']), **synthetic)
     _,test,settings = read_data(spec)
-    model = load_model(weights)
+    model = load_tmpa(weights)
     if complete: model.eval_complete = complete
     if torch.cuda.is_available(): model.cuda()
     scores,_ = score_model(model, test, settings, spec.size, ir_range, num_workers, flip)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Features', 'load_features', 'save_features']
 
-# %% ../nbs/13c_features.ipynb #932e081c
+# %% ../nbs/13c_features.ipynb #2ef78d0c
 import numpy as np, torch
 from pathlib import Path
 from typing import NamedTuple
 from .core import DataError, atomic_write
 
-# %% ../nbs/13c_features.ipynb #620382ab
+# %% ../nbs/13c_features.ipynb #05de8157
 _names = dict(feats=('feats', 'feat', 'features', 'feature', 'f', 'x', 'embeddings', 'embedding', 'emb', 'descriptors'),
               pids=('pids', 'pid', 'labels', 'label', 'ids', 'id', 'person_id', 'person_ids', 'y', 'targets', 'identities'),
               cams=('cams', 'cam', 'camids', 'camid', 'cam_ids', 'cam_id', 'cameras', 'camera', 'c'),
@@ -29,7 +29,7 @@ def _pick(arrays, kind, path, side=None):
     if len(hits) > 1: raise DataError(f"{path} holds several arrays that could be the {kind} ({', '.join(hits)}): keep one kind of feature in a file, and say side='query' or side='gallery' where it holds both")
     return arrays[hits[0]] if hits else None
 
-# %% ../nbs/13c_features.ipynb #699f3424
+# %% ../nbs/13c_features.ipynb #8c2957c6
 class Features(NamedTuple):
     "Features of some images, and what is known about these."
     feats:np.ndarray            # (n, D) float32 or float64
@@ -54,7 +54,7 @@ def _arrays(path):
     if not isinstance(d, dict): raise DataError(f"{path} holds a {type(d).__name__}: a dictionary with features and identities is needed")
     return d
 
-# %% ../nbs/13c_features.ipynb #56ff8cb3
+# %% ../nbs/13c_features.ipynb #977729e8
 def _numbers(x, kind, path, n=None):
     "A float matrix, or `n` whole numbers."
     try: x = x.detach().cpu().float().numpy() if torch.is_tensor(x) and x.dtype in (torch.bfloat16, torch.float16) else np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
@@ -81,7 +81,7 @@ def load_features(
     feats = _numbers(feats, 'features', path)
     return Features(feats, *(None if x is None else _numbers(x, k, path, len(feats)) for x,k in ((pids, 'identities'), (cams, 'cameras'), (modality, 'modalities'))))
 
-# %% ../nbs/13c_features.ipynb #70eb1dbc
+# %% ../nbs/13c_features.ipynb #0f6a50db
 def save_features(
     path,          # File to write, `.npz`, `.pt` or `.mat`
     feats, pids,   # (n, D) features and (n,) identities

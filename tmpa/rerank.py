@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['flip_average', 'rerank_slow', 'rerank']
 
-# %% ../nbs/13b_rerank.ipynb #f11e9e7e
+# %% ../nbs/13b_rerank.ipynb #6ad5b9de
 import numpy as np, torch, torch.nn.functional as F
 from scipy import sparse
 from .core import ProtocolError
 from .ranking import as_matrix, check_finite
 
-# %% ../nbs/13b_rerank.ipynb #35b696df
+# %% ../nbs/13b_rerank.ipynb #1b20bed5
 def flip_average(
     extract,      # Callable: images (B,3,H,W), and whatever else it takes, to features (B,D)
     images,       # (B,3,H,W)
@@ -22,7 +22,7 @@ def flip_average(
     f = extract(images, *args) + extract(images.flip(-1), *args)
     return F.normalize(f, dim=1) if normalize else f/2
 
-# %% ../nbs/13b_rerank.ipynb #41e06ef8
+# %% ../nbs/13b_rerank.ipynb #d234c73b
 def rerank_slow(q_feats, g_feats, k1:int=20, k2:int=6, lam:float=0.3):
     "`rerank` with all distances in memory and a loop over images, for checking."
     x = F.normalize(torch.cat([as_matrix(q_feats, 'q_feats'), as_matrix(g_feats, 'g_feats')]).double(), dim=1).numpy()
@@ -44,7 +44,7 @@ def rerank_slow(q_feats, g_feats, k1:int=20, k2:int=6, lam:float=0.3):
     shared = np.stack([np.minimum(v[i], v[n_q:]).sum(axis=1) for i in range(n_q)])
     return (1-lam)*(1 - shared/(2-shared)) + lam*d[:n_q,n_q:]
 
-# %% ../nbs/13b_rerank.ipynb #14ae10cd
+# %% ../nbs/13b_rerank.ipynb #259fc5d6
 def _neighbours(x, k, chunk):
     "Nearest `k` of every row of `x` (n, D), themselves first: indices (n, k), equal distances by position; and the greatest squared distance of each row."
     near, top = [], []
@@ -63,7 +63,7 @@ def _mutual(near, k):
     "Mask (n, k+1): is this image in the list of its neighbour, both lists cut after `k` others?"
     return (near[near[:,:k+1],:k+1] == torch.arange(len(near), device=near.device)[:,None,None]).any(2)
 
-# %% ../nbs/13b_rerank.ipynb #da3a9553
+# %% ../nbs/13b_rerank.ipynb #59cc0fa2
 def _encode(x, near, top, k1, chunk):
     "Sparse rows (n, n): weights of the expanded reciprocal neighbours, each row summing to one."
     half, n, rows = round(k1/2), len(near), []
@@ -82,7 +82,7 @@ def _encode(x, near, top, k1, chunk):
     v = sparse.vstack(rows).tocsr()
     return sparse.diags_array(1/np.asarray(v.sum(1)).ravel()) @ v
 
-# %% ../nbs/13b_rerank.ipynb #50cfcbab
+# %% ../nbs/13b_rerank.ipynb #21f61b73
 def _shared(v, g):
     "Sum of the element-wise minimum of each row of `v` (b, n) and each of the gallery's (n_g, n), whose CSC form is `g`."
     r = np.repeat(np.arange(v.shape[0]), np.diff(v.indptr))
@@ -91,7 +91,7 @@ def _shared(v, g):
     least = np.minimum(np.repeat(v.data, n), g.data[at])
     return np.bincount(np.repeat(r, n)*g.shape[0] + g.indices[at], least, minlength=v.shape[0]*g.shape[0]).reshape(v.shape[0], g.shape[0])
 
-# %% ../nbs/13b_rerank.ipynb #f449c310
+# %% ../nbs/13b_rerank.ipynb #f2371ca7
 def rerank(
     q_feats, g_feats,  # (n_q, D) and (n_g, D) features; L2-normalised here
     k1:int=20,         # Length of the lists in which two images must find each other

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['sysu_items', 'load_perms', 'sysu_gallery', 'regdb_items', 'llcm_items', 'llcm_gallery', 'sysu_settings',
-           'cross_settings', 'regdb_settings', 'llcm_settings', 'read_image', 'load_image']
+           'cross_settings', 'regdb_settings', 'llcm_settings', 'read_image', 'load_resized']
 
-# %% ../../nbs/01_data.external.ipynb #9ca78237
+# %% ../../nbs/01_data.external.ipynb #fd1061e4
 import os, random, re, sys
 import numpy as np, torch
 from collections import defaultdict
@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from ..core import Modality, ReIDImage, ConfigError, DataError, ProtocolError
 from ..evaluation import Setting
 
-# %% ../../nbs/01_data.external.ipynb #11704731
+# %% ../../nbs/01_data.external.ipynb #00330efa
 _exts = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff'}
 
 def _root(path, hint):
@@ -40,7 +40,7 @@ def _images(folder):
     except (FileNotFoundError, NotADirectoryError): return []
     return [Path(folder)/o for o in names]
 
-# %% ../../nbs/01_data.external.ipynb #cc2fe27b
+# %% ../../nbs/01_data.external.ipynb #4e3f0ef1
 _sysu_ir = (3, 6)
 
 def sysu_items(
@@ -58,7 +58,7 @@ def sysu_items(
     if not res: raise DataError(f'no image of the {split} identities in {path}: images should be cam1/0001/0001.jpg and so on')
     return res
 
-# %% ../../nbs/01_data.external.ipynb #cfaf037b
+# %% ../../nbs/01_data.external.ipynb #62590258
 def load_perms(
     path:str|Path, # `rand_perm_cam.mat`, or the folder that holds it (or `exp/rand_perm_cam.mat`)
 ) -> dict: # (camera, identity) -> int array (10, n): row t is the order of files 1..n in trial t
@@ -84,7 +84,7 @@ def _sysu_perms(items, convention, perms):
     if convention is None and perms is None and not found: return 'seeded', None
     return 'official', load_perms(root)
 
-# %% ../../nbs/01_data.external.ipynb #21dddd61
+# %% ../../nbs/01_data.external.ipynb #ab52c871
 def sysu_gallery(
     items:list, # `ReIDImage` of SYSU-MM01's test split (infrared ones are passed over)
     mode:str='all', # 'all' (cameras 1, 2, 4, 5) or 'indoor' (1, 2)
@@ -113,7 +113,7 @@ def _official(items, idxs, perms, p, c, trial, shots):
         raise DataError(f"rand_perm_cam.mat does not fit the images in {items[idxs[0]].path.parent} (trial {trial}): use the file of this data set, or convention='seeded'")
     return [by_num[n] for n in order[trial][:shots]]
 
-# %% ../../nbs/01_data.external.ipynb #a4acc644
+# %% ../../nbs/01_data.external.ipynb #c455b88b
 def _read_index(root, f):
     "Rows (file, label, folder number or None) of an index file, each line checked; one listing per folder, since that is cheaper than asking for each file."
     rows,listing = [],{}
@@ -144,7 +144,7 @@ def regdb_items(
     pid = 2 if _pid_is_folder(rows[0]+rows[1]) else 1
     return [ReIDImage(r[0], r[pid], m+1, m) for m in range(2) for r in sorted(rows[m], key=lambda r: (r[pid], str(r[0])))]
 
-# %% ../../nbs/01_data.external.ipynb #f8035536
+# %% ../../nbs/01_data.external.ipynb #1f8dd241
 def _llcm_cam(f):
     m = re.search(r'_c(\d+)(?:_|$)', f.stem) or next((m for m in map(re.compile(r'cam(\d+)$').match, reversed(f.parts[-4:-1])) if m), None)
     return int(m[1]) if m else 0
@@ -178,7 +178,7 @@ def llcm_gallery(
         if o.modality==modality: groups[o.pid, o.cam].append(i)
     return [rng.choice(sorted(idxs, key=lambda i: items[i].path.name)) for _, idxs in sorted(groups.items())]
 
-# %% ../../nbs/01_data.external.ipynb #6b5a8900
+# %% ../../nbs/01_data.external.ipynb #7104208d
 def _where(items, modality): return np.array([i for i, o in enumerate(items) if o.modality==modality], dtype=np.int64)
 
 def _setting(name, q_idx, g_idxs, rule, note=''):
@@ -222,7 +222,7 @@ def llcm_settings(
     note = 'gallery drawn by Python random, seed = trial'
     return [_setting(n, _where(items, q), [llcm_gallery(items, g, t) for t in range(trials)], 'llcm', note) for n, q, g in (('v2t', 0, 1), ('t2v', 1, 0))]
 
-# %% ../../nbs/01_data.external.ipynb #8367d6d9
+# %% ../../nbs/01_data.external.ipynb #92c8d3d8
 def _decode(path):
     "PIL image (8-bit grey or RGB) or float array (H, W[, 3]) of raw values, with the raw value that means 1."
     path = Path(path)
@@ -253,7 +253,7 @@ def _colour16(path):
             return np.asarray(im)[..., :3].astype(np.float32)
     return load(False)*256+load(True)
 
-# %% ../../nbs/01_data.external.ipynb #39b9f8df
+# %% ../../nbs/01_data.external.ipynb #3b8724d7
 def _pixels(path, size=None, ir_range=None):
     "Array (H, W) or (H, W, 3): uint8 for 8-bit files, else float32 in [0, 1]; `size` is (height, width)."
     im,top = _decode(path)
@@ -281,7 +281,7 @@ def read_image(
     "Read an image of any depth; `DataError` names a file that is missing, empty, damaged or out of range."
     return _to_tensor(_pixels(path, ir_range=ir_range))
 
-def load_image(
+def load_resized(
     path:str|Path, # An image file that Pillow can read
     size:tuple, # (height, width)
     ir_range:tuple|None=None, # As in `read_image`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GENERATOR_VERSION', 'render_person', 'gallery', 'show_gallery', 'make_regdb', 'make_sysu', 'make_llcm']
 
-# %% ../../nbs/01a_data.synthetic.ipynb #aafe52c4
+# %% ../../nbs/01a_data.synthetic.ipynb #c6910778
 import colorsys, csv, hashlib, json, math, os, shutil, tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from ..core import ConfigError, DataError, Modality
 
-# %% ../../nbs/01a_data.synthetic.ipynb #fee42bcd
+# %% ../../nbs/01a_data.synthetic.ipynb #6e18250b
 GENERATOR_VERSION = '1' # Changes whenever a rendered pixel changes; stored in every manifest
 
 class _Dice:
@@ -43,7 +43,7 @@ def _sin(a): return round(math.sin(a), 9)
 def _cos(a): return round(math.cos(a), 9)
 def _pow(a, b): return round(math.pow(a, b), 9)
 
-# %% ../../nbs/01a_data.synthetic.ipynb #c714c51e
+# %% ../../nbs/01a_data.synthetic.ipynb #31dab565
 def _luma(m): return .3*m[0] + .59*m[1] + .11*m[2]
 
 def _dye(d, sat=.55):
@@ -64,7 +64,7 @@ def _cloth(d, kinds, weights, **kw):
     a, b = (*a[:3], ir, a[4]), (*b[:3], ir+step, a[4])
     return SimpleNamespace(a=a, b=b, kind=d.pick(kinds, weights), freq=d.u(9, 20), n=d.pick((6, 8, 10, 14)), phase=d.u(), v=d.u(.06, .2), size=d.u(.03, .08), back=d.chance(.3), **kw)
 
-# %% ../../nbs/01a_data.synthetic.ipynb #3e7b3887
+# %% ../../nbs/01a_data.synthetic.ipynb #97c04055
 @lru_cache(4096)
 def _identity(seed, pid):
     "Body, hair, clothes and belongings of one person."
@@ -89,7 +89,7 @@ def _identity(seed, pid):
     p.scarf, p.scarf_mat = d.chance(.15), _dye(d)
     return p
 
-# %% ../../nbs/01a_data.synthetic.ipynb #60e0603d
+# %% ../../nbs/01a_data.synthetic.ipynb #0dbcbcf1
 @lru_cache(256)
 def _camera(seed, modality, cam):
     "Optics and place of one camera."
@@ -104,7 +104,7 @@ def _camera(seed, modality, cam):
 def _ink(c, m): # what the camera's channels see of a material before its electronics
     return np.array([c.reflect*m[3]+c.warm*m[4]] if c.ir else m[:3], np.float32)
 
-# %% ../../nbs/01a_data.synthetic.ipynb #07a5f19a
+# %% ../../nbs/01a_data.synthetic.ipynb #6e5fdf18
 class _Canvas:
     "A float image on which shapes are painted in body units: 0 the crown, 1 the soles, x to the right of the body's axis."
     def __init__(self, size, channels, scale, x, y, tilt, light):
@@ -154,7 +154,7 @@ class _Canvas:
         q = np.clip(u, -1, 1)
         self.blend(w, a, ink, 1-.3*q*q+.12*self.light*q, None if mark is None else mark(q, y+0*x), ink2)
 
-# %% ../../nbs/01a_data.synthetic.ipynb #f8e111f0
+# %% ../../nbs/01a_data.synthetic.ipynb #aa0a2b0c
 def _wave(t, duty=.5): return np.clip((np.abs(t-np.floor(t)-.5)*2-1+duty)*4+.5, 0, 1)
 
 def _pattern(c, sy, yaw):
@@ -174,7 +174,7 @@ def _pattern(c, sy, yaw):
             'panel':   lambda u,y: centred(u, .25+4*c.size),
             'logo':    lambda u,y: centred(u, .5)*np.clip((c.size-np.abs(y-sy-c.v))*60+.5, 0, 1)}[c.kind]
 
-# %% ../../nbs/01a_data.synthetic.ipynb #ce484e0a
+# %% ../../nbs/01a_data.synthetic.ipynb #b1f14581
 def _pose(d, c):
     "Heading, stride and arms of one photograph."
     stand = d.chance(.25)
@@ -201,7 +201,7 @@ def _sleeve(cv, pts, radii, skin, ink, cover, loose, mark=None, ink2=None):
             end = [a+(b-a)*t for a,b in zip(pts[k], pts[k+1])]
             cv.capsule(pts[k], end, radii[k]*(1.08 if k == 0 else loose), (radii[k]+(radii[k+1]-radii[k])*t)*loose, ink, mark, ink2)
 
-# %% ../../nbs/01a_data.synthetic.ipynb #e35b1479
+# %% ../../nbs/01a_data.synthetic.ipynb #e9a4ac9a
 def _legs(cv, p, q, ink):
     "Legs with shoes, then a skirt if there is one; the leg further from the camera first."
     top, low, mid = p.hip-.02, p.low, .955-p.hip
@@ -238,7 +238,7 @@ def _trunk(cv, p, q, ink):
     elif q.c > .2: cv.blob(q.lean*.82+.03*q.s, p.sy-.012, .03*q.c, .024, ink(p.skin))
     if p.scarf: cv.capsule((q.lean*.84-.035*abs(q.c), p.sy-.018), (q.lean*.84+.035*abs(q.c), p.sy-.018), .023, .023, ink(p.scarf_mat))
 
-# %% ../../nbs/01a_data.synthetic.ipynb #3baab37a
+# %% ../../nbs/01a_data.synthetic.ipynb #e1f1805c
 def _arm(cv, p, q, ink, side):
     "One arm, with the hand bag if this hand carries it."
     k, t = side > 0, p.top
@@ -276,7 +276,7 @@ def _straps(cv, p, q, ink):
         cv.capsule((x-w, p.hip-.06), (x+w, p.hip-.06), .009, .009, m)
         if q.c > -.2: cv.box(x+.07*q.s, p.hip-.05, .02+.035*abs(q.c), .026, .012, m)
 
-# %% ../../nbs/01a_data.synthetic.ipynb #32d267c6
+# %% ../../nbs/01a_data.synthetic.ipynb #aa942651
 def _tresses(cv, p, q, ink, x, y):
     "Hair that hangs below the head."
     r, back = p.head*.4, -q.s*p.head*.22
@@ -324,7 +324,7 @@ def _person(cv, p, q, ink):
         if p.bag == 'back': _pack(cv, p, q, ink)
     _arm(cv, p, q, ink, near)
 
-# %% ../../nbs/01a_data.synthetic.ipynb #de47543d
+# %% ../../nbs/01a_data.synthetic.ipynb #82d35374
 def _background(cv, c, d):
     "Wall and floor of this camera, its furniture seen from where this photograph looks, and clutter of the moment."
     h, w = cv.img.shape[:2]
@@ -367,7 +367,7 @@ def _develop(img, c, d):
     img = (np.clip(img, 0, 1)*255+.5).astype(np.uint8)
     return np.repeat(img, 3, 2) if c.ir else img
 
-# %% ../../nbs/01a_data.synthetic.ipynb #15257325
+# %% ../../nbs/01a_data.synthetic.ipynb #17be1f07
 def render_person(
     pid:int, # Identity, >= 0; its looks depend on `seed` and `pid` only
     modality:int, # `Modality`: 0 visible, 1 infrared
@@ -388,7 +388,7 @@ def render_person(
     if d.chance(.08): cv.box(d.u(-.3, .3), 1.0, d.u(.04, .12), d.u(.1, .35), .01, _ink(c, _dye(d)))
     return _develop(cv.img, c, d)
 
-# %% ../../nbs/01a_data.synthetic.ipynb #d443613e
+# %% ../../nbs/01a_data.synthetic.ipynb #5120495b
 def gallery(
     n_ids:int=8, # Identities, one column each
     shots:int=2, # Photographs of each modality
@@ -417,7 +417,7 @@ def show_gallery(
     ax.set_yticks([shots*h*.5, shots*h*1.5], ['visible', 'infrared'], rotation=90, va='center')
     return ax
 
-# %% ../../nbs/01a_data.synthetic.ipynb #2655a574
+# %% ../../nbs/01a_data.synthetic.ipynb #bebec186
 def _write_chunk(root, size, seed, jobs):
     for rel,*key in jobs:
         f = Path(root)/rel
@@ -465,7 +465,7 @@ def _ids(n_ids, at_least=2):
     if int(n_ids) != n_ids or n_ids < at_least: raise ConfigError(f'n_ids must be a whole number of at least {at_least}, got {n_ids}: pass more identities')
     return list(range(1, int(n_ids)+1))
 
-# %% ../../nbs/01a_data.synthetic.ipynb #99bbe4b4
+# %% ../../nbs/01a_data.synthetic.ipynb #35e6f482
 def make_regdb(
     path, # Folder to make, or to use again when it was made with the same arguments
     n_ids:int=100, # Identities; each trial trains on n_ids // 2 and tests on the rest
@@ -494,7 +494,7 @@ def make_regdb(
                 texts[f'idx/{part}_{name}_{trial}.txt'] = ''.join(f'{f} {k}\n' for k,pid in enumerate(own) for f in files[m, pid])
     return _write(path, 'regdb', size, seed, jobs, texts, n_workers, identities=len(pids), per_modality=per_modality)
 
-# %% ../../nbs/01a_data.synthetic.ipynb #343eedf9
+# %% ../../nbs/01a_data.synthetic.ipynb #60ea12e1
 def _structure(table):
     "Rows (pid, split, [images in cam1..cam6]) from a CSV file or from dicts or sequences in the order pid, split, cam1..cam6."
     keys = ['pid', 'split', *(f'cam{k}' for k in range(1, 7))]
@@ -527,7 +527,7 @@ def make_sysu(
     texts = {f'exp/{part}_id.txt': ','.join(str(pid) for pid,split,_ in rows if split == part)+'\n' for part in ('train', 'val', 'test')}
     return _write(path, 'sysu', size, seed, jobs, texts, n_workers, identities=len(rows))
 
-# %% ../../nbs/01a_data.synthetic.ipynb #a2d5a6bd
+# %% ../../nbs/01a_data.synthetic.ipynb #d61b0f1b
 def make_llcm(
     path, # Folder to make, or to use again when it was made with the same arguments
     n_ids:int=60, # Identities; the first two thirds train, the rest test

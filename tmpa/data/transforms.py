@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pad_crop', 'hflip', 'channel_exchange', 'random_erase', 'ReIDAug']
 
-# %% ../../nbs/02_data.transforms.ipynb #02fee2c9
+# %% ../../nbs/02_data.transforms.ipynb #5d47cd27
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -14,12 +14,12 @@ from fastai.torch_core import TensorImage
 from fastai.vision.core import imagenet_stats
 from fasttransform import ItemTransform
 
-# %% ../../nbs/02_data.transforms.ipynb #cc567c93
+# %% ../../nbs/02_data.transforms.ipynb #638ed88c
 def _rand(shape, like, generator):
     "Numbers in [0, 1) from the CPU generator, on the device of `like`."
     return torch.rand(shape, generator=generator).to(like.device)
 
-# %% ../../nbs/02_data.transforms.ipynb #745a2ea1
+# %% ../../nbs/02_data.transforms.ipynb #ad6031d6
 def pad_crop(
     x:Tensor, # Images (n, c, h, w)
     pad:int=10, # Pixels of zeros on each side
@@ -34,7 +34,7 @@ def pad_crop(
     x = x.gather(2, rows[:, None, :, None].expand(n, c, h, x.shape[3]))
     return x.gather(3, cols[:, None, None].expand(n, c, h, w))
 
-# %% ../../nbs/02_data.transforms.ipynb #c7ce262e
+# %% ../../nbs/02_data.transforms.ipynb #6cf0588d
 def hflip(
     x:Tensor, # Images (n, c, h, w)
     p:float=0.5, # Chance of each image
@@ -43,7 +43,7 @@ def hflip(
     "Mirror left and right with chance `p`."
     return torch.where((_rand(len(x), x, generator)<p)[:, None, None, None], x.flip(3), x)
 
-# %% ../../nbs/02_data.transforms.ipynb #c83f226f
+# %% ../../nbs/02_data.transforms.ipynb #b566c123
 def channel_exchange(
     x:Tensor, # Images (n, 3, h, w)
     modality:Tensor, # LongTensor (n,), 0 visible
@@ -56,7 +56,7 @@ def channel_exchange(
     src = torch.where(((on<p) & (modality==0))[:, None], (pick*3).long()[:, None], torch.arange(3, device=x.device))
     return x[torch.arange(n, device=x.device)[:, None], src]
 
-# %% ../../nbs/02_data.transforms.ipynb #9a8c1ad6
+# %% ../../nbs/02_data.transforms.ipynb #117d831a
 def _first_fit(h, w, H, W):
     "Height and width of the first of several candidates (n, tries) that fits, and clamped where none does."
     i = ((h<=H) & (w<=W)).float().argmax(1, keepdim=True)
@@ -81,7 +81,7 @@ def random_erase(
     rows,cols = (y>=top) & (y<top+h) & (on<p),(z>=left) & (z<left+w)
     return torch.where((rows[:, :, None] & cols[:, None])[:, None], x.new_tensor(fill)[:, None, None], x)
 
-# %% ../../nbs/02_data.transforms.ipynb #5db67146
+# %% ../../nbs/02_data.transforms.ipynb #fc1e2898
 class ReIDAug(ItemTransform):
     "Training augmentation of a batch `(image, modality, ...)`: pad-crop, flip, channel exchange, erasing."
     split_idx,order = 0,50
@@ -89,7 +89,7 @@ class ReIDAug(ItemTransform):
         pad:int|None=None, # Pixels of zeros for the crop; None: 10 at 288 rows, in proportion at other sizes
         flip:float=0.5, # Chance of a mirror image
         exchange:float=0.75, # Chance of a channel exchange (visible only)
-        erase:float=0.5, # Chance of an erased rectangle
+        erase:float=0., # Chance of an erased rectangle; off, as in AGW and the paper
         generator:torch.Generator|None=None, # CPU generator; None: torch's global one
     ):
         super().__init__()

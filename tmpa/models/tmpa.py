@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TMPANet', 'split_params', 'n_params', 'n_flops', 'show_size', 'save_weights', 'read_meta', 'load_weights',
-           'load_model']
+           'load_tmpa']
 
-# %% ../../nbs/12_models.tmpa.ipynb #a2802e25
+# %% ../../nbs/12_models.tmpa.ipynb #782e3a6e
 import copy, inspect, json, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
@@ -19,7 +19,7 @@ from .backbone import arch_name, first_mismatch, get_arch, load_torch, make_resn
 from .mfe import MFE, slot_rows
 from .mft import MFT, complete_feature, cross_attention
 
-# %% ../../nbs/12_models.tmpa.ipynb #bdaaae87
+# %% ../../nbs/12_models.tmpa.ipynb #610cff04
 class TMPANet(nn.Module):
     "The whole network: images and modalities to features, and in training to everything that the losses need."
     def __init__(self,
@@ -39,6 +39,7 @@ class TMPANet(nn.Module):
         pool_trainable:bool=False,    # Learn it?
         feature:str='bn',             # Evaluation feature: after the neck ('bn') or before ('pool')
         weights:str='IMAGENET1K_V1',  # Which torchvision weights
+        same_start:bool=False,        # Without weights: extractors begin as copies of one random trunk, as they do with weights
         attention=None,               # Function of a channel count that returns a module for F_sh before layer 4, one trunk only
     ):
         super().__init__()
@@ -47,15 +48,15 @@ class TMPANet(nn.Module):
                            attention=attention and arch_name(attention))
         self.complete,self.eval_complete,self.mix_into_complete,self.keep_originals = complete,eval_complete,mix_into_complete,keep_originals
         self.gen_rows,self.lams,self.feature = gen_rows,lams,feature
-        self._build(n_classes, arch, pretrained, weights, mfe, mft, heads, attention)
+        self._build(n_classes, arch, pretrained, weights, mfe, mft, heads, attention, same_start)
         self.pool,self.neck,self.classifier = GeM(pool_p, pool_trainable), BNNeck(self.dim), Classifier(self.dim, n_classes)
 
-# %% ../../nbs/12_models.tmpa.ipynb #22789d59
+# %% ../../nbs/12_models.tmpa.ipynb #2a71c8cf
 @patch
-def _build(self:TMPANet, n_classes, arch, pretrained, weights, mfe, mft, heads, attention):
+def _build(self:TMPANet, n_classes, arch, pretrained, weights, mfe, mft, heads, attention, same_start):
     e,tail = split_resnet(make_resnet(arch, pretrained, weights))
     self.dim,c = tail.c_out, tail.c_in
-    more = lambda: split_resnet(make_resnet(arch, False)) if pretrained is False else copy.deepcopy((e, tail))
+    more = lambda: split_resnet(make_resnet(arch, False)) if pretrained is False and not same_start else copy.deepcopy((e, tail))
     part = (lambda p: p[0]) if mft else (lambda p: nn.Sequential(*p))
     self.mfe,self.tail = MFE(e, *(part(more()) for _ in range(2*mfe))), tail
     self.attention = attention(c) if attention else None
@@ -63,7 +64,7 @@ def _build(self:TMPANet, n_classes, arch, pretrained, weights, mfe, mft, heads, 
     if mft and pretrained is not False: self.mft.load_bottleneck(tail.layer4[0])
     if mfe: self.classifier_vis,self.classifier_ir = (SpecificClassifier(c if mft else self.dim, n_classes) for _ in range(2))
 
-# %% ../../nbs/12_models.tmpa.ipynb #e9641c74
+# %% ../../nbs/12_models.tmpa.ipynb #1439d75d
 def _check(a):
     allowed = dict(complete=('single', 'pair'), eval_complete=('self', 'own', 'miss'), gen_rows=(None, 'match', 'miss', 'all'), feature=('bn', 'pool'))
     for k,ok in allowed.items():
@@ -72,7 +73,7 @@ def _check(a):
     if a['attention'] and a['mfe']: raise ConfigError('attention= belongs to the model with one trunk: pass mfe=False, mft=False')
     if not a['n_classes'] >= 1: raise ConfigError(f'n_classes={a["n_classes"]}: at least one training identity is needed')
 
-# %% ../../nbs/12_models.tmpa.ipynb #f5a4e731
+# %% ../../nbs/12_models.tmpa.ipynb #2e88327a
 @patch
 def forward(self:TMPANet,
     images,     # (B, 3, H, W), normalised
@@ -97,7 +98,7 @@ def meta(self:TMPANet):
     now = {k: getattr(self, k) for k in ('complete', 'eval_complete', 'mix_into_complete', 'keep_originals', 'gen_rows', 'feature')}
     return {**self._fixed, **now, 'lams': list(self.lams)}
 
-# %% ../../nbs/12_models.tmpa.ipynb #440c181b
+# %% ../../nbs/12_models.tmpa.ipynb #5fd01cb5
 @patch
 def _sh(self:TMPANet, x):
     "F_sh of images: after the extractor with MFT, after the whole trunk without."
@@ -132,7 +133,7 @@ def _single(self:TMPANet, x, modality):
     sh = self._sh(x)
     return (sh, None, None) if self.mfe.visible is None else self._complete(sh, *self._specific(x, modality))
 
-# %% ../../nbs/12_models.tmpa.ipynb #fcbc4c69
+# %% ../../nbs/12_models.tmpa.ipynb #fdfa14a1
 @patch
 def _head(self:TMPANet, fc, modality, index):
     feat = self.pool(fc)
@@ -166,7 +167,7 @@ def _train_slots(self:TMPANet, x, modality, mixed):
     out.update(f_sh=p_sh, f_vis=p_vis, f_ir=p_ir, slot_index=vis, ir_index=ir, logits_vis=self.classifier_vis(p_vis), logits_ir=self.classifier_ir(p_ir))
     return out if self.mft is None else {**out, **self._generated(gen_vis, gen_ir, out['modality'], out['index'])}
 
-# %% ../../nbs/12_models.tmpa.ipynb #f64c9737
+# %% ../../nbs/12_models.tmpa.ipynb #38325b59
 @patch
 def _generated(self:TMPANet, gen_vis, gen_ir, modality, index):
     "Classify generated features, each on the rows that `gen_rows` names."
@@ -175,7 +176,7 @@ def _generated(self:TMPANet, gen_vis, gen_ir, modality, index):
     return dict(logits_vis_gen=self.classifier_vis(avg_pool(gen_vis[rv])), logits_ir_gen=self.classifier_ir(avg_pool(gen_ir[ri])),
                 gen_vis_index=index[rv], gen_ir_index=index[ri])
 
-# %% ../../nbs/12_models.tmpa.ipynb #8c88ac74
+# %% ../../nbs/12_models.tmpa.ipynb #c9f69d67
 def split_params(
     model:TMPANet, # Any of its variants
 )->list[list]:     # [trunk parameters, new parameters]
@@ -202,7 +203,7 @@ def n_flops(
     model.train(was)
     return c.get_total_flops()
 
-# %% ../../nbs/12_models.tmpa.ipynb #3a112e69
+# %% ../../nbs/12_models.tmpa.ipynb #0e8dec93
 def show_size(
     models:dict|nn.Module, # One model, or name -> model
     size:tuple=(288, 144), # Height and width
@@ -214,7 +215,7 @@ def show_size(
     for r in rows: print(f'{r["model"]:22}{r["params_M"]:12.2f}{r["with_classifiers_M"]:14.2f}{r["gflops"]:9.1f}')
     return rows
 
-# %% ../../nbs/12_models.tmpa.ipynb #d6e56150
+# %% ../../nbs/12_models.tmpa.ipynb #66b12729
 def save_weights(
     model:TMPANet, # Its weights and its arguments are written
     path,          # A .pth file
@@ -235,7 +236,7 @@ def _describe(meta):
     kind = {(False, False): 'baseline', (True, False): 'without MFT', (True, True): 'TMPA'}.get((meta.get('mfe'), meta.get('mft')), 'unnamed model')
     return f"{meta.get('arch', 'unknown architecture')} {kind}"
 
-# %% ../../nbs/12_models.tmpa.ipynb #b4e1deaa
+# %% ../../nbs/12_models.tmpa.ipynb #208688a7
 def load_weights(
     model:TMPANet,            # Changed in place
     path,                     # File of `save_weights`, or of `torch.save(model.state_dict(), path)`
@@ -254,8 +255,8 @@ def load_weights(
     model.load_state_dict({**want, **keep})
     return meta
 
-# %% ../../nbs/12_models.tmpa.ipynb #d17dd5d4
-def load_model(
+# %% ../../nbs/12_models.tmpa.ipynb #39e99746
+def load_tmpa(
     path,            # File of `save_weights`
     arch=None,       # Needed only when the file's architecture is a function of your own
     attention=None,  # Likewise
