@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['query_scores', 'Interval', 'bootstrap', 'Comparison', 'compare_runs']
 
-# %% ../nbs/13d_confidence.ipynb #601ebefd
+# %% ../nbs/13d_confidence.ipynb #f969aee7
 import numpy as np
 from typing import NamedTuple
 from .core import ProtocolError
 
-# %% ../nbs/13d_confidence.ipynb #edcb3f67
+# %% ../nbs/13d_confidence.ipynb #02e09703
 def query_scores(
     result,            # `EvalResult`, `SettingResult`, or an array of one number for each query
     metric:str='mAP',  # 'mAP', 'mINP' or 'rank1', 'rank5', ...
@@ -25,7 +25,7 @@ def query_scores(
     n = (~np.isnan(x)).sum(0)
     return np.where(n > 0, np.nansum(x, 0)/n.clip(min=1), np.nan)
 
-# %% ../nbs/13d_confidence.ipynb #b562137c
+# %% ../nbs/13d_confidence.ipynb #65322dff
 class Interval(NamedTuple):
     "A mean and its bootstrap interval, as fractions."
     mean:float
@@ -46,7 +46,7 @@ def _resample(x, groups, n, seed):
         out.append(np.tensordot(w, total, 1)/(w@size))
     return np.stack(out)
 
-# %% ../nbs/13d_confidence.ipynb #3ef6c781
+# %% ../nbs/13d_confidence.ipynb #691ddbd5
 def _valid(x, groups):
     ok = ~np.isnan(x).reshape(len(x), -1).any(1)
     if groups is not None and len(groups) != len(x): raise ProtocolError(f"groups has {len(groups)} entries for {len(x)} queries: pass the identity of each query")
@@ -66,7 +66,7 @@ def bootstrap(
     m = _resample(x, groups, n, seed)
     return Interval(float(x.mean()), *map(float, np.quantile(m, [(1-level)/2, (1+level)/2])), level)
 
-# %% ../nbs/13d_confidence.ipynb #7ef43608
+# %% ../nbs/13d_confidence.ipynb #1581277e
 class Comparison(NamedTuple):
     "A - B on the same queries, as fractions."
     diff:float   # Mean difference
@@ -76,6 +76,7 @@ class Comparison(NamedTuple):
     n:int        # Queries compared
     def __str__(self): return f'{100*self.diff:+.2f} [{100*self.low:+.2f}, {100*self.high:+.2f}], p = {self.p:.4f} on {self.n} queries'
 
+# %% ../nbs/13d_confidence.ipynb #00ee2623
 def compare_runs(
     a, b,              # `EvalResult`s, `SettingResult`s or scores of single queries, of the same queries in the same order
     metric:str='mAP',  # As in `query_scores`

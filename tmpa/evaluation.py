@@ -6,7 +6,7 @@
 __all__ = ['evaluate', 'Setting', 'SettingResult', 'evaluate_settings', 'evaluate_features', 'ProtocolTable', 'compare_protocols',
            'cmc_map', 'cmc_map_slow', 'EvalResult', 'RULES', 'Rule']
 
-# %% ../nbs/14_evaluation.ipynb #564f3b66
+# %% ../nbs/14_evaluation.ipynb #082c5335
 import numpy as np, torch
 from dataclasses import dataclass
 from math import nan
@@ -18,7 +18,7 @@ from .rerank import rerank as k_reciprocal
 
 _all_ = ['cmc_map', 'cmc_map_slow', 'EvalResult', 'RULES', 'Rule']
 
-# %% ../nbs/14_evaluation.ipynb #d18283e5
+# %% ../nbs/14_evaluation.ipynb #3095792f
 _BLOCK = 256
 
 def _distance(q, g, metric, step):
@@ -31,7 +31,7 @@ def _distance(q, g, metric, step):
         return out if bias is None else out.add_(bias)
     return f
 
-# %% ../nbs/14_evaluation.ipynb #65349f3d
+# %% ../nbs/14_evaluation.ipynb #660db9b2
 def _prepare(q_feats, g_feats, metric):
     "Checked features of one type on one device, and a function from row numbers to rows, normalised where the metric asks for it."
     if metric not in ('cosine', 'dot', 'euclidean'): raise ProtocolError(f"metric={metric!r}: choose 'cosine', 'dot' or 'euclidean'")
@@ -47,7 +47,7 @@ def _prepare(q_feats, g_feats, metric):
         return f
     return q.device, rows_of(q), rows_of(g)
 
-# %% ../nbs/14_evaluation.ipynb #110ff27b
+# %% ../nbs/14_evaluation.ipynb #b70c4158
 def evaluate(
     q_feats, g_feats,     # (n_q, D) and (n_g, D) features; tensors (any device) or arrays
     q_pids, g_pids,       # (n_q,) and (n_g,) identities
@@ -71,7 +71,7 @@ def evaluate(
     get = lambda rows, cols: _distance(q(rows), g(cols), metric, step)
     return run_rule(get, labels, rule, max_rank, step, device, 'the distance matrix', '' if metric == 'cosine' else f'{metric} of the features as given')
 
-# %% ../nbs/14_evaluation.ipynb #228be959
+# %% ../nbs/14_evaluation.ipynb #9eea87e8
 @dataclass(eq=False)
 class Setting:
     "One row of a protocol's table: which images search which, trial by trial."
@@ -81,7 +81,7 @@ class Setting:
     rule:str          # Name in `RULES`
     note:str = ''     # Convention and anything else that a reader of the number should know
 
-# %% ../nbs/14_evaluation.ipynb #88363c6a
+# %% ../nbs/14_evaluation.ipynb #a03cf4dc
 @dataclass(eq=False)
 class SettingResult:
     "Mean and deviation over the trials of a setting."
@@ -103,7 +103,7 @@ class SettingResult:
     @property
     def percent(self) -> dict: return {k: float(np.mean([t.percent[k] for t in self.trials])) for k in self.trials[0].percent}
 
-# %% ../nbs/14_evaluation.ipynb #9cdf9a88
+# %% ../nbs/14_evaluation.ipynb #8a66191a
 @patch(as_prop=True)
 def ap(self:SettingResult) -> np.ndarray:
     "AP of each query, averaged over the trials in which it has a match."
@@ -125,7 +125,7 @@ def __repr__(self:SettingResult):
     s = '  '.join(f'{k} {v:.2f}' + ('' if np.isnan(d) else f'±{d:.2f}') for (k,v),d in zip(self.percent.items(), self.std.values()))
     return f"{self.name}: {s}  ({len(self.trials)} trial{'s'*(len(self.trials)>1)}, {self.n_valid:g} of {self.n_queries} queries{'; ' + self.note if self.note else ''})"
 
-# %% ../nbs/14_evaluation.ipynb #b0bbc6e3
+# %% ../nbs/14_evaluation.ipynb #aafff231
 def evaluate_settings(
     feats,                # (n, D) features of all images
     pids, cams,           # (n,) identities and cameras of all images
@@ -147,7 +147,7 @@ def evaluate_settings(
         return SettingResult(trials, s.name, '; '.join(filter(None, (s.note, trials[0].note))))
     return {s.name: setting(s) for s in settings}
 
-# %% ../nbs/14_evaluation.ipynb #dea214bd
+# %% ../nbs/14_evaluation.ipynb #bc12c601
 def evaluate_features(
     q_path, g_path,       # Files of query and gallery features, see `tmpa.features.load_features`; both may be one file
     rule:str='regdb',     # 'regdb' (plain), 'sysu', 'llcm' or 'market'
@@ -165,7 +165,7 @@ def evaluate_features(
     for f,path in ((q, q_path), (g, g_path)): check_finite(as_matrix(f.feats, str(path)), str(path))
     return evaluate(q.feats, g.feats, q.pids, g.pids, q.cams, g.cams, rule, max_rank, metric, rerank, chunk)
 
-# %% ../nbs/14_evaluation.ipynb #18ff7b3b
+# %% ../nbs/14_evaluation.ipynb #e8f0f982
 @dataclass
 class ProtocolTable:
     "Rows of (setting, what differs from the reference, `SettingResult`)."
@@ -182,7 +182,7 @@ class ProtocolTable:
         tr = lambda t, r: '<tr>' + ''.join(f'<{t}>{x}</{t}>' for x in r) + '</tr>'
         return '<table>' + tr('th', self.head()) + ''.join(tr('td', r) for r in self.cells()) + '</table>'
 
-# %% ../nbs/14_evaluation.ipynb #0a8c49a6
+# %% ../nbs/14_evaluation.ipynb #db06318e
 def _items(pids, cams, modality):
     "Records of the rows, with the file names that a data set would have given them."
     from pathlib import Path
@@ -202,6 +202,7 @@ def _sysu_changes(items, perms, trials, count):
     return ref, f'{main} gallery, single-shot, CMC over identities', [*other, ('multi-shot', multi), ('indoor-search', indoor),
         ('plain CMC', count(ref, Rule('place', False))), ('camera 2 kept for camera 3', count(ref, Rule('none', True)))]
 
+# %% ../nbs/14_evaluation.ipynb #e6df49de
 def _changes(data, items, perms, trials):
     "Reference settings of a data set, what they are, and (what differs, settings) for other galleries and other ways of counting."
     from tmpa.data.external import cross_settings, llcm_settings
@@ -215,7 +216,7 @@ def _changes(data, items, perms, trials):
     return ref, 'one image per identity and camera, CMC over identities, same camera removed', [('plain CMC', count(ref, 'market')),
         ('same camera not removed', count(ref, Rule('none', True))), ('all images as gallery', cross_settings(items, 'llcm'))]
 
-# %% ../nbs/14_evaluation.ipynb #baa89849
+# %% ../nbs/14_evaluation.ipynb #ea35d9c0
 def compare_protocols(
     feats,                # (n, D) features as the reference scores them: after BNNeck
     pids, cams, modality, # (n,) identities, cameras, modalities (0 visible, 1 infrared)

@@ -7,7 +7,7 @@ __all__ = ['DATA', 'ARCHS', 'DataSpec', 'read_data', 'synthetic_path', 'as_score
            'SaveWeights', 'write_json', 'new_folder', 'make_learner', 'train_run', 'held_out_split', 'mean_map',
            'save_report', 'evaluate_run']
 
-# %% ../nbs/18_experiment.ipynb #53fd2e00
+# %% ../nbs/18_experiment.ipynb #c1569e4f
 import json, os, platform, subprocess, time
 from dataclasses import asdict, dataclass, replace
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
 from .core import CheckpointError, ConfigError, ProtocolError, atomic_write
-from .data.external import sysu_items, regdb_items, llcm_items, sysu_settings, regdb_settings, llcm_settings
+from .data.external import csv_items, llcm_items, regdb_items, sysu_items, cross_settings, llcm_settings, regdb_settings, sysu_settings
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION, make_regdb
 from .models.backbone import tiny_resnet
@@ -31,20 +31,20 @@ from .recipes import Recipe, get_recipe
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, text_table, write_report
 
-# %% ../nbs/18_experiment.ipynb #e32973ef
-DATA = ('sysu', 'regdb', 'llcm', 'synthetic')
+# %% ../nbs/18_experiment.ipynb #b9ac0635
+DATA = ('sysu', 'regdb', 'llcm', 'csv', 'synthetic')
 
 @dataclass
 class DataSpec:
     "What `read_data` reads."
     data:str = 'synthetic' # One of `DATA`
-    path:str|None = None # Folder; for synthetic data where to render, default a folder in TMPA_HOME or ~/.cache/tmpa
+    path:str|None = None # Folder (csv: the file); for synthetic data where to render, default a folder in TMPA_HOME or ~/.cache/tmpa
     trial:str = '1' # RegDB: the split, 1 to 10; SYSU and LLCM: gallery trial 0 to 9, or 'all'
     n_ids:int = 400 # Synthetic: identities, half of them for training
     size:tuple = (288,144) # Height and width
     seed:int = 0 # Synthetic: seed of the renderer
 
-# %% ../nbs/18_experiment.ipynb #c74f0d52
+# %% ../nbs/18_experiment.ipynb #6407f773
 def _int_trial(trial, low, high, data):
     try: t = int(trial)
     except ValueError: t = low-1
@@ -54,12 +54,13 @@ def _int_trial(trial, low, high, data):
 def read_data(spec:DataSpec):
     "Training items, test items and evaluation settings (over the test items) of a data set."
     if spec.data not in DATA: raise ConfigError(f"data {spec.data!r}: choose one of {', '.join(DATA)}")
-    if spec.data != 'synthetic' and not spec.path: raise ConfigError(f'--data {spec.data} needs --path, the folder that holds the data set')
+    if spec.data != 'synthetic' and not spec.path: raise ConfigError(f'--data {spec.data} needs --path, the folder (or CSV file) of the data set')
     if spec.data in ('regdb','synthetic'):
         path,trial = spec.path,_int_trial(spec.trial, 1, 10, spec.data)
         if spec.data == 'synthetic': path = make_regdb(synthetic_path(spec), n_ids=spec.n_ids, size=spec.size, seed=spec.seed)
         train,test = (regdb_items(path, trial=trial, split=s) for s in ('train','test'))
         return train,test,regdb_settings(test)
+    if spec.data == 'csv': return csv_items(spec.path, 'train'),(test := csv_items(spec.path, 'test')),cross_settings(test)
     items,settings,first = (sysu_items, sysu_settings, 'train+val') if spec.data == 'sysu' else (llcm_items, llcm_settings, 'train')
     train,test = items(spec.path, split=first),items(spec.path, split='test')
     settings = settings(test)
@@ -68,14 +69,14 @@ def read_data(spec:DataSpec):
         settings = [replace(s, g_idxs=s.g_idxs[t:t+1], note=f'{s.note}, trial {t}') for s in settings]
     return train,test,settings
 
-# %% ../nbs/18_experiment.ipynb #bc4f517a
+# %% ../nbs/18_experiment.ipynb #c6d3826c
 def synthetic_path(spec:DataSpec):
     "Where the built-in data of this description is rendered, once."
     h,w = spec.size
     home = Path(os.environ.get('TMPA_HOME', '~/.cache/tmpa')).expanduser()
     return Path(spec.path) if spec.path else home/f'synthetic-v{GENERATOR_VERSION}-{spec.n_ids}ids-{h}x{w}-seed{spec.seed}'
 
-# %% ../nbs/18_experiment.ipynb #412157af
+# %% ../nbs/18_experiment.ipynb #1c48ada2
 def as_scores(
     results:dict, # Setting name -> list of `EvalResult`, one a trial
     n_gallery:dict, # Setting name -> size of the gallery
@@ -88,7 +89,7 @@ def as_scores(
         for k,v in vals.items(): out[name] |= {k: float(np.mean(v)), f'{k}_std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18_experiment.ipynb #39254f26
+# %% ../nbs/18_experiment.ipynb #6a4e4a49
 def score_model(
     model, # A network with `model(images, modality) -> features`
     items:list, # Test items
@@ -104,7 +105,7 @@ def score_model(
     results = evaluate_settings(feats, pids, cams, settings)
     return as_scores({k: r.trials for k,r in results.items()}, {s.name: len(s.g_idxs[0]) for s in settings}),feats
 
-# %% ../nbs/18_experiment.ipynb #079ba69d
+# %% ../nbs/18_experiment.ipynb #837b3e91
 def environment():
     "Versions, machine kind and git state, for the run folder."
     def git(*a):
@@ -115,7 +116,7 @@ def environment():
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', generator=GENERATOR_VERSION,
         versions={p: version(p) for p in ('tmpa','torch','torchvision','fastai','numpy')}, git=git('rev-parse', 'HEAD'), git_clean=None if dirty is None else dirty == '')
 
-# %% ../nbs/18_experiment.ipynb #5c97498a
+# %% ../nbs/18_experiment.ipynb #492fde37
 ARCHS = {'tiny_resnet': tiny_resnet, **{n: getattr(torchvision.models, n) for n in ('resnet18','resnet34','resnet50','resnet101')}}
 
 @dataclass
@@ -144,7 +145,7 @@ class RunConfig:
 
     def asdict(self): "As plain data for JSON."; return {**asdict(self), 'recipe': self.recipe.asdict()}
 
-# %% ../nbs/18_experiment.ipynb #03591e71
+# %% ../nbs/18_experiment.ipynb #a4f5cce1
 class SaveWeights(Callback):
     "After every epoch write `last.pth`, and `best.pth` when the held-out mAP is the best so far; whole files or none."
     order = 56  # after the recorder and the CSV log
@@ -158,7 +159,7 @@ class SaveWeights(Callback):
             self.best = mAP
             save_weights(self.model, self.folder/'best.pth', **meta, held_out_mAP=mAP)
 
-# %% ../nbs/18_experiment.ipynb #598d7371
+# %% ../nbs/18_experiment.ipynb #2afbbe86
 def _log_cbs(log, out):
     if log == 'csv': return []
     if log == 'tensorboard':
@@ -176,7 +177,7 @@ def write_json(path, obj):
     "JSON, whole or not at all."
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + '\n', encoding='utf8')
 
-# %% ../nbs/18_experiment.ipynb #5f1a0bf8
+# %% ../nbs/18_experiment.ipynb #07a8dd6f
 def new_folder(out):
     "Make `out`; what is already there is never written over."
     out = Path(out)
@@ -202,7 +203,7 @@ def make_learner(
     return tmpa_learner(dls, ARCHS[cfg.arch], pretrained=cfg.pretrained, mfe=cfg.recipe.mfe, mft=cfg.recipe.mft, mix=mix, loss_func=cfg.recipe.make_loss(),
         model_kw=cfg.recipe.model, precision=cfg.precision, eval_every=cfg.eval_every)
 
-# %% ../nbs/18_experiment.ipynb #7a2634d7
+# %% ../nbs/18_experiment.ipynb #9c5a8aab
 def train_run(
     cfg:RunConfig,
     quiet:bool=False, # No progress bar
@@ -230,13 +231,13 @@ def train_run(
     write_json(out/'metrics.json', metrics)
     return metrics
 
-# %% ../nbs/18_experiment.ipynb #d3bca347
+# %% ../nbs/18_experiment.ipynb #4b9adb0e
 def held_out_split(cfg, train):
     "Training items without the held-out identities, and those: SYSU-MM01's own val identities, elsewhere a seeded tenth."
     if cfg.spec.data == 'sysu': return sysu_items(cfg.spec.path, split='train'),sysu_items(cfg.spec.path, split='val')
     return split_by_pid(train, 0.1, seed=cfg.seed)
 
-# %% ../nbs/18_experiment.ipynb #03da6017
+# %% ../nbs/18_experiment.ipynb #36c61e68
 def mean_map(scores): "mAP averaged over settings."; return float(np.mean([s['mAP'] for s in scores.values()]))
 
 def save_report(out, cfg, learn, metrics, test, settings, feats=None):
@@ -252,7 +253,7 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
     write_report(out/'report.html', f"{cfg.recipe.name} on {cfg.spec.data}",
         [('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
-# %% ../nbs/18_experiment.ipynb #c0f373b0
+# %% ../nbs/18_experiment.ipynb #c0681df0
 def evaluate_run(
     weights, # File that `train_run` wrote
     data:str|None=None, # Default: the data set that it was trained on

@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'Rule', 'get_rule', 'EvalResult', 'cmc_map_slow', 'refuse_rows', 'as_matrix', 'check_finite', 'check_label',
            'check_labels', 'run_rule', 'cmc_map']
 
-# %% ../nbs/13a_ranking.ipynb #ff973c33
+# %% ../nbs/13a_ranking.ipynb #c74aeec6
 import numpy as np, torch
 from dataclasses import dataclass
 from math import fsum, inf, nan
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from .core import ProtocolError
 
-# %% ../nbs/13a_ranking.ipynb #5b32e193
+# %% ../nbs/13a_ranking.ipynb #2d3b5057
 class Rule(NamedTuple):
     "What a query must not see, and how its CMC is counted."
     remove:str   # 'none', 'place' (camera 3 does not see camera 2) or 'same_cam' (same identity and same camera)
@@ -34,7 +34,7 @@ def get_rule(
         raise ProtocolError(f"this rule needs the camera of every image: pass {'q_cams' if cams[0] is None else 'g_cams'}, or rule='regdb' if cameras do not matter")
     return rule
 
-# %% ../nbs/13a_ranking.ipynb #781974e5
+# %% ../nbs/13a_ranking.ipynb #1e7b024c
 @dataclass(eq=False)
 class EvalResult:
     "CMC, mAP and mINP as fractions, with the numbers of every query behind them."
@@ -51,7 +51,7 @@ class EvalResult:
     note:str = ''        # What else was done to the features or distances
     n_gallery:int = 0    # Images of the gallery
 
-# %% ../nbs/13a_ranking.ipynb #bf7cb329
+# %% ../nbs/13a_ranking.ipynb #f6d96806
 @patch
 def rank(self:EvalResult, k:int) -> float:
     "Rank-k: `cmc[k-1]`."
@@ -73,7 +73,7 @@ def _repr_html_(self:EvalResult):
     rows = ('th', [*self.percent, 'queries', 'rule']), ('td', [*(f'{v:.2f}' for v in self.percent.values()), f'{self.n_valid} of {self.n_queries}', f'{self.rule} {self.note}'])
     return '<table>' + ''.join('<tr>' + ''.join(f'<{t}>{x}</{t}>' for x in xs) + '</tr>' for t,xs in rows) + '</table>'
 
-# %% ../nbs/13a_ranking.ipynb #d2c0378a
+# %% ../nbs/13a_ranking.ipynb #23c6b338
 def _result(ap, inp, first, rule, max_rank, note='', n_gallery=0):
     valid = first > 0
     n, rule = int(valid.sum()), rule if isinstance(rule, str) else f"{'merged' if rule.merge else 'plain'} CMC, removes {rule.remove}"
@@ -81,7 +81,7 @@ def _result(ap, inp, first, rule, max_rank, note='', n_gallery=0):
     cmc = np.bincount(first[valid].clip(max=max_rank+1), minlength=max_rank+2)[1:max_rank+1].cumsum() / n
     return EvalResult(cmc, fsum(ap[valid])/n, fsum(inp[valid])/n, n, len(first), ap, inp, first, valid, rule, note, n_gallery)
 
-# %% ../nbs/13a_ranking.ipynb #3ecac676
+# %% ../nbs/13a_ranking.ipynb #ede8e560
 def cmc_map_slow(
     dist,                 # (n_q, n_g) distances, smaller is nearer
     q_pids, g_pids,       # Identities
@@ -103,7 +103,7 @@ def cmc_map_slow(
         if merge: first[i] = len(np.unique(g_pids[order][:hits[0]]))
     return _result(ap, inp, first, rule, max_rank, n_gallery=np.shape(dist)[1])
 
-# %% ../nbs/13a_ranking.ipynb #1b177ff1
+# %% ../nbs/13a_ranking.ipynb #96aa2b72
 class _Gallery:
     "The gallery grouped by identity, and the order in which the columns of a distance matrix are laid out."
     def __init__(self, g_pids, g_cams, rule, device):
@@ -128,7 +128,7 @@ class _Gallery:
         self.whole, self.owner = len(n) == len(self.ids), self.dev(owner)  # whole: no identity has more than one piece
         return order[np.lexsort((place[piece], rnd))]
 
-# %% ../nbs/13a_ranking.ipynb #ddb669e5
+# %% ../nbs/13a_ranking.ipynb #304e6f31
 class _Block:
     "Some queries: the columns (B,M) of each one's matches, and which of them count."
     def __init__(self, g, q_pids, q_cams):
@@ -147,7 +147,7 @@ class _Block:
         if self.drop.any(): d[self.drop.nonzero()[:,0], self.col[self.drop]] = inf
         return self.drop.sum(1)
 
-# %% ../nbs/13a_ranking.ipynb #637efa72
+# %% ../nbs/13a_ranking.ipynb #b6bf9a68
 def _sorted_rows(d):
     "Sorted copies of a few rows of `d` at a time; on a CPU each one is overwritten by the next."
     if d.device.type != 'cpu': return [d.sort(1).values]
@@ -170,6 +170,7 @@ def _places(d, t, n_hidden):
         i = r.stop
     return [torch.cat(o) for o in zip(*out)]
 
+# %% ../nbs/13a_ranking.ipynb #fbf80935
 def _ahead(b, d, t, n_hidden):
     "How many images of the row stand before each match: those nearer, and those equally near that come first in the gallery."
     n, tied, fine = _places(d, t, n_hidden)
@@ -180,7 +181,7 @@ def _ahead(b, d, t, n_hidden):
         n[ri,ci] += ((d[ri] == t[ri,ci,None]) & (b.g.pos < b.g.pos[b.col[ri,ci]][:,None])).sum(1)
     return n, tied, fine
 
-# %% ../nbs/13a_ranking.ipynb #768d68a9
+# %% ../nbs/13a_ranking.ipynb #c7df7820
 def _nearer(d, own):
     "Mask (B, n_g) of what is nearer than `own` (B,1)."
     return torch.from_numpy(np.less(d.numpy(), own.numpy())) if d.device.type == 'cpu' else d < own
@@ -205,7 +206,7 @@ def _ids_ahead(b, d, t, tied):
         near[r] |= (d[r] == own[r]) & (b.g.pos < first[r])
     return _distinct(b.g, near)
 
-# %% ../nbs/13a_ranking.ipynb #e20655e6
+# %% ../nbs/13a_ranking.ipynb #970ca022
 def _score_block(g, d, q_pids, q_cams, rows, name):
     "AP, INP and first hit of some queries from their (B, n_g) distances in layout order; they are overwritten if the rule hides any. `rows` names the queries in an error."
     b = _Block(g, q_pids, q_cams)
@@ -222,22 +223,26 @@ def _score_block(g, d, q_pids, q_cams, rows, name):
     return np.where(some, ap, nan), np.where(some, inp, nan), np.where(some, r[:,0] if first is None else first, 0)
 
 def refuse_rows(rows, name):
+    "The error for rows that are not finite."
     raise ProtocolError(f"{name} holds NaN or infinite values in {len(rows)} rows, the first of them {rows[:5].tolist()}: look at the images of those rows, or at the training")
 
-# %% ../nbs/13a_ranking.ipynb #9ea03341
+# %% ../nbs/13a_ranking.ipynb #755f7a73
 def as_matrix(x, name):
     "A float tensor of two dimensions from a tensor, an array or nested lists."
     x = x.detach() if torch.is_tensor(x) else torch.as_tensor(np.asarray(x))
     if x.ndim != 2 or 0 in x.shape: raise ProtocolError(f"{name} has shape {tuple(x.shape)}: two dimensions, none of them empty, are needed")
-    return x if x.dtype in (torch.float32, torch.float64) else x.float() if x.is_floating_point() or x.dtype in (torch.uint8, torch.int8, torch.int16) else x.double()
+    if x.dtype in (torch.float32, torch.float64): return x
+    return x.float() if x.is_floating_point() or x.dtype in (torch.uint8, torch.int8, torch.int16) else x.double()
 
 def check_finite(x, name):
+    "`x`, or `ProtocolError` with the rows that are not finite."
     if not torch.isfinite(x.sum()):  # or only the sum overflows
         bad = ~torch.isfinite(x).all(1)
         if bad.any(): refuse_rows(bad.nonzero()[:,0], name)
     return x
 
 def check_label(x, n, name):
+    "An array of `n` labels, or `ProtocolError` with the shape that came instead."
     x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
     if x.shape != (n,): raise ProtocolError(f"{name} has shape {x.shape}, where one number for each of {n} rows is needed")
     return x
@@ -247,7 +252,7 @@ def check_labels(n_q, n_g, q_pids, g_pids, q_cams, g_cams, rule):
     if get_rule(rule, (q_cams, g_cams)).remove == 'none': q_cams = g_cams = None
     return [None if x is None else check_label(x, n, k) for x,n,k in ((q_pids, n_q, 'q_pids'), (g_pids, n_g, 'g_pids'), (q_cams, n_q, 'q_cams'), (g_cams, n_g, 'g_cams'))]
 
-# %% ../nbs/13a_ranking.ipynb #0385fec7
+# %% ../nbs/13a_ranking.ipynb #79288fd7
 def _groups(rule, q_cams, n_q, n_g, g_cams):
     "Queries and the gallery that they may see, as index arrays."
     q, g = np.arange(n_q), np.arange(n_g)
@@ -267,7 +272,7 @@ def run_rule(get, labels, rule, max_rank, step, device, name, note=''):
             ap[r], inp[r], first[r] = _score_block(g, dist(slice(i, i+len(r))), q_pids[r], take(q_cams, r), r, name)
     return _result(ap, inp, first, rule, max_rank, note, n_g)
 
-# %% ../nbs/13a_ranking.ipynb #e2ef85fd
+# %% ../nbs/13a_ranking.ipynb #ecd3142d
 def cmc_map(
     dist,                 # (n_q, n_g) distances, smaller is nearer; tensor (any device) or array
     q_pids, g_pids,       # (n_q,) and (n_g,) identities
