@@ -62,5 +62,5 @@ def main(
     for seed in map(int, seeds.split(',')):
         table = prepare(folder, Path(out)/'data', seed)
         lines += compare(rows, Path(out)/f'split{seed}', DataSpec('csv', str(table), size=size), (seed,), resume=True, quiet=True, workers=workers,
-                         arch='tiny_resnet', pretrained=False, patch=4, warmup=.1, decay=(.6, .85), num_workers=0)
+                         arch='micro_resnet', pretrained=False, patch=4, warmup=.1, decay=(.6, .85), cache=True)
     print(text_table(summarise(lines)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_size', 'parse_ints', 'tmpa_demo', 'mean_scores', 'tmpa_train', 'tmpa_evaluate']
 
-# %% ../nbs/18b_cli.ipynb #19c87cae
+# %% ../nbs/18b_cli.ipynb #eb7a61c7
 import functools, sys
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ from .experiment import ARCHS, DATA, DataSpec, RunConfig, as_scores, evaluate_ru
 from .recipes import get_recipe
 from .report import score_rows, text_table
 
-# %% ../nbs/18b_cli.ipynb #0c525a39
+# %% ../nbs/18b_cli.ipynb #6abfa9d0
 def _one_line_errors(f):
     @functools.wraps(f)
     def _f(*args, **kwargs):
@@ -38,7 +38,7 @@ def parse_ints(s, what):
     try: return [int(o) for o in str(s).split(',')]
     except ValueError: raise ConfigError(f'{what} {s!r}: give whole numbers with commas, for instance 0,1,2') from None
 
-# %% ../nbs/18b_cli.ipynb #e362ed54
+# %% ../nbs/18b_cli.ipynb #75755053
 @call_parse
 @_one_line_errors
 def tmpa_demo(
@@ -49,7 +49,7 @@ def tmpa_demo(
     epochs:int=12, # Epochs of a row
     ids:int=400, # Rendered identities, half of them for training
     size:str='96x48', # Image height x width
-    data:str=None, # Folder of the rendered images (default: fastai's data folder)
+    data:str=None, # Folder of the rendered images (default: one in $TMPA_HOME or ~/.cache/tmpa)
     workers:int=1, # Runs at a time, each in a process with one thread
     resume:store_true=False, # Go on in a folder that exists: finished runs are kept
     quiet:store_true=False, # No progress bars
@@ -60,11 +60,11 @@ def tmpa_demo(
     rows = demo_rows(['B','B+CA','B+CA+PedMix','TMPA'] if ablation else ['B','TMPA'], epochs, equal_compute, size=size)
     spec = DataSpec('synthetic', path=data, n_ids=ids, size=size)
     print(f'Rendering {ids} identities (once) ...', flush=True)
-    lines = compare(rows, out, spec, seeds, resume=resume, quiet=quiet, workers=workers, arch='tiny_resnet', pretrained=False, patch=max(1, size[0]//24), select='held_out', warmup=.1, decay=(.6,.85))
+    lines = compare(rows, out, spec, seeds, resume=resume, quiet=quiet, workers=workers, arch='micro_resnet', pretrained=False, patch=max(1, size[0]//24), select='held_out', warmup=.1, decay=(.6,.85), cache=True)
     print('\nUnseen identities, per cent' + (', mean ± deviation over seeds' if len(seeds) > 1 else '') + ':\n' + text_table(summarise(lines)))
     print(f'\nReport: {Path(out)/"report.html"}')
 
-# %% ../nbs/18b_cli.ipynb #14c3ff47
+# %% ../nbs/18b_cli.ipynb #998c676f
 def mean_scores(
     trials:list, # `scores` of several models
 )->dict:
@@ -77,7 +77,7 @@ def mean_scores(
             out[name] |= {k: float(v.mean()), f'{k}_std': float(v.std(ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18b_cli.ipynb #f49bbc45
+# %% ../nbs/18b_cli.ipynb #a7b7dc2c
 @call_parse
 @_one_line_errors
 def tmpa_train(
@@ -123,7 +123,7 @@ def tmpa_train(
         write_json(out/'metrics.json', dict(trials=t, scores=mean_scores(scores)))
     print(f"\n{get_recipe(recipe).name} on {data}, mean of ten trials, per cent:\n{text_table(score_rows(mean_scores(scores)))}\n\nReports: {out}/trial*/report.html")
 
-# %% ../nbs/18b_cli.ipynb #14030190
+# %% ../nbs/18b_cli.ipynb #34cce9da
 @call_parse
 @_one_line_errors
 def tmpa_evaluate(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'train_flops', 'Row', 'demo_rows', 'as_line', 'write_lines', 'summarise', 'compare']
 
-# %% ../nbs/18a_demo.ipynb #df4ad84e
+# %% ../nbs/18a_demo.ipynb #26c57661
 import csv, json, shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from .experiment import ARCHS, DataSpec, RunConfig, environment, mean_map, read_
 from .recipes import Recipe, get_recipe
 from .report import markdown_table, text_table, write_report
 
-# %% ../nbs/18a_demo.ipynb #8aa5fa71
+# %% ../nbs/18a_demo.ipynb #524c81c2
 def train_flops(
     recipe, # A `Recipe` or its name
-    arch:str='tiny_resnet', # One of `ARCHS`
+    arch:str='micro_resnet', # One of `ARCHS`
     size:tuple=(96,48), # Height, width
 )->float: # Operations (two a multiply-add) for one image
     "Forward operations for one training image, of the originals and the mixed images together."
@@ -33,7 +33,7 @@ def train_flops(
     with FlopCounterMode(display=False) as f, torch.no_grad(): model(x, m, *([x] if r.mix is not None else []))
     return f.get_total_flops()/4
 
-# %% ../nbs/18a_demo.ipynb #bc9b97f0
+# %% ../nbs/18a_demo.ipynb #f59574d4
 @dataclass(frozen=True)
 class Row:
     "A line of a comparison."
@@ -49,7 +49,7 @@ def demo_rows(
     recipes:list, # Names
     epochs:int, # Of every row
     equal_compute:bool=False, # Also rows of the cheaper methods, trained for as many operations as the dearest
-    arch:str='tiny_resnet', size:tuple=(96,48),
+    arch:str='micro_resnet', size:tuple=(96,48),
 )->list:
     "The rows of a comparison at equal epochs, and where asked at equal compute."
     cost = {n: train_flops(n, arch, size) for n in recipes}
@@ -58,7 +58,7 @@ def demo_rows(
     more = [Row(f'{get_recipe(n).name} (equal compute)', n, round(epochs*high/cost[n]), round(high/low, 2)) for n in recipes if cost[n] < .95*high]
     return rows + (more if equal_compute else [])
 
-# %% ../nbs/18a_demo.ipynb #337ade7c
+# %% ../nbs/18a_demo.ipynb #bf23cfe6
 FIELDS = ['row','recipe','seed','epochs','cost','train_seconds','generator'] + [f'{k}_{s}' for s in ('v2t','t2v') for k in ('rank1','rank10','rank20','mAP','mINP')] + ['mAP']
 
 def as_line(row, metrics):
@@ -72,7 +72,7 @@ def write_lines(path, lines):
     with atomic_write(path) as tmp, open(tmp, 'w', newline='') as f:
         w = csv.DictWriter(f, FIELDS); w.writeheader(); w.writerows(lines)
 
-# %% ../nbs/18a_demo.ipynb #eecdc8f4
+# %% ../nbs/18a_demo.ipynb #be5e6788
 def summarise(
     lines:list, # Records as in the CSV
 )->list: # Header row and one row a method, per cent, mean and standard deviation over seeds
@@ -86,7 +86,7 @@ def summarise(
         rows.append([name, str(ls[0]['epochs']), f"{float(ls[0]['cost']):.1f}", str(len(ls)), *(cell(ls, f'{k}_{s}') for s in ('v2t','t2v') for k in ('rank1','rank10','rank20','mAP','mINP')), cell(ls, 'mAP')])
     return rows
 
-# %% ../nbs/18a_demo.ipynb #b94d8496
+# %% ../nbs/18a_demo.ipynb #34c89a70
 def _run(cfg, quiet, one_thread=False):
     if one_thread: torch.set_num_threads(1)  # two processes with two threads each on two cores are many times slower
     return train_run(cfg, quiet=quiet)
@@ -101,7 +101,7 @@ def _setup(out, what, resume):
     write_json(f, dict(setup=what, environment=environment()))
     return what
 
-# %% ../nbs/18a_demo.ipynb #66830d92
+# %% ../nbs/18a_demo.ipynb #96aff1a1
 def compare(
     rows:list, # `Row`s
     out, # Folder to make; one sub-folder a run
@@ -139,7 +139,7 @@ def compare(
             done(row, _run(cfg, quiet))
     return lines
 
-# %% ../nbs/18a_demo.ipynb #3c5b92b8
+# %% ../nbs/18a_demo.ipynb #e1e211de
 def _write_summary(out, lines, what):
     write_lines(out/'results.csv', lines)
     table = summarise(lines)

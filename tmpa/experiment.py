@@ -7,7 +7,7 @@ __all__ = ['DATA', 'ARCHS', 'DataSpec', 'read_data', 'synthetic_path', 'as_score
            'SaveWeights', 'write_json', 'new_folder', 'make_learner', 'train_run', 'held_out_split', 'mean_map',
            'save_report', 'evaluate_run']
 
-# %% ../nbs/18_experiment.ipynb #c1569e4f
+# %% ../nbs/18_experiment.ipynb #ca15e659
 import json, os, platform, subprocess, time
 from dataclasses import asdict, dataclass, replace
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ from .core import CheckpointError, ConfigError, ProtocolError, atomic_write
 from .data.external import csv_items, llcm_items, regdb_items, sysu_items, cross_settings, llcm_settings, regdb_settings, sysu_settings
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION, make_regdb
-from .models.backbone import tiny_resnet
+from .models.backbone import micro_resnet, tiny_resnet
 from .models.tmpa import load_tmpa, read_meta, save_weights
 from .regions import region_mask
 from .callback.pedmix import PedMix
@@ -31,7 +31,7 @@ from .recipes import Recipe, get_recipe
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, text_table, write_report
 
-# %% ../nbs/18_experiment.ipynb #b9ac0635
+# %% ../nbs/18_experiment.ipynb #beb79312
 DATA = ('sysu', 'regdb', 'llcm', 'csv', 'synthetic')
 
 @dataclass
@@ -44,7 +44,7 @@ class DataSpec:
     size:tuple = (288,144) # Height and width
     seed:int = 0 # Synthetic: seed of the renderer
 
-# %% ../nbs/18_experiment.ipynb #6407f773
+# %% ../nbs/18_experiment.ipynb #f4208e16
 def _int_trial(trial, low, high, data):
     try: t = int(trial)
     except ValueError: t = low-1
@@ -69,14 +69,14 @@ def read_data(spec:DataSpec):
         settings = [replace(s, g_idxs=s.g_idxs[t:t+1], note=f'{s.note}, trial {t}') for s in settings]
     return train,test,settings
 
-# %% ../nbs/18_experiment.ipynb #c6d3826c
+# %% ../nbs/18_experiment.ipynb #3a137c78
 def synthetic_path(spec:DataSpec):
     "Where the built-in data of this description is rendered, once."
     h,w = spec.size
     home = Path(os.environ.get('TMPA_HOME', '~/.cache/tmpa')).expanduser()
-    return Path(spec.path) if spec.path else home/f'synthetic-v{GENERATOR_VERSION}-{spec.n_ids}ids-{h}x{w}-seed{spec.seed}'
+    return Path(spec.path) if spec.path else home/f'v{GENERATOR_VERSION}-{spec.n_ids}x10-{h}x{w}-{spec.seed}'
 
-# %% ../nbs/18_experiment.ipynb #1c48ada2
+# %% ../nbs/18_experiment.ipynb #104a1a84
 def as_scores(
     results:dict, # Setting name -> list of `EvalResult`, one a trial
     n_gallery:dict, # Setting name -> size of the gallery
@@ -89,7 +89,7 @@ def as_scores(
         for k,v in vals.items(): out[name] |= {k: float(np.mean(v)), f'{k}_std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18_experiment.ipynb #6a4e4a49
+# %% ../nbs/18_experiment.ipynb #369d5db5
 def score_model(
     model, # A network with `model(images, modality) -> features`
     items:list, # Test items
@@ -105,7 +105,7 @@ def score_model(
     results = evaluate_settings(feats, pids, cams, settings)
     return as_scores({k: r.trials for k,r in results.items()}, {s.name: len(s.g_idxs[0]) for s in settings}),feats
 
-# %% ../nbs/18_experiment.ipynb #837b3e91
+# %% ../nbs/18_experiment.ipynb #5932c6b0
 def environment():
     "Versions, machine kind and git state, for the run folder."
     def git(*a):
@@ -116,8 +116,8 @@ def environment():
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', generator=GENERATOR_VERSION,
         versions={p: version(p) for p in ('tmpa','torch','torchvision','fastai','numpy')}, git=git('rev-parse', 'HEAD'), git_clean=None if dirty is None else dirty == '')
 
-# %% ../nbs/18_experiment.ipynb #492fde37
-ARCHS = {'tiny_resnet': tiny_resnet, **{n: getattr(torchvision.models, n) for n in ('resnet18','resnet34','resnet50','resnet101')}}
+# %% ../nbs/18_experiment.ipynb #c03c76b2
+ARCHS = {'micro_resnet': micro_resnet, 'tiny_resnet': tiny_resnet, **{n: getattr(torchvision.models, n) for n in ('resnet18','resnet34','resnet50','resnet101')}}
 
 @dataclass
 class RunConfig:
@@ -140,12 +140,13 @@ class RunConfig:
     precision:str = 'auto'
     beta_warmup:int = 0
     num_workers:int|None = None
+    cache:bool = False # Keep decoded training images in memory, for small sets
     ir_range:tuple|None = None
     log:str = 'csv' # 'csv', 'tensorboard' or 'wandb'
 
     def asdict(self): "As plain data for JSON."; return {**asdict(self), 'recipe': self.recipe.asdict()}
 
-# %% ../nbs/18_experiment.ipynb #a4f5cce1
+# %% ../nbs/18_experiment.ipynb #419d24b4
 class SaveWeights(Callback):
     "After every epoch write `last.pth`, and `best.pth` when the held-out mAP is the best so far; whole files or none."
     order = 56  # after the recorder and the CSV log
@@ -159,7 +160,7 @@ class SaveWeights(Callback):
             self.best = mAP
             save_weights(self.model, self.folder/'best.pth', **meta, held_out_mAP=mAP)
 
-# %% ../nbs/18_experiment.ipynb #2afbbe86
+# %% ../nbs/18_experiment.ipynb #8d664550
 def _log_cbs(log, out):
     if log == 'csv': return []
     if log == 'tensorboard':
@@ -177,7 +178,7 @@ def write_json(path, obj):
     "JSON, whole or not at all."
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + '\n', encoding='utf8')
 
-# %% ../nbs/18_experiment.ipynb #07a8dd6f
+# %% ../nbs/18_experiment.ipynb #63056933
 def new_folder(out):
     "Make `out`; what is already there is never written over."
     out = Path(out)
@@ -199,11 +200,11 @@ def make_learner(
     valid = None
     if cfg.select == 'held_out': train,valid = held_out_split(cfg, train)
     kw = {} if cfg.num_workers is None else dict(num_workers=cfg.num_workers)
-    dls = ReIDDataLoaders.from_items(train, valid, size=cfg.spec.size, P=cfg.P, K=cfg.K, seed=cfg.seed, channel_exchange=cfg.recipe.channel_exchange, ir_range=cfg.ir_range, **kw)
+    dls = ReIDDataLoaders.from_items(train, valid, size=cfg.spec.size, P=cfg.P, K=cfg.K, seed=cfg.seed, channel_exchange=cfg.recipe.channel_exchange, ir_range=cfg.ir_range, cache=cfg.cache, **kw)
     return tmpa_learner(dls, ARCHS[cfg.arch], pretrained=cfg.pretrained, mfe=cfg.recipe.mfe, mft=cfg.recipe.mft, mix=mix, loss_func=cfg.recipe.make_loss(),
         model_kw=cfg.recipe.model, precision=cfg.precision, eval_every=cfg.eval_every)
 
-# %% ../nbs/18_experiment.ipynb #9c5a8aab
+# %% ../nbs/18_experiment.ipynb #2079fcf9
 def train_run(
     cfg:RunConfig,
     quiet:bool=False, # No progress bar
@@ -231,13 +232,13 @@ def train_run(
     write_json(out/'metrics.json', metrics)
     return metrics
 
-# %% ../nbs/18_experiment.ipynb #4b9adb0e
+# %% ../nbs/18_experiment.ipynb #a116ad33
 def held_out_split(cfg, train):
     "Training items without the held-out identities, and those: SYSU-MM01's own val identities, elsewhere a seeded tenth."
     if cfg.spec.data == 'sysu': return sysu_items(cfg.spec.path, split='train'),sysu_items(cfg.spec.path, split='val')
     return split_by_pid(train, 0.1, seed=cfg.seed)
 
-# %% ../nbs/18_experiment.ipynb #36c61e68
+# %% ../nbs/18_experiment.ipynb #3e8fad98
 def mean_map(scores): "mAP averaged over settings."; return float(np.mean([s['mAP'] for s in scores.values()]))
 
 def save_report(out, cfg, learn, metrics, test, settings, feats=None):
@@ -253,7 +254,7 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
     write_report(out/'report.html', f"{cfg.recipe.name} on {cfg.spec.data}",
         [('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
-# %% ../nbs/18_experiment.ipynb #c0681df0
+# %% ../nbs/18_experiment.ipynb #268d48d6
 def evaluate_run(
     weights, # File that `train_run` wrote
     data:str|None=None, # Default: the data set that it was trained on

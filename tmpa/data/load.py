@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ReIDDataset', 'identity_batches', 'ReIDDL', 'split_by_pid', 'ReIDDataLoaders']
 
-# %% ../../nbs/03_data.load.ipynb #8bffceff
+# %% ../../nbs/03_data.load.ipynb #291bda56
 import os
 import numpy as np, torch
 from collections import defaultdict
@@ -24,7 +24,7 @@ from .external import (cross_settings, llcm_items, llcm_settings, regdb_items, r
 from .synthetic import GENERATOR_VERSION, make_regdb
 from .transforms import ReIDAug
 
-# %% ../../nbs/03_data.load.ipynb #838fcc2d
+# %% ../../nbs/03_data.load.ipynb #3a91cbc2
 class ReIDDataset:
     "Records as items `(image, modality, label, pid, cam)`; reads and resizes when asked."
     n_inp = 2
@@ -61,7 +61,7 @@ class ReIDDataset:
     def new_empty(self): return self.new((), self.split_idx)
     def __getstate__(self): return {**self.__dict__, '_kept': {}, '_bytes': 0}
 
-# %% ../../nbs/03_data.load.ipynb #20421917
+# %% ../../nbs/03_data.load.ipynb #b91880f4
 def _deal(n, P, n_batches, rng):
     "Identity numbers (n_batches, P): shuffled decks of 0..n-1 one after the other, nobody twice in a row."
     out = []
@@ -99,7 +99,7 @@ def identity_batches(
     draw = lambda a: rng.choice(a, K, replace=len(a)<K)
     return np.array([[[draw(a) for a in groups[j]] for j in row] for row in _deal(len(groups), P, n, rng)])
 
-# %% ../../nbs/03_data.load.ipynb #6f32fba3
+# %% ../../nbs/03_data.load.ipynb #e6ed831e
 class ReIDDL(TfmdDL):
     "Identity-balanced batches when `shuffle`, every item once and in order otherwise."
     _n_inp,_types = 2,{tuple: [TensorImage]+[torch.Tensor]*4}      # so that an empty loader need not be asked
@@ -141,7 +141,7 @@ class ReIDDL(TfmdDL):
         mine = dict(P=self.P, K=self.K, seed=self.seed, epoch=self.epoch) if cls is None or issubclass(cls, ReIDDL) else {}
         return super().new(dataset, cls, **{**mine, **kwargs})
 
-# %% ../../nbs/03_data.load.ipynb #5a3c21ad
+# %% ../../nbs/03_data.load.ipynb #5d9d61b8
 def _grid(rows, cols, figsize, ctxs):
     import matplotlib.pyplot as plt
     if ctxs is None: ctxs = plt.subplots(rows, cols, figsize=figsize or (.9*cols, 1.9*rows), dpi=60, squeeze=False, layout='constrained')[1]
@@ -179,7 +179,7 @@ def show_results(self:ReIDDL, b, out, max_n=4, ctxs=None, show=True, figsize=Non
         _picture(row[0], x[q], f'query {pid[q]}')
         for ax, i in zip(row[1:], idxs): _picture(ax, x[i], f'{pid[i]} '+('same' if pid[i]==pid[q] else 'other'), '#0072b2' if pid[i]==pid[q] else '#d55e00')
 
-# %% ../../nbs/03_data.load.ipynb #d27b98c5
+# %% ../../nbs/03_data.load.ipynb #b7da3c89
 def split_by_pid(
     items:list, # `ReIDImage`
     frac:float=0.1, # Share of the identities to hold out, at least one
@@ -192,7 +192,7 @@ def split_by_pid(
     held = set(np.random.default_rng(seed).permutation(pids)[:n].tolist())
     return [o for o in items if o.pid not in held],[o for o in items if o.pid in held]
 
-# %% ../../nbs/03_data.load.ipynb #065a86d6
+# %% ../../nbs/03_data.load.ipynb #74c127e6
 def _checked(items, P, K):
     "Training items of identities seen in both modalities."
     if P<1 or K<1: raise ConfigError(f'P={P} identities and K={K} images per modality make no batch: both must be at least 1')
@@ -211,7 +211,7 @@ def _records(items):
     if bad is not None: raise ConfigError(f'items must be ReIDImage(path, pid, cam, modality), not {type(bad).__name__}: build them with a reader of tmpa.data.external or by hand')
     return items
 
-# %% ../../nbs/03_data.load.ipynb #a0c5ce91
+# %% ../../nbs/03_data.load.ipynb #64fb3dfc
 class ReIDDataLoaders(DataLoaders):
     "A training and a validation loader for visible-infrared re-identification; make it with one of the `from_` methods."
     def __init__(self, *loaders, path='.', device=None, settings_fn=cross_settings, test=None, source=None):
@@ -248,7 +248,7 @@ class ReIDDataLoaders(DataLoaders):
         loaders = [dl.new(dl.dataset.new_empty()) for dl in self.loaders]
         return type(self)(*loaders, path=self.path, device=self.device, settings_fn=self.settings_fn, source=self.source)
 
-# %% ../../nbs/03_data.load.ipynb #8e9ed0e4
+# %% ../../nbs/03_data.load.ipynb #7dc83486
 @patch(cls_method=True)
 def from_items(cls:ReIDDataLoaders,
     train_items:list, # `ReIDImage`; identities seen in one modality only are left out with a warning
@@ -284,7 +284,7 @@ def from_items(cls:ReIDDataLoaders,
     valid = ReIDDL(mk(valid_items), bs=bs_valid, after_batch=[norm()], **kwargs)
     return cls(train, valid, path=path, device=default_device() if device is None else device, settings_fn=settings_fn)
 
-# %% ../../nbs/03_data.load.ipynb #a7db5679
+# %% ../../nbs/03_data.load.ipynb #21b7cb5a
 def _from_reader(cls, name, path, read, test_settings, valid, split_seed, info, kwargs):
     "`read(split)` gives items; 'held_out' is the split of that name or a tenth of the training identities."
     if valid not in ('held_out', 'test', None): raise ConfigError(f"valid='{valid}': use 'held_out', 'test' or None")
@@ -294,7 +294,7 @@ def _from_reader(cls, name, path, read, test_settings, valid, split_seed, info, 
     res.test,res.source = (partial(read, 'test'), test_settings),dict(dataset=name, path=str(path), valid=valid, **info)
     return res
 
-# %% ../../nbs/03_data.load.ipynb #c1b6ddf8
+# %% ../../nbs/03_data.load.ipynb #213a1aad
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_items, but=['settings_fn', 'valid_items'])
 def from_sysu(cls:ReIDDataLoaders,
@@ -307,7 +307,7 @@ def from_sysu(cls:ReIDDataLoaders,
     "Loaders for SYSU-MM01; held out are its own validation identities."
     return _from_reader(cls, 'sysu', path, partial(sysu_items, path), partial(sysu_settings, trials=trials, convention=convention), valid, 0, {}, kwargs)
 
-# %% ../../nbs/03_data.load.ipynb #6314dfa5
+# %% ../../nbs/03_data.load.ipynb #ca5dc904
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_items, but=['settings_fn', 'valid_items'])
 def from_regdb(cls:ReIDDataLoaders,
@@ -320,7 +320,7 @@ def from_regdb(cls:ReIDDataLoaders,
     "Loaders for one trial of RegDB."
     return _from_reader(cls, 'regdb', path, partial(regdb_items, path, trial), regdb_settings, valid, split_seed, dict(trial=trial), kwargs)
 
-# %% ../../nbs/03_data.load.ipynb #42258c5e
+# %% ../../nbs/03_data.load.ipynb #a2c05b21
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_items, but=['settings_fn', 'valid_items'])
 def from_llcm(cls:ReIDDataLoaders,
@@ -333,7 +333,7 @@ def from_llcm(cls:ReIDDataLoaders,
     "Loaders for LLCM."
     return _from_reader(cls, 'llcm', path, partial(llcm_items, path), partial(llcm_settings, trials=trials), valid, split_seed, {}, kwargs)
 
-# %% ../../nbs/03_data.load.ipynb #e3d1db30
+# %% ../../nbs/03_data.load.ipynb #9efab30c
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_regdb, but=['path'])
 def from_synthetic(cls:ReIDDataLoaders,

@@ -6,7 +6,7 @@
 __all__ = ['TMPANet', 'split_params', 'n_params', 'n_flops', 'show_size', 'save_weights', 'read_meta', 'load_weights',
            'load_tmpa']
 
-# %% ../../nbs/12_models.tmpa.ipynb #782e3a6e
+# %% ../../nbs/12_models.tmpa.ipynb #4bad9ab5
 import copy, inspect, json, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
@@ -19,7 +19,7 @@ from .backbone import arch_name, first_mismatch, get_arch, load_torch, make_resn
 from .mfe import MFE, slot_rows
 from .mft import MFT, complete_feature, cross_attention
 
-# %% ../../nbs/12_models.tmpa.ipynb #610cff04
+# %% ../../nbs/12_models.tmpa.ipynb #92a55eff
 class TMPANet(nn.Module):
     "The whole network: images and modalities to features, and in training to everything that the losses need."
     def __init__(self,
@@ -48,10 +48,11 @@ class TMPANet(nn.Module):
                            attention=attention and arch_name(attention))
         self.complete,self.eval_complete,self.mix_into_complete,self.keep_originals = complete,eval_complete,mix_into_complete,keep_originals
         self.gen_rows,self.lams,self.feature = gen_rows,lams,feature
+        self.pretrained = pretrained is not False  # `fit_tmpa` gives such a trunk a tenth of the rate
         self._build(n_classes, arch, pretrained, weights, mfe, mft, heads, attention, same_start)
         self.pool,self.neck,self.classifier = GeM(pool_p, pool_trainable), BNNeck(self.dim), Classifier(self.dim, n_classes)
 
-# %% ../../nbs/12_models.tmpa.ipynb #2a71c8cf
+# %% ../../nbs/12_models.tmpa.ipynb #0e7d6cc5
 @patch
 def _build(self:TMPANet, n_classes, arch, pretrained, weights, mfe, mft, heads, attention, same_start):
     e,tail = split_resnet(make_resnet(arch, pretrained, weights))
@@ -64,7 +65,7 @@ def _build(self:TMPANet, n_classes, arch, pretrained, weights, mfe, mft, heads, 
     if mft and pretrained is not False: self.mft.load_bottleneck(tail.layer4[0])
     if mfe: self.classifier_vis,self.classifier_ir = (SpecificClassifier(c if mft else self.dim, n_classes) for _ in range(2))
 
-# %% ../../nbs/12_models.tmpa.ipynb #1439d75d
+# %% ../../nbs/12_models.tmpa.ipynb #1021c3a0
 def _check(a):
     allowed = dict(complete=('single', 'pair'), eval_complete=('self', 'own', 'miss'), gen_rows=(None, 'match', 'miss', 'all'), feature=('bn', 'pool'))
     for k,ok in allowed.items():
@@ -73,7 +74,7 @@ def _check(a):
     if a['attention'] and a['mfe']: raise ConfigError('attention= belongs to the model with one trunk: pass mfe=False, mft=False')
     if not a['n_classes'] >= 1: raise ConfigError(f'n_classes={a["n_classes"]}: at least one training identity is needed')
 
-# %% ../../nbs/12_models.tmpa.ipynb #2e88327a
+# %% ../../nbs/12_models.tmpa.ipynb #0d458f3d
 @patch
 def forward(self:TMPANet,
     images,     # (B, 3, H, W), normalised
@@ -98,7 +99,7 @@ def meta(self:TMPANet):
     now = {k: getattr(self, k) for k in ('complete', 'eval_complete', 'mix_into_complete', 'keep_originals', 'gen_rows', 'feature')}
     return {**self._fixed, **now, 'lams': list(self.lams)}
 
-# %% ../../nbs/12_models.tmpa.ipynb #5fd01cb5
+# %% ../../nbs/12_models.tmpa.ipynb #e8c2d759
 @patch
 def _sh(self:TMPANet, x):
     "F_sh of images: after the extractor with MFT, after the whole trunk without."
@@ -133,7 +134,7 @@ def _single(self:TMPANet, x, modality):
     sh = self._sh(x)
     return (sh, None, None) if self.mfe.visible is None else self._complete(sh, *self._specific(x, modality))
 
-# %% ../../nbs/12_models.tmpa.ipynb #fdfa14a1
+# %% ../../nbs/12_models.tmpa.ipynb #3c6a09ad
 @patch
 def _head(self:TMPANet, fc, modality, index):
     feat = self.pool(fc)
@@ -167,7 +168,7 @@ def _train_slots(self:TMPANet, x, modality, mixed):
     out.update(f_sh=p_sh, f_vis=p_vis, f_ir=p_ir, slot_index=vis, ir_index=ir, logits_vis=self.classifier_vis(p_vis), logits_ir=self.classifier_ir(p_ir))
     return out if self.mft is None else {**out, **self._generated(gen_vis, gen_ir, out['modality'], out['index'])}
 
-# %% ../../nbs/12_models.tmpa.ipynb #38325b59
+# %% ../../nbs/12_models.tmpa.ipynb #932cd846
 @patch
 def _generated(self:TMPANet, gen_vis, gen_ir, modality, index):
     "Classify generated features, each on the rows that `gen_rows` names."
@@ -176,7 +177,7 @@ def _generated(self:TMPANet, gen_vis, gen_ir, modality, index):
     return dict(logits_vis_gen=self.classifier_vis(avg_pool(gen_vis[rv])), logits_ir_gen=self.classifier_ir(avg_pool(gen_ir[ri])),
                 gen_vis_index=index[rv], gen_ir_index=index[ri])
 
-# %% ../../nbs/12_models.tmpa.ipynb #c9f69d67
+# %% ../../nbs/12_models.tmpa.ipynb #ee5ddf80
 def split_params(
     model:TMPANet, # Any of its variants
 )->list[list]:     # [trunk parameters, new parameters]
@@ -203,7 +204,7 @@ def n_flops(
     model.train(was)
     return c.get_total_flops()
 
-# %% ../../nbs/12_models.tmpa.ipynb #0e8dec93
+# %% ../../nbs/12_models.tmpa.ipynb #dab4f3ac
 def show_size(
     models:dict|nn.Module, # One model, or name -> model
     size:tuple=(288, 144), # Height and width
@@ -215,7 +216,7 @@ def show_size(
     for r in rows: print(f'{r["model"]:22}{r["params_M"]:12.2f}{r["with_classifiers_M"]:14.2f}{r["gflops"]:9.1f}')
     return rows
 
-# %% ../../nbs/12_models.tmpa.ipynb #66b12729
+# %% ../../nbs/12_models.tmpa.ipynb #cddd32b1
 def save_weights(
     model:TMPANet, # Its weights and its arguments are written
     path,          # A .pth file
@@ -236,7 +237,7 @@ def _describe(meta):
     kind = {(False, False): 'baseline', (True, False): 'without MFT', (True, True): 'TMPA'}.get((meta.get('mfe'), meta.get('mft')), 'unnamed model')
     return f"{meta.get('arch', 'unknown architecture')} {kind}"
 
-# %% ../../nbs/12_models.tmpa.ipynb #208688a7
+# %% ../../nbs/12_models.tmpa.ipynb #b482b161
 def load_weights(
     model:TMPANet,            # Changed in place
     path,                     # File of `save_weights`, or of `torch.save(model.state_dict(), path)`
@@ -255,7 +256,7 @@ def load_weights(
     model.load_state_dict({**want, **keep})
     return meta
 
-# %% ../../nbs/12_models.tmpa.ipynb #39e99746
+# %% ../../nbs/12_models.tmpa.ipynb #2796ca2f
 def load_tmpa(
     path,            # File of `save_weights`
     arch=None,       # Needed only when the file's architecture is a function of your own
