@@ -148,3 +148,26 @@ def test_installed_commands_answer():
     if not exe.exists(): pytest.skip('tmpa is not installed in this environment')
     r = subprocess.run([exe, '--data', 'regdb', '--path', 'nowhere', '--out', 'never-made'], capture_output=True, text=True, timeout=120)
     assert r.returncode == 2 and 'nowhere' in r.stderr and 'Traceback' not in r.stderr
+
+
+def test_other_peoples_features(run, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, n in (('q', 12), ('g', 40)): np.savez(tmp_path/f'{name}.npz', feat=rng.normal(size=(n, 8)), pid=np.arange(n) % 4, cam=1 + np.arange(n) % 3)
+    status, out, err = run('tmpa_evaluate', '--features', tmp_path/'q.npz', tmp_path/'g.npz', '--rule', 'sysu', '--out', tmp_path/'s.json')
+    assert status == 0, err
+    assert out.splitlines()[1].split()[:5] == ['features', '12', '12', '40', '1'] and (tmp_path/'s.json').exists()
+    np.savez(tmp_path/'empty.npz', feat=rng.normal(size=(0, 8)), pid=[], cam=[])
+    one_line(run('tmpa_evaluate', '--features', tmp_path/'q.npz', tmp_path/'empty.npz', '--rule', 'sysu'), 'empty.npz')
+    np.savez(tmp_path/'odd.npz', x=rng.normal(size=(3, 8)))
+    one_line(run('tmpa_evaluate', '--features', tmp_path/'odd.npz', tmp_path/'g.npz'), 'odd.npz', 'x')
+
+
+def test_demo(run, tmp_path):
+    args = ('tmpa_demo', '--out', tmp_path/'demo', '--data', tmp_path/'people', '--ids', 16, '--size', '48x24', '--epochs', 1, '--quiet')
+    status, out, err = run(*args)
+    assert status == 0, err
+    table = {l.split('  ')[0]: l for l in out.splitlines() if l.startswith(('B ', 'TMPA ', 'method'))}
+    assert {'B', 'TMPA', 'method'} <= set(table) and 'mAP v2t' in table['method'] and 'mAP t2v' in table['method']
+    for f in ('results.csv', 'results.md', 'report.html', 'tmpa-seed0/report.html', 'tmpa-seed0/mixed_images.png', 'tmpa-seed0/best.pth'): assert (tmp_path/'demo'/f).exists(), f
+    one_line(run(*args), 'exists', '--resume')
+    assert run(*args, '--resume')[0] == 0

@@ -174,9 +174,19 @@ def test_training_computes_what_it_uses():
     x,xm = data(); m = net(); calls = {}
     for n,o in (('sh', m.mfe.shared), ('vis', m.mfe.visible), ('ir', m.mfe.infrared), ('tail', m.tail)):
         o.register_forward_hook(lambda mod,i,out,n=n: calls.setdefault(n, []).append(len(out)))
-    for kw,want in ((dict(), dict(sh=[16], vis=[8], ir=[8], tail=[8])), (dict(mix_into_complete=True), dict(sh=[8], vis=[8], ir=[8], tail=[8])),
+    for kw,want in ((dict(), dict(sh=[8, 8], vis=[8], ir=[8], tail=[8])), (dict(mix_into_complete=True), dict(sh=[8], vis=[8], ir=[8], tail=[8])),
                     (dict(complete='pair', mix_into_complete=False), dict(sh=[8], vis=[4], ir=[4], tail=[8]))):
         calls.clear(); [setattr(m, k, v) for k,v in kw.items()]; m(x, MOD, xm); assert calls == want, (kw, calls)
+
+@pytest.mark.parametrize('kw', [dict(), dict(mfe=False, mft=False, keep_originals=True)])
+def test_mixed_images_leave_running_statistics_alone(kw):
+    "Beside originals, mixed images are normalised by their own batch; what evaluation uses comes from clean images."
+    x,xm = data(); a = net(**kw); b,c = copy.deepcopy(a), copy.deepcopy(a); c.mix_stats = 'shared'
+    a(x, MOD, xm); b(x, MOD); c(x, MOD, 3*xm)
+    stats = lambda m: {n: v for n,v in m.mfe.shared.named_buffers() if n.endswith(('mean', 'var'))}
+    assert all(torch.equal(v, stats(b)[n]) for n,v in stats(a).items())
+    assert any(not torch.equal(v, stats(b)[n]) for n,v in stats(c).items())
+    assert all(m.momentum == .1 for m in a.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 # ---------------------------------------------------------------- training
 

@@ -1,5 +1,5 @@
 """Every notebook runs from top to bottom, as `nbdev_test` runs it, in a process of its own so that seeds and settings cannot leak."""
-import json, os, re, subprocess, sys
+import ast, json, os, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,19 @@ NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(q.startsw
 
 def cells(path): return json.loads(path.read_text(encoding='utf8'))['cells']
 def code(path): return [''.join(c['source']) for c in cells(path) if c['cell_type'] == 'code']
+
+def mixes_imports(source):
+    "Does nbdev run this cell for the docs (it runs all with an import in them) though it holds other statements?"
+    if re.search(r'^#\| *(export\w*|default_exp|eval: *false)', source, re.M): return False
+    body = ast.parse('\n'.join(l for l in source.split('\n') if not l.lstrip().startswith(('%', '!')))).body
+    imports = (ast.Import, ast.ImportFrom)
+    return any(isinstance(o, imports) for node in body for o in ast.walk(node)) and not all(isinstance(node, imports) for node in body)
+
+def printed(path):
+    "Stored outputs as text, pictures left out."
+    for c in cells(path):
+        for o in c.get('outputs', []):
+            yield o.get('name', o['output_type']), ''.join(o.get('text', [])) + '\n'.join(''.join(v) for k,v in o.get('data', {}).items() if k.startswith('text/'))
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/'nbs')))
@@ -27,6 +40,12 @@ def test_is_kept_as_agreed(path):
     source = '\n'.join(code(path))
     assert not re.search(r'^#(slow|cuda|skip)\b', source, re.M), 'nbdev reads `#| slow`; the bare form runs'
     assert 'filterwarnings' not in source
+    mixed = [s[:80] for s in code(path) if mixes_imports(s)]
+    assert not mixed, f'a cell with imports is to hold nothing else, or building the docs runs the rest of it: {mixed}'
+    for kind,text in printed(path):
+        assert kind not in ('stderr', 'error'), f'stored {kind}: {text[:200]}'
+        found = re.search(r'/tmp/|Traceback|\r|\x1b', text)
+        assert not found, f'a folder of one machine, a traceback or a progress bar is stored: {text[max(0, found.start()-80):found.end()+80]!r}'
     module = re.search(r'^#\| *default_exp +(\S+)', source, re.M)
     if module:
         assert re.search(r'\btest_\w+\(|\bassert\b', source), 'exports code and asserts nothing'
@@ -36,3 +55,9 @@ def test_is_kept_as_agreed(path):
 def test_quarto_config_is_one_file():
     link = ROOT/'nbs'/'_quarto.yml'
     assert link.is_symlink() and not os.path.isabs(os.readlink(link)) and link.resolve() == ROOT/'_quarto.yml'
+
+
+def test_sidebar_lists_every_notebook():
+    listed = re.findall(r'\S+\.ipynb', (ROOT/'_quarto.yml').read_text(encoding='utf8'))
+    assert sorted({p.relative_to(ROOT/'nbs').as_posix() for p in NOTEBOOKS} - set(listed)) == [], 'add these to the sidebar in _quarto.yml'
+    assert len(listed) == len(set(listed))

@@ -21,6 +21,10 @@ from .models.mfe import *
 from .models.mft import *
 from .models.tmpa import *
 from .losses import *
+from .ranking import *
+from .rerank import *
+from .features import *
+from .confidence import *
 from .evaluation import *
 from .metrics import *
 from .learner import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_size', 'parse_ints', 'tmpa_demo', 'mean_scores', 'tmpa_train', 'tmpa_evaluate']
 
-# %% ../nbs/18b_cli.ipynb #eb7a61c7
+# %% ../nbs/18b_cli.ipynb #2dc98d6f
 import functools, sys
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ from .experiment import ARCHS, DATA, DataSpec, RunConfig, as_scores, evaluate_ru
 from .recipes import get_recipe
 from .report import score_rows, text_table
 
-# %% ../nbs/18b_cli.ipynb #6abfa9d0
+# %% ../nbs/18b_cli.ipynb #e9652116
 def _one_line_errors(f):
     @functools.wraps(f)
     def _f(*args, **kwargs):
@@ -38,7 +38,7 @@ def parse_ints(s, what):
     try: return [int(o) for o in str(s).split(',')]
     except ValueError: raise ConfigError(f'{what} {s!r}: give whole numbers with commas, for instance 0,1,2') from None
 
-# %% ../nbs/18b_cli.ipynb #75755053
+# %% ../nbs/18b_cli.ipynb #f57820b3
 @call_parse
 @_one_line_errors
 def tmpa_demo(
@@ -47,7 +47,7 @@ def tmpa_demo(
     equal_compute:store_true=False, # Also train the cheaper rows for as many operations as TMPA
     seeds:str='0', # Seeds, with commas; every row runs once for each
     epochs:int=12, # Epochs of a row
-    ids:int=400, # Rendered identities, half of them for training
+    ids:int=400, # Rendered identities, three quarters of them for training
     size:str='96x48', # Image height x width
     data:str=None, # Folder of the rendered images (default: one in $TMPA_HOME or ~/.cache/tmpa)
     workers:int=1, # Runs at a time, each in a process with one thread
@@ -64,7 +64,7 @@ def tmpa_demo(
     print('\nUnseen identities, per cent' + (', mean ± deviation over seeds' if len(seeds) > 1 else '') + ':\n' + text_table(summarise(lines)))
     print(f'\nReport: {Path(out)/"report.html"}')
 
-# %% ../nbs/18b_cli.ipynb #998c676f
+# %% ../nbs/18b_cli.ipynb #56d49ebf
 def mean_scores(
     trials:list, # `scores` of several models
 )->dict:
@@ -77,7 +77,7 @@ def mean_scores(
             out[name] |= {k: float(v.mean()), f'{k}_std': float(v.std(ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18b_cli.ipynb #a7b7dc2c
+# %% ../nbs/18b_cli.ipynb #0983f003
 @call_parse
 @_one_line_errors
 def tmpa_train(
@@ -123,7 +123,7 @@ def tmpa_train(
         write_json(out/'metrics.json', dict(trials=t, scores=mean_scores(scores)))
     print(f"\n{get_recipe(recipe).name} on {data}, mean of ten trials, per cent:\n{text_table(score_rows(mean_scores(scores)))}\n\nReports: {out}/trial*/report.html")
 
-# %% ../nbs/18b_cli.ipynb #34cce9da
+# %% ../nbs/18b_cli.ipynb #ffa0d1b4
 @call_parse
 @_one_line_errors
 def tmpa_evaluate(

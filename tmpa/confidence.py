@@ -12,7 +12,7 @@ from .core import ProtocolError
 
 # %% ../nbs/13d_confidence.ipynb #02e09703
 def query_scores(
-    result,            # `EvalResult`, `SettingResult`, or an array of one number for each query
+    result,            # EvalResult, SettingResult, or an array of one number for each query
     metric:str='mAP',  # 'mAP', 'mINP' or 'rank1', 'rank5', ...
 ) -> np.ndarray: # (n_queries,) nan where a query has no match
     "What each query contributes to a score; over several trials, their mean."
@@ -54,8 +54,8 @@ def _valid(x, groups):
     return x[ok], None if groups is None else np.asarray(groups)[ok]
 
 def bootstrap(
-    result,            # `EvalResult`, `SettingResult` or scores of single queries
-    metric:str='mAP',  # As in `query_scores`
+    result,            # EvalResult, SettingResult or scores of single queries
+    metric:str='mAP',  # As in query_scores
     groups=None,       # (n_queries,) identities, to draw whole people
     n:int=1000,        # Draws
     level:float=.95,   # Share of the draws inside the interval
@@ -78,8 +78,8 @@ class Comparison(NamedTuple):
 
 # %% ../nbs/13d_confidence.ipynb #00ee2623
 def compare_runs(
-    a, b,              # `EvalResult`s, `SettingResult`s or scores of single queries, of the same queries in the same order
-    metric:str='mAP',  # As in `query_scores`
+    a, b,              # EvalResults, SettingResults or scores of single queries, of the same queries in the same order
+    metric:str='mAP',  # As in query_scores
     groups=None,       # (n_queries,) identities, to exchange and draw whole people
     n:int=2000,        # Draws, and tosses
     level:float=.95,   # Of the interval

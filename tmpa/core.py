@@ -24,7 +24,7 @@ class ReIDImage(NamedTuple):
     path: Path    # Image file
     pid: int      # Identity as the data set numbers it (not a class label)
     cam: int      # Camera number, unique over both modalities
-    modality: int # `Modality`: 0 visible, 1 infrared
+    modality: int # Modality: 0 visible, 1 infrared
 
 # %% ../nbs/00_core.ipynb #5051ef11
 class TMPAError(ValueError):

@@ -22,7 +22,7 @@ from .report import markdown_table, text_table, write_report
 
 # %% ../nbs/18a_demo.ipynb #524c81c2
 def train_flops(
-    recipe, # A `Recipe` or its name
+    recipe, # A Recipe or its name
     arch:str='micro_resnet', # One of `ARCHS`
     size:tuple=(96,48), # Height, width
 )->float: # Operations (two a multiply-add) for one image
@@ -103,14 +103,14 @@ def _setup(out, what, resume):
 
 # %% ../nbs/18a_demo.ipynb #96aff1a1
 def compare(
-    rows:list, # `Row`s
+    rows:list, # Rows
     out, # Folder to make; one sub-folder a run
     spec:DataSpec, # The data
     seeds=(0,), # One run of every row for each
     resume:bool=False, # Go on in a folder that exists
     quiet:bool=False, # No progress bars
     workers:int=1, # Runs at a time; with two or more each has a process with one thread
-    **kwargs, # More fields of `RunConfig`
+    **kwargs, # More fields of RunConfig
 )->list: # One record a run
     "Run all rows over all seeds; `results.csv`, `results.md` and `report.html` grow with every run."
     out = Path(out)

@@ -52,10 +52,10 @@ def evaluate(
     q_feats, g_feats,     # (n_q, D) and (n_g, D) features; tensors (any device) or arrays
     q_pids, g_pids,       # (n_q,) and (n_g,) identities
     q_cams=None, g_cams=None, # (n_q,) and (n_g,) cameras, where the rule needs them
-    rule:str|Rule='regdb', # 'regdb' (plain), 'sysu', 'llcm', 'market', or a `Rule`
+    rule:str|Rule='regdb', # 'regdb' (plain), 'sysu', 'llcm', 'market', or a Rule
     max_rank:int=20,      # Length of the CMC
     metric:str='cosine',  # 'cosine' (features are L2-normalised here), 'dot' (taken as they are) or 'euclidean'
-    rerank:dict|bool=False, # k-reciprocal re-ranking, named in the result: True, or arguments of `tmpa.rerank.rerank`
+    rerank:dict|bool=False, # k-reciprocal re-ranking, named in the result: True, or arguments of tmpa.rerank.rerank
     chunk:int|None=None,  # Queries at a time: memory is about 3 x chunk x n_g numbers; None: about 16 million distances, at least 256 rows
 ) -> EvalResult:
     "CMC, mAP and mINP of features, without ever holding all distances."
@@ -85,7 +85,7 @@ class Setting:
 @dataclass(eq=False)
 class SettingResult:
     "Mean and deviation over the trials of a setting."
-    trials:list      # `EvalResult` of each trial
+    trials:list      # EvalResult of each trial
     name:str = ''    # Name of the setting
     note:str = ''    # Its note
     def _over(self, f, get): return f(np.stack([get(t) for t in self.trials]), axis=0)
@@ -129,11 +129,11 @@ def __repr__(self:SettingResult):
 def evaluate_settings(
     feats,                # (n, D) features of all images
     pids, cams,           # (n,) identities and cameras of all images
-    settings:list,        # `Setting`s whose indices are rows of `feats`
+    settings:list,        # Settings whose indices are rows of `feats`
     max_rank:int=20,      # Length of the CMC
-    metric:str='cosine',  # As in `evaluate`
-    rerank:dict|bool=False, # As in `evaluate`
-    chunk:int|None=None,  # As in `evaluate`
+    metric:str='cosine',  # As in evaluate
+    rerank:dict|bool=False, # As in evaluate
+    chunk:int|None=None,  # As in evaluate
 ) -> dict:
     "Name of each setting to its `SettingResult`."
     feats = check_finite(as_matrix(feats, 'feats'), 'feats')
@@ -149,12 +149,12 @@ def evaluate_settings(
 
 # %% ../nbs/14_evaluation.ipynb #bc12c601
 def evaluate_features(
-    q_path, g_path,       # Files of query and gallery features, see `tmpa.features.load_features`; both may be one file
+    q_path, g_path,       # Files of query and gallery features, see tmpa.features.load_features; both may be one file
     rule:str='regdb',     # 'regdb' (plain), 'sysu', 'llcm' or 'market'
     max_rank:int=20,      # Length of the CMC
-    metric:str='cosine',  # As in `evaluate`
-    rerank:dict|bool=False, # As in `evaluate`
-    chunk:int|None=None,  # As in `evaluate`
+    metric:str='cosine',  # As in evaluate
+    rerank:dict|bool=False, # As in evaluate
+    chunk:int|None=None,  # As in evaluate
 ) -> EvalResult:
     "Scores of anybody's features in `.npz`, `.pt` or `.mat` files."
     q, g = load_features(q_path, 'query'), load_features(g_path, 'gallery')
@@ -223,8 +223,8 @@ def compare_protocols(
     data:str='sysu',      # Whose protocol is the reference: 'sysu', 'regdb' or 'llcm'
     before=None,          # (n, D) features before BNNeck
     flipped=None,         # (n, D) features of the mirrored images
-    perms=None,           # SYSU-MM01's `rand_perm_cam.mat` or what `load_perms` returned: then the official gallery is the reference
-    rerank:dict|bool=True, # A row with re-ranking; arguments as in `evaluate`
+    perms=None,           # SYSU-MM01's `rand_perm_cam.mat` or what load_perms returned: then the official gallery is the reference
+    rerank:dict|bool=True, # A row with re-ranking; arguments as in evaluate
     trials:int=10,        # Gallery draws
 ) -> ProtocolTable:
     "The scores of one set of features under each convention in use, one change at a time."

@@ -7,7 +7,7 @@ __all__ = ['DATA', 'ARCHS', 'DataSpec', 'read_data', 'synthetic_path', 'as_score
            'SaveWeights', 'write_json', 'new_folder', 'make_learner', 'train_run', 'held_out_split', 'mean_map',
            'save_report', 'evaluate_run']
 
-# %% ../nbs/18_experiment.ipynb #ca15e659
+# %% ../nbs/18_experiment.ipynb #fcf206ba
 import json, os, platform, subprocess, time
 from dataclasses import asdict, dataclass, replace
 from contextlib import nullcontext
@@ -31,7 +31,7 @@ from .recipes import Recipe, get_recipe
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, text_table, write_report
 
-# %% ../nbs/18_experiment.ipynb #beb79312
+# %% ../nbs/18_experiment.ipynb #9e7e0cc9
 DATA = ('sysu', 'regdb', 'llcm', 'csv', 'synthetic')
 
 @dataclass
@@ -40,11 +40,11 @@ class DataSpec:
     data:str = 'synthetic' # One of `DATA`
     path:str|None = None # Folder (csv: the file); for synthetic data where to render, default a folder in TMPA_HOME or ~/.cache/tmpa
     trial:str = '1' # RegDB: the split, 1 to 10; SYSU and LLCM: gallery trial 0 to 9, or 'all'
-    n_ids:int = 400 # Synthetic: identities, half of them for training
+    n_ids:int = 400 # Synthetic: identities, three quarters of them for training
     size:tuple = (288,144) # Height and width
     seed:int = 0 # Synthetic: seed of the renderer
 
-# %% ../nbs/18_experiment.ipynb #f4208e16
+# %% ../nbs/18_experiment.ipynb #f706df5f
 def _int_trial(trial, low, high, data):
     try: t = int(trial)
     except ValueError: t = low-1
@@ -59,6 +59,7 @@ def read_data(spec:DataSpec):
         path,trial = spec.path,_int_trial(spec.trial, 1, 10, spec.data)
         if spec.data == 'synthetic': path = make_regdb(synthetic_path(spec), n_ids=spec.n_ids, size=spec.size, seed=spec.seed)
         train,test = (regdb_items(path, trial=trial, split=s) for s in ('train','test'))
+        if spec.data == 'synthetic': train,test = split_by_pid(train + test, .25, seed=trial)  # three quarters to train on, one to test
         return train,test,regdb_settings(test)
     if spec.data == 'csv': return csv_items(spec.path, 'train'),(test := csv_items(spec.path, 'test')),cross_settings(test)
     items,settings,first = (sysu_items, sysu_settings, 'train+val') if spec.data == 'sysu' else (llcm_items, llcm_settings, 'train')
@@ -69,16 +70,16 @@ def read_data(spec:DataSpec):
         settings = [replace(s, g_idxs=s.g_idxs[t:t+1], note=f'{s.note}, trial {t}') for s in settings]
     return train,test,settings
 
-# %% ../nbs/18_experiment.ipynb #3a137c78
+# %% ../nbs/18_experiment.ipynb #e9f205f0
 def synthetic_path(spec:DataSpec):
     "Where the built-in data of this description is rendered, once."
     h,w = spec.size
     home = Path(os.environ.get('TMPA_HOME', '~/.cache/tmpa')).expanduser()
     return Path(spec.path) if spec.path else home/f'v{GENERATOR_VERSION}-{spec.n_ids}x10-{h}x{w}-{spec.seed}'
 
-# %% ../nbs/18_experiment.ipynb #104a1a84
+# %% ../nbs/18_experiment.ipynb #0c1028b7
 def as_scores(
-    results:dict, # Setting name -> list of `EvalResult`, one a trial
+    results:dict, # Setting name -> list of EvalResult, one a trial
     n_gallery:dict, # Setting name -> size of the gallery
 )->dict:
     "Results as plain numbers: fractions, their means and sample deviations over trials, and the counts."
@@ -89,13 +90,13 @@ def as_scores(
         for k,v in vals.items(): out[name] |= {k: float(np.mean(v)), f'{k}_std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18_experiment.ipynb #369d5db5
+# %% ../nbs/18_experiment.ipynb #80a8cb2c
 def score_model(
     model, # A network with `model(images, modality) -> features`
     items:list, # Test items
-    settings:list, # `Setting`s over them
+    settings:list, # Settings over them
     size:tuple, # Height, width
-    ir_range:tuple|None=None, # As in `read_image`
+    ir_range:tuple|None=None, # As in read_image
     num_workers:int|None=None, # Loader processes
     flip:bool=False, # Average with mirrored images
 )->tuple: # Scores by setting, and the features (n, D)
@@ -105,7 +106,7 @@ def score_model(
     results = evaluate_settings(feats, pids, cams, settings)
     return as_scores({k: r.trials for k,r in results.items()}, {s.name: len(s.g_idxs[0]) for s in settings}),feats
 
-# %% ../nbs/18_experiment.ipynb #5932c6b0
+# %% ../nbs/18_experiment.ipynb #daf6768e
 def environment():
     "Versions, machine kind and git state, for the run folder."
     def git(*a):
@@ -116,7 +117,7 @@ def environment():
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', generator=GENERATOR_VERSION,
         versions={p: version(p) for p in ('tmpa','torch','torchvision','fastai','numpy')}, git=git('rev-parse', 'HEAD'), git_clean=None if dirty is None else dirty == '')
 
-# %% ../nbs/18_experiment.ipynb #c03c76b2
+# %% ../nbs/18_experiment.ipynb #6bfef306
 ARCHS = {'micro_resnet': micro_resnet, 'tiny_resnet': tiny_resnet, **{n: getattr(torchvision.models, n) for n in ('resnet18','resnet34','resnet50','resnet101')}}
 
 @dataclass
@@ -129,7 +130,7 @@ class RunConfig:
     pretrained:bool = True # ImageNet weights
     epochs:int = 80
     lr:float = 0.1
-    warmup:int|None = None # Epochs; default in proportion, see `scaled_schedule`
+    warmup:int|None = None # Epochs; default in proportion, see scaled_schedule
     decay:tuple|None = None # Epochs
     P:int = 8 # Identities a batch
     K:int = 4 # Images an identity and modality
@@ -146,7 +147,7 @@ class RunConfig:
 
     def asdict(self): "As plain data for JSON."; return {**asdict(self), 'recipe': self.recipe.asdict()}
 
-# %% ../nbs/18_experiment.ipynb #419d24b4
+# %% ../nbs/18_experiment.ipynb #910b247e
 class SaveWeights(Callback):
     "After every epoch write `last.pth`, and `best.pth` when the held-out mAP is the best so far; whole files or none."
     order = 56  # after the recorder and the CSV log
@@ -160,7 +161,7 @@ class SaveWeights(Callback):
             self.best = mAP
             save_weights(self.model, self.folder/'best.pth', **meta, held_out_mAP=mAP)
 
-# %% ../nbs/18_experiment.ipynb #8d664550
+# %% ../nbs/18_experiment.ipynb #89fd0319
 def _log_cbs(log, out):
     if log == 'csv': return []
     if log == 'tensorboard':
@@ -178,7 +179,7 @@ def write_json(path, obj):
     "JSON, whole or not at all."
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + '\n', encoding='utf8')
 
-# %% ../nbs/18_experiment.ipynb #63056933
+# %% ../nbs/18_experiment.ipynb #ac2b32a8
 def new_folder(out):
     "Make `out`; what is already there is never written over."
     out = Path(out)
@@ -204,7 +205,7 @@ def make_learner(
     return tmpa_learner(dls, ARCHS[cfg.arch], pretrained=cfg.pretrained, mfe=cfg.recipe.mfe, mft=cfg.recipe.mft, mix=mix, loss_func=cfg.recipe.make_loss(),
         model_kw=cfg.recipe.model, precision=cfg.precision, eval_every=cfg.eval_every)
 
-# %% ../nbs/18_experiment.ipynb #2079fcf9
+# %% ../nbs/18_experiment.ipynb #b13653b0
 def train_run(
     cfg:RunConfig,
     quiet:bool=False, # No progress bar
@@ -232,13 +233,13 @@ def train_run(
     write_json(out/'metrics.json', metrics)
     return metrics
 
-# %% ../nbs/18_experiment.ipynb #a116ad33
+# %% ../nbs/18_experiment.ipynb #8d6f1d4f
 def held_out_split(cfg, train):
     "Training items without the held-out identities, and those: SYSU-MM01's own val identities, elsewhere a seeded tenth."
     if cfg.spec.data == 'sysu': return sysu_items(cfg.spec.path, split='train'),sysu_items(cfg.spec.path, split='val')
     return split_by_pid(train, 0.1, seed=cfg.seed)
 
-# %% ../nbs/18_experiment.ipynb #3e8fad98
+# %% ../nbs/18_experiment.ipynb #694d89d4
 def mean_map(scores): "mAP averaged over settings."; return float(np.mean([s['mAP'] for s in scores.values()]))
 
 def save_report(out, cfg, learn, metrics, test, settings, feats=None):
@@ -254,9 +255,9 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
     write_report(out/'report.html', f"{cfg.recipe.name} on {cfg.spec.data}",
         [('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
-# %% ../nbs/18_experiment.ipynb #268d48d6
+# %% ../nbs/18_experiment.ipynb #c94e7253
 def evaluate_run(
-    weights, # File that `train_run` wrote
+    weights, # File that train_run wrote
     data:str|None=None, # Default: the data set that it was trained on
     path:str|None=None, # Folder of the data set
     trial:str|None=None, # RegDB: must be the model's own; SYSU and LLCM: gallery trial or 'all'

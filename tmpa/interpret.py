@@ -35,20 +35,20 @@ def top_matches(
 # %% ../nbs/17a_interpret.ipynb #58794666
 def _show(ax, path, title='', right=None, ir_range=None):
     ax.imshow(read_image(path, ir_range=ir_range).permute(1,2,0).numpy()); ax.set_xticks([]); ax.set_yticks([])
-    ax.set_title(title, fontsize=7, pad=2)
+    ax.set_title(title, fontsize=9, pad=3)
     for s in ax.spines.values(): s.set_visible(right is not None)
     if right is not None:
         for s in ax.spines.values(): s.set(color='#117733' if right else '#CC3311', linewidth=2.5, linestyle='-' if right else '--')
 
 # %% ../nbs/17a_interpret.ipynb #c8e504fa
 def plot_ranks(
-    items:list, # `ReIDImage`s, one a row of `feats`
+    items:list, # ReIDImages, one a row of `feats`
     feats, # Tensor (n, D), L2-normalised
     setting:Setting, # Which rows query and which are searched (first trial)
     queries:list|int=6, # Rows of the queries, or how many to draw at random
     k:int=10, # Gallery images a query
     seed:int=0, # Which random queries
-    ir_range:tuple|None=None, # As in `read_image`, for 16-bit files
+    ir_range:tuple|None=None, # As in read_image, for 16-bit files
     title:str='', # Figure title
 ):
     "Queries and their nearest gallery images with distance and camera, right and wrong ones framed (figure 8)."
@@ -57,13 +57,12 @@ def plot_ranks(
         rng = np.random.default_rng(seed)
         queries = rng.choice(np.asarray(setting.q_idx), min(queries, len(setting.q_idx)), replace=False)
     pids,cams = np.array([o.pid for o in items]),np.array([o.cam for o in items])
-    fig,axs = plt.subplots(len(queries), k+1, figsize=(.72*(k+1), 1.55*len(queries)), dpi=60, squeeze=False)
+    fig,axs = plt.subplots(len(queries), k+1, figsize=(1.1*(k+1), 2.4*len(queries)+.4), dpi=80, squeeze=False, layout='constrained')
     for row,q in zip(axs, queries):
         for ax in row: ax.axis('off')
         row[0].axis('on'); _show(row[0], items[q].path, f'query cam {items[q].cam}', ir_range=ir_range)
         for ax,g,d in zip(row[1:], *top_matches(feats, pids, cams, q, setting.g_idxs[0], setting.rule, k)):
             right = pids[g] == pids[q]
             ax.axis('on'); _show(ax, items[g].path, f'{"" if right else "✗ "}{d:.2f} cam {items[g].cam}', right, ir_range)
-    fig.suptitle(title or f'{setting.name}: distance and camera of the {k} nearest', fontsize=9)
-    fig.tight_layout(pad=.3, w_pad=.2, h_pad=.6)
+    fig.suptitle(title or f'{setting.name}: distance and camera of the {k} nearest', fontsize=11)
     return fig

@@ -61,8 +61,8 @@ def fit_tmpa(self:Learner,
     n_epoch:int=80, # Epochs
     lr:float=0.1, # Rate of the new layers
     trunk:float|None=None, # Factor on `lr` for the trunk (first parameter group); default 0.1 if pretrained, else 1
-    warmup:float|None=None, # Epochs or share of warm-up, see `scaled_schedule`
-    decay:tuple|None=None, # Epochs or shares of the two decays, see `scaled_schedule`
+    warmup:float|None=None, # Epochs or share of warm-up, see scaled_schedule
+    decay:tuple|None=None, # Epochs or shares of the two decays, see scaled_schedule
     beta_warmup:int=0, # Epochs over which the weight beta of the modality losses rises from 0
     cbs=None, # More callbacks for this fit
     reset_opt:bool=False, # Make a new optimiser first
@@ -86,14 +86,14 @@ def _precision_cbs(precision):
 
 # %% ../nbs/16_learner.ipynb #be758aab
 @delegates(Learner.__init__)
-def tmpa_learner(dls, # `ReIDDataLoaders`
+def tmpa_learner(dls, # ReIDDataLoaders
     arch=resnet50, # torchvision ResNet builder, or any function that returns a torchvision ResNet
     pretrained:bool=True, # ImageNet weights from torchvision
     mfe:bool=True, # Three extractors; False: one trunk
     mft:bool=True, # Modality feature transfer; needs `mfe`
     mix='pedmix', # A mix callback; 'pedmix' for the paper's, None for none
     loss_func=None, # Default `TMPALoss()`
-    model_kw:dict|None=None, # More arguments of `TMPANet`: `complete`, `keep_originals`, `heads` ...
+    model_kw:dict|None=None, # More arguments of TMPANet: `complete`, `keep_originals`, `heads` ...
     precision:str='auto', # 'auto': fp16 where there is CUDA, fp32 elsewhere; or 'fp32', 'fp16', 'bf16'
     eval_every:int=1, # Score the validation identities every so many epochs
     cbs=None, # More callbacks
@@ -122,10 +122,10 @@ class _Images(torch.utils.data.Dataset):
 
 def extract_features(
     model, # A network with `model(images, modality) -> features`
-    items:list, # `ReIDImage`s
+    items:list, # ReIDImages
     size:tuple, # Height and width that the network was trained with
     bs:int=128, # Images a batch
-    ir_range:tuple|None=None, # Fixed range of 16-bit infrared files, see `read_image`
+    ir_range:tuple|None=None, # Fixed range of 16-bit infrared files, see read_image
     num_workers:int|None=None, # Loader processes; default 0 on a CPU (which the network needs itself), else up to 8
     device=None, # Default: where the model is
     flip:bool=False, # Average with the feature of the mirrored image (to be named beside the score)

@@ -17,7 +17,7 @@ from .evaluation import Setting, evaluate_settings
 def cross_settings_of(
     modality, # LongTensor (n,): 0 visible, 1 infrared
     rule:str='regdb', # Evaluation rule, see `tmpa.evaluation.cmc_map`
-)->list: # Two `Setting`s, 'v2t' and 't2v'; empty where a modality is absent
+)->list: # Two Settings, 'v2t' and 't2v'; empty where a modality is absent
     "Both directions over one list of images: each modality queries the other."
     m = torch.as_tensor(modality).cpu()
     v,t = ((m == o).nonzero().squeeze(1).numpy() for o in Modality)
@@ -28,7 +28,7 @@ class ReIDMetrics(Callback):
     "Rank the validation queries after every epoch; columns `mAP` (mean over settings), `mAP_*` and `rank1_*`, fractions between 0 and 1."
     order,run_train = 45,False  # before Recorder (50), which reads the values
     def __init__(self,
-        settings:list|None=None, # `Setting`s over the validation items in order; default `dls.settings`, else both directions
+        settings:list|None=None, # Settings over the validation items in order; default `dls.settings`, else both directions
         every:int=1, # Evaluate every so many epochs, and always in the last one
         ranks:tuple=(1,), # CMC ranks that get a column
     ): self.settings,self.every,self.ranks,self.results,self._names = settings,every,ranks,{},()

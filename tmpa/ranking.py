@@ -23,7 +23,7 @@ class Rule(NamedTuple):
 RULES = dict(regdb=Rule('none', False), sysu=Rule('place', True), llcm=Rule('same_cam', True), market=Rule('same_cam', False))
 
 def get_rule(
-    rule,        # Name in `RULES`, or a `Rule` of one's own
+    rule,        # Name in `RULES`, or a Rule of one's own
     cams=(1, 1), # Cameras of queries and gallery, to see whether they are there when needed
 ) -> Rule:
     "The rule of that name; `ProtocolError` for an unknown name or missing cameras."
@@ -277,7 +277,7 @@ def cmc_map(
     dist,                 # (n_q, n_g) distances, smaller is nearer; tensor (any device) or array
     q_pids, g_pids,       # (n_q,) and (n_g,) identities
     q_cams=None, g_cams=None, # (n_q,) and (n_g,) cameras, where the rule needs them
-    rule:str|Rule='regdb', # 'regdb' (plain), 'sysu', 'llcm', 'market', or a `Rule`
+    rule:str|Rule='regdb', # 'regdb' (plain), 'sysu', 'llcm', 'market', or a Rule
     max_rank:int=20,      # Length of the CMC; with fewer candidates its last value is repeated
     chunk:int|None=None,  # Queries at a time; None: blocks of about 16 million distances
 ) -> EvalResult:

@@ -20,9 +20,9 @@ class Recipe:
     channel_exchange:bool = True # CA: random channel exchange of visible images
     mfe:bool = True # Three extractors (MFE); False: one trunk
     mft:bool = True # Modality feature transfer (MFT)
-    mix:dict|None = field(default_factory=dict) # Arguments of `PedMix`; None: no mixing
-    model:dict = field(default_factory=dict) # More arguments of `TMPANet`
-    loss:dict = field(default_factory=dict) # Arguments of `TMPALoss`
+    mix:dict|None = field(default_factory=dict) # Arguments of PedMix; None: no mixing
+    model:dict = field(default_factory=dict) # More arguments of TMPANet
+    loss:dict = field(default_factory=dict) # Arguments of TMPALoss
     note:str = '' # What it is, in a sentence
 
     def but(self, **changes): "A copy with some fields changed."; return dataclasses.replace(self, **changes)
@@ -51,7 +51,7 @@ RECIPES = {r.name.lower(): r for r in [
 ]}
 
 def get_recipe(
-    name, # A name of `RECIPES` in any case, or a `Recipe`
+    name, # A name of `RECIPES` in any case, or a Recipe
 )->Recipe:
     "Look a recipe up by name."
     if isinstance(name, Recipe): return name

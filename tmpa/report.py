@@ -48,7 +48,7 @@ def read_log(path):
     return {k: [num(r[k]) for r in rows] for k in (rows[0] if rows else {}) if k}
 
 def plot_log(
-    log:dict, # From `read_log`
+    log:dict, # From read_log
 ):
     "Loss curves beside score curves; series that were never recorded are left out."
     has = lambda k: any(not math.isnan(v) for v in log[k])

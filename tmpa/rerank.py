@@ -98,7 +98,7 @@ def rerank(
     k2:int=6,          # Neighbours over which the encoding is averaged
     lam:float=0.3,     # Share of the original distance
     chunk:int=128,     # Rows at a time: memory is some chunk x (n_q + n_g) numbers beside the result
-) -> np.ndarray: # (n_q, n_g) float64 distances for `cmc_map`
+) -> np.ndarray: # (n_q, n_g) float64 distances for cmc_map
     "k-reciprocal re-ranking of Zhong et al., in blocks of rows."
     q, g = (check_finite(as_matrix(f, k), k) for f,k in ((q_feats, 'q_feats'), (g_feats, 'g_feats')))
     if q.shape[1] != g.shape[1]: raise ProtocolError(f"q_feats have {q.shape[1]} columns and g_feats {g.shape[1]}: both must come from one model")

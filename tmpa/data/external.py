@@ -46,7 +46,7 @@ _sysu_ir = (3, 6)
 def sysu_items(
     path:str|Path, # Folder that holds `cam1` ... `cam6` and `exp`
     split:str='train+val', # 'train', 'val', 'train+val' or 'test'
-) -> list: # `ReIDImage` by identity, camera, file name
+) -> list: # ReIDImage by identity, camera, file name
     "Images of one split of SYSU-MM01; `DataError` for a missing folder or index file."
     if split not in ('train', 'val', 'train+val', 'test'): raise DataError(f"split '{split}' does not exist in SYSU-MM01: use 'train', 'val', 'train+val' or 'test'")
     path = _root(path, 'cam1 ... cam6 and exp')
@@ -86,12 +86,12 @@ def _sysu_perms(items, convention, perms):
 
 # %% ../../nbs/01_data.external.ipynb #10cf6e93
 def sysu_gallery(
-    items:list, # `ReIDImage` of SYSU-MM01's test split (infrared ones are passed over)
+    items:list, # ReIDImage of SYSU-MM01's test split (infrared ones are passed over)
     mode:str='all', # 'all' (cameras 1, 2, 4, 5) or 'indoor' (1, 2)
     shots:int=1, # Images per identity and camera: 1 or 10
     trial:int=0, # 0 to 9
     convention:str|None=None, # 'official', 'seeded', or None: official where its file is
-    perms=None, # `rand_perm_cam.mat`, or what `load_perms` returned; None: look beside the images
+    perms=None, # `rand_perm_cam.mat`, or what load_perms returned; None: look beside the images
 ) -> list: # Indices into `items`, by identity, then camera
     "One gallery draw of SYSU-MM01."
     if mode not in ('all', 'indoor'): raise ProtocolError(f"SYSU-MM01 has no mode '{mode}': use 'all' or 'indoor'")
@@ -136,7 +136,7 @@ def regdb_items(
     path:str|Path, # Folder that holds `idx`, `Visible` and `Thermal`
     trial:int=1, # 1 to 10
     split:str='train', # 'train' or 'test'
-) -> list: # `ReIDImage`: visible (camera 1), then thermal (camera 2), each by identity and file
+) -> list: # ReIDImage: visible (camera 1), then thermal (camera 2), each by identity and file
     "Images of one split of one trial of RegDB; `DataError` names a missing index file, or the line of an image that is missing."
     if split not in ('train', 'test'): raise DataError(f"split '{split}' does not exist in RegDB: use 'train' or 'test'")
     path = _root(path, 'idx, Visible and Thermal')
@@ -152,7 +152,7 @@ def _llcm_cam(f):
 def llcm_items(
     path:str|Path, # Folder that holds `idx`, `test_vis` and `test_nir`
     split:str='train', # 'train' or 'test'
-) -> list: # `ReIDImage`: visible, then near infrared, each by identity, camera and file
+) -> list: # ReIDImage: visible, then near infrared, each by identity, camera and file
     "Images of one split of LLCM; camera 0 where a training file name has no camera."
     if split not in ('train', 'test'): raise DataError(f"split '{split}' does not exist in LLCM: use 'train' or 'test'")
     path,mods = _root(path, 'idx, test_vis and test_nir'),('vis', 'nir')
@@ -168,7 +168,7 @@ def llcm_items(
     return sorted(res, key=lambda o: (o.modality, o.pid, o.cam, str(o.path)))
 
 def llcm_gallery(
-    items:list, # `ReIDImage` of LLCM's test split
+    items:list, # ReIDImage of LLCM's test split
     modality:int, # Modality of the gallery
     trial:int=0, # 0 to 9, the seed
 ) -> list: # Indices into `items`, by identity, then camera
@@ -182,7 +182,7 @@ def llcm_gallery(
 def csv_items(
     path:str|Path, # CSV file with the columns `file` (relative to it), `pid`, `cam`, `modality` (visible or infrared) and `split`
     split:str='train', # Which lines: those with this word in `split`
-) -> list: # `ReIDImage`, in the order of the file
+) -> list: # ReIDImage, in the order of the file
     "Images listed in a CSV file; `DataError` names the line that cannot be used."
     path,res,mods = Path(path),[],{'visible': 0, 'infrared': 1, '0': 0, '1': 1}
     if not path.is_file(): raise DataError(f'no file {path}: pass a CSV file with the columns file, pid, cam, modality and split')
@@ -210,9 +210,9 @@ def _setting(name, q_idx, g_idxs, rule, note=''):
 def sysu_settings(
     items:list, # `sysu_items(path, 'test')`
     trials:int=10, # Gallery draws
-    convention:str|None=None, # As in `sysu_gallery`
-    perms=None, # As in `sysu_gallery`
-) -> list: # `Setting` 'all_single', 'all_multi', 'indoor_single', 'indoor_multi'
+    convention:str|None=None, # As in sysu_gallery
+    perms=None, # As in sysu_gallery
+) -> list: # Setting 'all_single', 'all_multi', 'indoor_single', 'indoor_multi'
     "All-search and indoor-search of SYSU-MM01, single- and multi-shot; the note names the gallery convention."
     convention,perms = _sysu_perms(items, convention, perms)
     note = 'official gallery (rand_perm_cam.mat)' if convention=='official' else 'seeded gallery (Python random, seed = trial)'
@@ -220,24 +220,24 @@ def sysu_settings(
             for mode in ('all', 'indoor') for name, shots in (('single', 1), ('multi', 10))]
 
 def cross_settings(
-    items:list, # `ReIDImage` of both modalities
+    items:list, # ReIDImage of both modalities
     rule:str='regdb', # Rule by which matches are counted
     note:str='', # Goes into the report
-) -> list: # `Setting` 'v2t' and 't2v'
+) -> list: # Setting 'v2t' and 't2v'
     "Every image of one modality against every image of the other, in both directions."
     v,t = _where(items, 0),_where(items, 1)
     return [_setting('v2t', v, [t], rule, note), _setting('t2v', t, [v], rule, note)]
 
 def regdb_settings(
     items:list, # `regdb_items(path, trial, 'test')`
-) -> list: # `Setting` 'v2t' and 't2v'
+) -> list: # Setting 'v2t' and 't2v'
     "Both directions of RegDB's test split: whole gallery, plain CMC."
     return cross_settings(items)
 
 def llcm_settings(
     items:list, # `llcm_items(path, 'test')`
     trials:int=10, # Gallery draws
-) -> list: # `Setting` 'v2t' and 't2v'
+) -> list: # Setting 'v2t' and 't2v'
     "Both directions of LLCM, each with galleries of its own: one random image per identity and camera."
     note = 'gallery drawn by Python random, seed = trial'
     return [_setting(n, _where(items, q), [llcm_gallery(items, g, t) for t in range(trials)], 'llcm', note) for n, q, g in (('v2t', 0, 1), ('t2v', 1, 0))]
@@ -304,7 +304,7 @@ def read_image(
 def load_resized(
     path:str|Path, # An image file that Pillow can read
     size:tuple, # (height, width)
-    ir_range:tuple|None=None, # As in `read_image`
+    ir_range:tuple|None=None, # As in read_image
 ) -> torch.Tensor: # float32 (3, *size) in [0, 1]
     "Read and resize (Lanczos, antialiased; in float for more than 8 bits)."
     return _to_tensor(_pixels(path, size, ir_range))

@@ -29,7 +29,7 @@ class ReIDDataset:
     "Records as items `(image, modality, label, pid, cam)`; reads and resizes when asked."
     n_inp = 2
     def __init__(self,
-        items:list, # `ReIDImage`
+        items:list, # ReIDImage
         vocab:list=(), # Training identities in the order of their labels
         size:tuple=(288, 144), # (height, width)
         ir_range:tuple|None=None, # Raw values that mean 0 and 1 in files of more than 8 bits
@@ -86,7 +86,7 @@ def _epoch_shape(groups, P, K):
     return (max(ceil(len(groups)/P), ceil(most/(P*K))) if P else 0),P
 
 def identity_batches(
-    items:list, # `ReIDImage`
+    items:list, # ReIDImage
     P:int=8, # Identities in a batch
     K:int=4, # Images per identity and modality
     seed:int=0, # Seed
@@ -104,7 +104,7 @@ class ReIDDL(TfmdDL):
     "Identity-balanced batches when `shuffle`, every item once and in order otherwise."
     _n_inp,_types = 2,{tuple: [TensorImage]+[torch.Tensor]*4}      # so that an empty loader need not be asked
     def __init__(self,
-        dataset, # `ReIDDataset`
+        dataset, # ReIDDataset
         P:int=8, # Identities in a shuffled batch
         K:int=4, # Images of each identity and modality
         seed:int=0, # Order of the batches, together with `epoch`
@@ -144,14 +144,14 @@ class ReIDDL(TfmdDL):
 # %% ../../nbs/03_data.load.ipynb #5d9d61b8
 def _grid(rows, cols, figsize, ctxs):
     import matplotlib.pyplot as plt
-    if ctxs is None: ctxs = plt.subplots(rows, cols, figsize=figsize or (.9*cols, 1.9*rows), dpi=60, squeeze=False, layout='constrained')[1]
+    if ctxs is None: ctxs = plt.subplots(rows, cols, figsize=figsize or (1.2*cols, 2.4*rows), dpi=80, squeeze=False, layout='constrained')[1]
     axs = np.array(ctxs, dtype=object).reshape(rows, cols)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     return axs
 
 def _picture(ax, x, title, color='black'):
     ax.imshow(x.as_subclass(torch.Tensor).float().clamp(0, 1).permute(1, 2, 0))
-    ax.set_title(title, fontsize=8, color=color)
+    ax.set_title(title, fontsize=10, color=color)
 
 @patch
 def show_batch(self:ReIDDL, b=None, max_n=8, ctxs=None, show=True, unique=False, figsize=None, **kwargs):
@@ -161,7 +161,7 @@ def show_batch(self:ReIDDL, b=None, max_n=8, ctxs=None, show=True, unique=False,
     pids = list(dict.fromkeys(pid.tolist()))[:max_n]
     axs = _grid(2, len(pids), figsize, ctxs)
     for m, name in enumerate(('visible', 'infrared')):
-        axs[m, 0].set_ylabel(name)
+        axs[m, 0].set_ylabel(name, fontsize=11)
         for ax, p in zip(axs[m], pids):
             i = ((pid==p) & (modality==m)).nonzero().flatten()
             if len(i): _picture(ax, x[i[0]], f'{p}, camera {cam[i[0]]}' if len(pids)<6 else f'{p}')
@@ -181,7 +181,7 @@ def show_results(self:ReIDDL, b, out, max_n=4, ctxs=None, show=True, figsize=Non
 
 # %% ../../nbs/03_data.load.ipynb #b7da3c89
 def split_by_pid(
-    items:list, # `ReIDImage`
+    items:list, # ReIDImage
     frac:float=0.1, # Share of the identities to hold out, at least one
     seed:int=0, # Which ones
 ) -> tuple: # (items of the others, items held out)
@@ -237,7 +237,7 @@ class ReIDDataLoaders(DataLoaders):
         return self.test[1](self.test_items) if self.test else []
 
     def test_dl(self,
-        test_items:list, # `ReIDImage`
+        test_items:list, # ReIDImage
         rm_type_tfms=None, with_labels=True, # As fastai passes them; labels are always there
         **kwargs
     ):
@@ -251,8 +251,8 @@ class ReIDDataLoaders(DataLoaders):
 # %% ../../nbs/03_data.load.ipynb #7dc83486
 @patch(cls_method=True)
 def from_items(cls:ReIDDataLoaders,
-    train_items:list, # `ReIDImage`; identities seen in one modality only are left out with a warning
-    valid_items:list|None=None, # `ReIDImage` of other people (see `split_by_pid`); None: no validation
+    train_items:list, # ReIDImage; identities seen in one modality only are left out with a warning
+    valid_items:list|None=None, # ReIDImage of other people (see split_by_pid); None: no validation
     size:tuple=(288, 144), # (height, width) that every image is resized to
     P:int=8, # Identities in a batch
     K:int=4, # Images of each identity and modality
@@ -260,7 +260,7 @@ def from_items(cls:ReIDDataLoaders,
     num_workers:int|None=None, # None: up to 4, and 0 with `cache`
     bs_valid:int=128, # Batch size of validation and test
     channel_exchange:bool|float=True, # Whether visible images exchange channels, or the chance that they do
-    aug=True, # False: no augmentation; or a transform in place of `ReIDAug`
+    aug=True, # False: no augmentation; or a transform in place of ReIDAug
     ir_range:tuple|None=None, # Raw values that mean 0 and 1 in files of more than 8 bits
     cache:bool=False, # Keep decoded images in memory, for small sets; needs `num_workers=0`, since each worker would keep its own
     cache_gb:float=2., # Limit of each cache in GB

@@ -370,7 +370,7 @@ def _develop(img, c, d):
 # %% ../../nbs/01a_data.synthetic.ipynb #17be1f07
 def render_person(
     pid:int, # Identity, >= 0; its looks depend on `seed` and `pid` only
-    modality:int, # `Modality`: 0 visible, 1 infrared
+    modality:int, # Modality: 0 visible, 1 infrared
     cam:int, # Camera number, >= 0; cameras of the two modalities are unrelated
     shot:int, # Which photograph of this person by this camera: pose, background and noise
     size:tuple=(144, 72), # Height and width in pixels, at least 8 each
@@ -405,7 +405,7 @@ def show_gallery(
     n_ids:int=8, # Identities, one column each
     shots:int=2, # Photographs of each modality
     ax=None, # matplotlib axes; made if absent
-    **kwargs, # Passed to `gallery`
+    **kwargs, # Passed to gallery
 ):
     "`gallery` as a figure with labelled rows and columns; returns the axes."
     import matplotlib.pyplot as plt
@@ -475,7 +475,7 @@ def make_regdb(
     fmt:str='bmp', # File format, 'bmp' or 'png'
     cams:tuple=((1, 2, 4, 5), (3, 6)), # Cameras of the visible and of the infrared photographs, taken in turn
     n_workers:int=0, # Processes; 0 renders in this one
-) -> Path: # The folder; `ConfigError` if it exists and holds something else
+) -> Path: # The folder; ConfigError if it exists and holds something else
     "Write rendered people in RegDB's layout: `Visible/`, `Thermal/`, `idx/{train,test}_{visible,thermal}_{1..10}.txt`."
     if fmt not in ('bmp', 'png'): raise ConfigError(f"fmt must be 'bmp' or 'png', got {fmt!r}: pass one of the two")
     if per_modality < 1: raise ConfigError(f'per_modality must be at least 1, got {per_modality}: pass a larger number')
@@ -519,7 +519,7 @@ def make_sysu(
     size:tuple=(144, 72), # Height and width in pixels
     seed:int=0, # World
     n_workers:int=0, # Processes; 0 renders in this one
-) -> Path: # The folder; `ConfigError` if it exists and holds something else
+) -> Path: # The folder; ConfigError if it exists and holds something else
     "Write rendered people in SYSU-MM01's layout: `cam{1..6}/{pid:04d}/{n:04d}.jpg` and `exp/{train,val,test}_id.txt`."
     if structure is None: structure = [(pid, 'test' if pid%5 == 0 else 'val' if pid%5 == 4 else 'train', *[per_cam]*6) for pid in _ids(n_ids, 5)]
     rows = _structure(structure)
@@ -536,7 +536,7 @@ def make_llcm(
     size:tuple=(144, 72), # Height and width in pixels
     seed:int=0, # World
     n_workers:int=0, # Processes; 0 renders in this one
-) -> Path: # The folder; `ConfigError` if it exists and holds something else
+) -> Path: # The folder; ConfigError if it exists and holds something else
     "Write rendered people in LLCM's layout: `idx/train_{vis,nir}.txt`, `idx/test_id.txt`, `vis/`, `nir/`, `test_vis/cam*/`, `test_nir/cam*/`."
     if not 2 <= n_cams <= 8: raise ConfigError(f'n_cams must be from 2 to 8, got {n_cams}: pass a number in that range')
     if per_cam < 1: raise ConfigError(f'per_cam must be at least 1, got {per_cam}: pass a larger number')

@@ -12,7 +12,7 @@ from ..core import ConfigError, Modality
 
 # %% ../../nbs/09_models.mfe.ipynb #9e72d21b
 def slot_rows(
-    modality:torch.Tensor, # (2N,) `Modality` of each row
+    modality:torch.Tensor, # (2N,) Modality of each row
 )->tuple[torch.Tensor,torch.Tensor]: # (N,) rows of V_i, (N,) rows of I_i
     "Pair the i-th visible with the i-th infrared row; `ConfigError` if their numbers differ."
     n,n_ir = len(modality), int(modality.sum())
