@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['parse_size', 'parse_ints', 'tmpa_demo', 'mean_scores', 'tmpa_train', 'tmpa_evaluate']
 
-# %% ../nbs/18b_cli.ipynb #2dc98d6f
+# %% ../nbs/18b_cli.ipynb #a3e03099
 import functools, sys
 from pathlib import Path
 import numpy as np
 from fastcore.script import call_parse, Param, store_true
 from .core import ConfigError, TMPAError
-from .demo import compare, demo_rows, summarise
+from .demo import compare, demo_patch, demo_rows, summarise
 from .experiment import ARCHS, DATA, DataSpec, RunConfig, as_scores, evaluate_run, new_folder, train_run, write_json
 from .recipes import get_recipe
 from .report import score_rows, text_table
 
-# %% ../nbs/18b_cli.ipynb #e9652116
+# %% ../nbs/18b_cli.ipynb #fd290133
 def _one_line_errors(f):
     @functools.wraps(f)
     def _f(*args, **kwargs):
@@ -38,7 +38,7 @@ def parse_ints(s, what):
     try: return [int(o) for o in str(s).split(',')]
     except ValueError: raise ConfigError(f'{what} {s!r}: give whole numbers with commas, for instance 0,1,2') from None
 
-# %% ../nbs/18b_cli.ipynb #f57820b3
+# %% ../nbs/18b_cli.ipynb #ed133247
 @call_parse
 @_one_line_errors
 def tmpa_demo(
@@ -46,7 +46,7 @@ def tmpa_demo(
     ablation:store_true=False, # All four rows of table II: B, B+CA, B+CA+PedMix, TMPA (default: B and TMPA)
     equal_compute:store_true=False, # Also train the cheaper rows for as many operations as TMPA
     seeds:str='0', # Seeds, with commas; every row runs once for each
-    epochs:int=12, # Epochs of a row
+    epochs:int=8, # Epochs of a row
     ids:int=400, # Rendered identities, three quarters of them for training
     size:str='96x48', # Image height x width
     data:str=None, # Folder of the rendered images (default: one in $TMPA_HOME or ~/.cache/tmpa)
@@ -60,11 +60,11 @@ def tmpa_demo(
     rows = demo_rows(['B','B+CA','B+CA+PedMix','TMPA'] if ablation else ['B','TMPA'], epochs, equal_compute, size=size)
     spec = DataSpec('synthetic', path=data, n_ids=ids, size=size)
     print(f'Rendering {ids} identities (once) ...', flush=True)
-    lines = compare(rows, out, spec, seeds, resume=resume, quiet=quiet, workers=workers, arch='micro_resnet', pretrained=False, patch=max(1, size[0]//24), select='held_out', warmup=.1, decay=(.6,.85), cache=True)
+    lines = compare(rows, out, spec, seeds, resume=resume, quiet=quiet, workers=workers, arch='micro_resnet', pretrained=False, patch=demo_patch(size), select='held_out', warmup=.1, decay=(.6,.85), cache=True)
     print('\nUnseen identities, per cent' + (', mean ± deviation over seeds' if len(seeds) > 1 else '') + ':\n' + text_table(summarise(lines)))
     print(f'\nReport: {Path(out)/"report.html"}')
 
-# %% ../nbs/18b_cli.ipynb #56d49ebf
+# %% ../nbs/18b_cli.ipynb #58a96b74
 def mean_scores(
     trials:list, # `scores` of several models
 )->dict:
@@ -77,7 +77,7 @@ def mean_scores(
             out[name] |= {k: float(v.mean()), f'{k}_std': float(v.std(ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18b_cli.ipynb #0983f003
+# %% ../nbs/18b_cli.ipynb #e442c642
 @call_parse
 @_one_line_errors
 def tmpa_train(
@@ -123,7 +123,7 @@ def tmpa_train(
         write_json(out/'metrics.json', dict(trials=t, scores=mean_scores(scores)))
     print(f"\n{get_recipe(recipe).name} on {data}, mean of ten trials, per cent:\n{text_table(score_rows(mean_scores(scores)))}\n\nReports: {out}/trial*/report.html")
 
-# %% ../nbs/18b_cli.ipynb #ffa0d1b4
+# %% ../nbs/18b_cli.ipynb #75badad9
 @call_parse
 @_one_line_errors
 def tmpa_evaluate(

@@ -92,7 +92,7 @@ def tmpa_learner(dls, # ReIDDataLoaders
     mfe:bool=True, # Three extractors; False: one trunk
     mft:bool=True, # Modality feature transfer; needs `mfe`
     mix='pedmix', # A mix callback; 'pedmix' for the paper's, None for none
-    loss_func=None, # Default `TMPALoss()`
+    loss_func=None, # Default TMPALoss()
     model_kw:dict|None=None, # More arguments of TMPANet: `complete`, `keep_originals`, `heads` ...
     precision:str='auto', # 'auto': fp16 where there is CUDA, fp32 elsewhere; or 'fp32', 'fp16', 'bf16'
     eval_every:int=1, # Score the validation identities every so many epochs

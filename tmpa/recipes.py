@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'get_recipe']
 
-# %% ../nbs/17_recipes.ipynb #10539dfd
+# %% ../nbs/17_recipes.ipynb #ad32d69a
 import dataclasses
 from dataclasses import dataclass, field
 from .core import ConfigError
 from .callback.pedmix import PedMix
 from .losses import TMPALoss
 
-# %% ../nbs/17_recipes.ipynb #9aef3479
+# %% ../nbs/17_recipes.ipynb #7df5ba99
 @dataclass(frozen=True)
 class Recipe:
     "One method, as data."
@@ -40,13 +40,14 @@ class Recipe:
         return PedMix(**{**({'patch': patch} if patch else {}), **kw})
     def make_loss(self): "The loss function."; return TMPALoss(**self.loss)
 
-# %% ../nbs/17_recipes.ipynb #c2dcff71
+# %% ../nbs/17_recipes.ipynb #4ffd2a5e
 RECIPES = {r.name.lower(): r for r in [
     Recipe('B', channel_exchange=False, mfe=False, mft=False, mix=None, note='baseline: one trunk, identity and WRT loss'),
     Recipe('B+CA', mfe=False, mft=False, mix=None, note='baseline with random channel exchange'),
-    Recipe('B+CA+PedMix', mfe=False, mft=False, note='one trunk that sees the mixed images'),
-    Recipe('TMPA', note='PedMix, three extractors, modality feature transfer: the whole method'),
-    Recipe('TMPA w/o MFT', mft=False, note='three whole trunks with parameter-free cross attention (table V)'),
+    Recipe('B+CA+PedMix', mfe=False, mft=False, model=dict(keep_originals=True), note='one trunk that sees the originals and the mixed images'),
+    Recipe('TMPA', model=dict(mix_into_complete=True, keep_originals=True), note='PedMix, three extractors, modality feature transfer: the whole method'),
+    Recipe('TMPA w/o MFT', mft=False, model=dict(mix_into_complete=True, keep_originals=True), note='three whole trunks with parameter-free cross attention (table V)'),
+    Recipe('B+CA+PedMix only', mfe=False, mft=False, note='one trunk that sees nothing but mixed images: the literal recipe'),
     Recipe('TMPA pair', model=dict(complete='pair'), note='the literal reading: complete features from aligned pairs in training'),
 ]}
 
