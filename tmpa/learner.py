@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sgd', 'step_factor', 'scaled_schedule', 'tmpa_learner', 'extract_features']
 
-# %% ../nbs/16_learner.ipynb #a18c827d
+# %% ../nbs/16_learner.ipynb #bebb1e37
 import inspect
 from functools import partial
 import torch
@@ -27,7 +27,7 @@ from .losses import TMPALoss, BetaWarmup
 from .metrics import LossTerms, ReIDMetrics
 from .models.tmpa import TMPANet, split_params
 
-# %% ../nbs/16_learner.ipynb #e4b92ba8
+# %% ../nbs/16_learner.ipynb #3d10b900
 def step_factor(
     epoch:int, # Epoch, from 0
     warmup:int=10, # Epochs of linear warm-up: factor (epoch+1)/warmup
@@ -37,7 +37,7 @@ def step_factor(
     "What the base learning rate is multiplied by in `epoch`."
     return min(1., (epoch+1)/warmup if warmup else 1.) * gamma**sum(epoch >= d for d in decay)
 
-# %% ../nbs/16_learner.ipynb #da1d9c46
+# %% ../nbs/16_learner.ipynb #95d20218
 def scaled_schedule(
     n_epoch:int, # Epochs that will be run
     warmup:float|None=None, # Epochs, or below 1 a share of them; default 10 of 80 in proportion
@@ -46,16 +46,16 @@ def scaled_schedule(
     "`warmup` and `decay` in epochs for `step_factor`, the paper's in proportion to its 80 epochs unless given."
     paper = min(n_epoch, 80)/80
     at = lambda e: round(e*n_epoch) if 0 < e < 1 else e
-    return dict(warmup=round(10*paper) if warmup is None else at(warmup), decay=(round(20*paper), round(50*paper)) if decay is None else tuple(map(at, decay)))
+    return dict(warmup=round(10*paper) if warmup is None else at(warmup), decay=(max(1, round(20*paper)), max(1, round(50*paper))) if decay is None else tuple(map(at, decay)))
 
-# %% ../nbs/16_learner.ipynb #69b81f43
+# %% ../nbs/16_learner.ipynb #795ba12d
 sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=5e-4))
 
 def _lr_at(pct, lr, mults, n_epoch, sched):
     e = min(int(pct*n_epoch + 1e-6), n_epoch-1)  # pct is a running sum of 1/n: without the margin an epoch could start one step late
     return [lr*m*step_factor(e, **sched) for m in mults]
 
-# %% ../nbs/16_learner.ipynb #36805b6b
+# %% ../nbs/16_learner.ipynb #a80ce024
 @patch
 def fit_tmpa(self:Learner,
     n_epoch:int=80, # Epochs
@@ -76,7 +76,7 @@ def fit_tmpa(self:Learner,
     cbs = [ParamScheduler({'lr': sched})] + ([BetaWarmup(beta_warmup)] if beta_warmup else []) + list(cbs or [])
     self.fit(n_epoch, lr=lr, cbs=cbs, start_epoch=start_epoch)
 
-# %% ../nbs/16_learner.ipynb #7bd9ec2c
+# %% ../nbs/16_learner.ipynb #d67364a6
 def _precision_cbs(precision):
     if precision not in ('auto','fp32','fp16','bf16'): raise ConfigError(f"precision={precision!r}: choose 'auto', 'fp32', 'fp16' or 'bf16'")
     cuda = torch.cuda.is_available()
@@ -84,7 +84,7 @@ def _precision_cbs(precision):
     if precision == 'fp32' or not cuda: return []
     return [MixedPrecision(amp_mode='bf16' if precision == 'bf16' else 'fp16')]
 
-# %% ../nbs/16_learner.ipynb #be758aab
+# %% ../nbs/16_learner.ipynb #d272b964
 @delegates(Learner.__init__)
 def tmpa_learner(dls, # ReIDDataLoaders
     arch=resnet50, # torchvision ResNet builder, or any function that returns a torchvision ResNet
@@ -112,7 +112,7 @@ def tmpa_learner(dls, # ReIDDataLoaders
     kwargs = {'opt_func': sgd, 'splitter': split_params, 'wd_bn_bias': True, **kwargs}
     return Learner(dls, model, loss_func=loss_func, cbs=own + list(cbs or []), **kwargs)
 
-# %% ../nbs/16_learner.ipynb #77bdd582
+# %% ../nbs/16_learner.ipynb #1fb804aa
 class _Images(torch.utils.data.Dataset):
     def __init__(self, items, size, ir_range): self.items,self.size,self.ir_range = items,size,ir_range
     def __len__(self): return len(self.items)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'get_recipe']
 
-# %% ../nbs/17_recipes.ipynb #ad32d69a
+# %% ../nbs/17_recipes.ipynb #27f09908
 import dataclasses
 from dataclasses import dataclass, field
 from .core import ConfigError
 from .callback.pedmix import PedMix
 from .losses import TMPALoss
 
-# %% ../nbs/17_recipes.ipynb #7df5ba99
+# %% ../nbs/17_recipes.ipynb #b1b94611
 @dataclass(frozen=True)
 class Recipe:
     "One method, as data."
@@ -40,15 +40,15 @@ class Recipe:
         return PedMix(**{**({'patch': patch} if patch else {}), **kw})
     def make_loss(self): "The loss function."; return TMPALoss(**self.loss)
 
-# %% ../nbs/17_recipes.ipynb #4ffd2a5e
+# %% ../nbs/17_recipes.ipynb #41f7ff32
 RECIPES = {r.name.lower(): r for r in [
     Recipe('B', channel_exchange=False, mfe=False, mft=False, mix=None, note='baseline: one trunk, identity and WRT loss'),
     Recipe('B+CA', mfe=False, mft=False, mix=None, note='baseline with random channel exchange'),
-    Recipe('B+CA+PedMix', mfe=False, mft=False, model=dict(keep_originals=True), note='one trunk that sees the originals and the mixed images'),
-    Recipe('TMPA', model=dict(mix_into_complete=True, keep_originals=True), note='PedMix, three extractors, modality feature transfer: the whole method'),
-    Recipe('TMPA w/o MFT', mft=False, model=dict(mix_into_complete=True, keep_originals=True), note='three whole trunks with parameter-free cross attention (table V)'),
-    Recipe('B+CA+PedMix only', mfe=False, mft=False, note='one trunk that sees nothing but mixed images: the literal recipe'),
-    Recipe('TMPA pair', model=dict(complete='pair'), note='the literal reading: complete features from aligned pairs in training'),
+    Recipe('B+CA+PedMix', mfe=False, mft=False, note='one trunk that sees the originals and the mixed images'),
+    Recipe('TMPA', note='PedMix, three extractors, modality feature transfer: the whole method'),
+    Recipe('TMPA w/o MFT', mft=False, note='three whole trunks with parameter-free cross attention (table V)'),
+    Recipe('B+CA+PedMix only', mfe=False, mft=False, model=dict(keep_originals=False), note='one trunk that sees nothing but mixed images: the literal recipe'),
+    Recipe('TMPA pair', model=dict(complete='pair', keep_originals=False), note='the literal reading: complete features from aligned pairs in training'),
 ]}
 
 def get_recipe(

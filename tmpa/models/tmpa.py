@@ -6,7 +6,7 @@
 __all__ = ['TMPANet', 'keep_stats', 'split_params', 'n_params', 'n_flops', 'show_size', 'save_weights', 'read_meta',
            'load_weights', 'load_tmpa']
 
-# %% ../../nbs/12_models.tmpa.ipynb #81bb0d8e
+# %% ../../nbs/12_models.tmpa.ipynb #a7bd842d
 from contextlib import contextmanager
 import copy, inspect, json, torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -20,7 +20,7 @@ from .backbone import arch_name, first_mismatch, get_arch, load_torch, make_resn
 from .mfe import MFE, slot_rows
 from .mft import MFT, complete_feature, cross_attention
 
-# %% ../../nbs/12_models.tmpa.ipynb #e7109724
+# %% ../../nbs/12_models.tmpa.ipynb #cb66202b
 class TMPANet(nn.Module):
     "The whole network: images and modalities to features, and in training to everything that the losses need."
     def __init__(self,
@@ -31,8 +31,8 @@ class TMPANet(nn.Module):
         mft:bool=True,                # Generate features with MFT; False with `mfe` is table V's "without MFT"
         complete:str='single',        # Rows of F_C in training: 'single' or 'pair'
         eval_complete:str='self',     # One image at a time: 'self', 'own' or 'miss'
-        mix_into_complete:bool=False, # With 'single': F_sh of the mixed images in F_C too
-        keep_originals:bool=False,    # Originals as rows of F_C beside the mixed images
+        mix_into_complete:bool=True,  # With 'single': rows of F_C with the F_sh of mixed images
+        keep_originals:bool=True,     # Rows of F_C from originals beside those from mixed images; False: mixed ones alone
         mix_stats:str='own',          # Batch statistics of mixed images beside originals: their 'own', running ones untouched, or 'shared'
         gen_rows:str|None=None,       # Generated features that are classified: 'match', 'miss', 'all' (see the training dict)
         heads:int=1,                  # Attention heads of MFT
@@ -54,7 +54,7 @@ class TMPANet(nn.Module):
         self._build(n_classes, arch, pretrained, weights, mfe, mft, heads, attention, same_start)
         self.pool,self.neck,self.classifier = GeM(pool_p, pool_trainable), BNNeck(self.dim), Classifier(self.dim, n_classes)
 
-# %% ../../nbs/12_models.tmpa.ipynb #12fb121c
+# %% ../../nbs/12_models.tmpa.ipynb #d3053b9a
 @patch
 def _build(self:TMPANet, n_classes, arch, pretrained, weights, mfe, mft, heads, attention, same_start):
     e,tail = split_resnet(make_resnet(arch, pretrained, weights))
@@ -67,7 +67,7 @@ def _build(self:TMPANet, n_classes, arch, pretrained, weights, mfe, mft, heads, 
     if mft and pretrained is not False: self.mft.load_bottleneck(tail.layer4[0])
     if mfe: self.classifier_vis,self.classifier_ir = (SpecificClassifier(c if mft else self.dim, n_classes) for _ in range(2))
 
-# %% ../../nbs/12_models.tmpa.ipynb #75561b5f
+# %% ../../nbs/12_models.tmpa.ipynb #964edd82
 def _check(a):
     allowed = dict(complete=('single', 'pair'), eval_complete=('self', 'own', 'miss'), gen_rows=(None, 'match', 'miss', 'all'), feature=('bn', 'pool'),
                    mix_stats=('own', 'shared'))
@@ -77,7 +77,7 @@ def _check(a):
     if a['attention'] and a['mfe']: raise ConfigError('attention= belongs to the model with one trunk: pass mfe=False, mft=False')
     if not a['n_classes'] >= 1: raise ConfigError(f'n_classes={a["n_classes"]}: at least one training identity is needed')
 
-# %% ../../nbs/12_models.tmpa.ipynb #7571feec
+# %% ../../nbs/12_models.tmpa.ipynb #bd9bc4e6
 @patch
 def forward(self:TMPANet,
     images,     # (B, 3, H, W), normalised
@@ -102,7 +102,7 @@ def meta(self:TMPANet):
     now = {k: getattr(self, k) for k in ('complete', 'eval_complete', 'mix_into_complete', 'keep_originals', 'gen_rows', 'mix_stats', 'feature')}
     return {**self._fixed, **now, 'lams': list(self.lams)}
 
-# %% ../../nbs/12_models.tmpa.ipynb #6698cfa0
+# %% ../../nbs/12_models.tmpa.ipynb #4394582d
 @patch
 def _sh(self:TMPANet, x):
     "F_sh of images: after the extractor with MFT, after the whole trunk without."
@@ -137,7 +137,7 @@ def _single(self:TMPANet, x, modality):
     sh = self._sh(x)
     return (sh, None, None) if self.mfe.visible is None else self._complete(sh, *self._specific(x, modality))
 
-# %% ../../nbs/12_models.tmpa.ipynb #7723d67a
+# %% ../../nbs/12_models.tmpa.ipynb #b2ad9254
 @contextmanager
 def keep_stats(
     *modules, # Modules whose batch norms are to keep their running statistics; None is skipped
@@ -150,7 +150,7 @@ def keep_stats(
     finally:
         for o,m in zip(bns, was): o.momentum = m
 
-# %% ../../nbs/12_models.tmpa.ipynb #54dbdab8
+# %% ../../nbs/12_models.tmpa.ipynb #13cfdffb
 @patch
 def _clean_and_mixed(self:TMPANet, x, mixed):
     "F_sh of the originals, then of the mixed images."
@@ -195,7 +195,7 @@ def _train_slots(self:TMPANet, x, modality, mixed):
     out.update(f_sh=p_sh, f_vis=p_vis, f_ir=p_ir, slot_index=vis, ir_index=ir, logits_vis=self.classifier_vis(p_vis), logits_ir=self.classifier_ir(p_ir))
     return out if self.mft is None else {**out, **self._generated(gen_vis, gen_ir, out['modality'], out['index'])}
 
-# %% ../../nbs/12_models.tmpa.ipynb #16069e6d
+# %% ../../nbs/12_models.tmpa.ipynb #e64f658a
 @patch
 def _generated(self:TMPANet, gen_vis, gen_ir, modality, index):
     "Classify generated features, each on the rows that `gen_rows` names."
@@ -204,7 +204,7 @@ def _generated(self:TMPANet, gen_vis, gen_ir, modality, index):
     return dict(logits_vis_gen=self.classifier_vis(avg_pool(gen_vis[rv])), logits_ir_gen=self.classifier_ir(avg_pool(gen_ir[ri])),
                 gen_vis_index=index[rv], gen_ir_index=index[ri])
 
-# %% ../../nbs/12_models.tmpa.ipynb #00c16677
+# %% ../../nbs/12_models.tmpa.ipynb #93088286
 def split_params(
     model:TMPANet, # Any of its variants
 )->list[list]:     # [trunk parameters, new parameters]
@@ -231,7 +231,7 @@ def n_flops(
     model.train(was)
     return c.get_total_flops()
 
-# %% ../../nbs/12_models.tmpa.ipynb #8afa07bf
+# %% ../../nbs/12_models.tmpa.ipynb #8c11d5e2
 def show_size(
     models:dict|nn.Module, # One model, or name -> model
     size:tuple=(288, 144), # Height and width
@@ -243,7 +243,7 @@ def show_size(
     for r in rows: print(f'{r["model"]:22}{r["params_M"]:12.2f}{r["with_classifiers_M"]:14.2f}{r["gflops"]:9.1f}')
     return rows
 
-# %% ../../nbs/12_models.tmpa.ipynb #2a6e74ce
+# %% ../../nbs/12_models.tmpa.ipynb #bc45684b
 def save_weights(
     model:TMPANet, # Its weights and its arguments are written
     path,          # A .pth file
@@ -264,7 +264,7 @@ def _describe(meta):
     kind = {(False, False): 'baseline', (True, False): 'without MFT', (True, True): 'TMPA'}.get((meta.get('mfe'), meta.get('mft')), 'unnamed model')
     return f"{meta.get('arch', 'unknown architecture')} {kind}"
 
-# %% ../../nbs/12_models.tmpa.ipynb #a96b6dd9
+# %% ../../nbs/12_models.tmpa.ipynb #85be43f9
 def load_weights(
     model:TMPANet,            # Changed in place
     path,                     # File of save_weights, or of `torch.save(model.state_dict(), path)`
@@ -283,7 +283,7 @@ def load_weights(
     model.load_state_dict({**want, **keep})
     return meta
 
-# %% ../../nbs/12_models.tmpa.ipynb #f4120413
+# %% ../../nbs/12_models.tmpa.ipynb #6bf3faf8
 def load_tmpa(
     path,            # File of save_weights
     arch=None,       # Needed only when the file's architecture is a function of your own
