@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.script import call_parse
 from PIL import Image, ImageFilter
 
-from tmpa.demo import Row, compare, demo_rows, summarise
+from tmpa.demo import compare, demo_patch, demo_rows, summarise
 from tmpa.experiment import DataSpec
 from tmpa.report import text_table
 
@@ -62,5 +62,5 @@ def main(
     for seed in map(int, seeds.split(',')):
         table = prepare(folder, Path(out)/'data', seed)
         lines += compare(rows, Path(out)/f'split{seed}', DataSpec('csv', str(table), size=size), (seed,), resume=True, quiet=True, workers=workers,
-                         arch='micro_resnet', pretrained=False, patch=4, warmup=.1, decay=(.6, .85), cache=True)
+                         arch='micro_resnet', pretrained=False, patch=demo_patch(size), warmup=.1, decay=(.6, .85), cache=True)
     print(text_table(summarise(lines)))

@@ -156,6 +156,8 @@ def test_other_peoples_features(run, tmp_path):
     status, out, err = run('tmpa_evaluate', '--features', tmp_path/'q.npz', tmp_path/'g.npz', '--rule', 'sysu', '--out', tmp_path/'s.json')
     assert status == 0, err
     assert out.splitlines()[1].split()[:5] == ['features', '12', '12', '40', '1'] and (tmp_path/'s.json').exists()
+    status, out, err = run('tmpa_evaluate', '--features', tmp_path/'q.npz', tmp_path/'g.npz', '--metric', 'euclidean', '--rerank')
+    assert status == 0 and 'euclidean' in out and 're-rank' in out, err
     np.savez(tmp_path/'empty.npz', feat=rng.normal(size=(0, 8)), pid=[], cam=[])
     one_line(run('tmpa_evaluate', '--features', tmp_path/'q.npz', tmp_path/'empty.npz', '--rule', 'sysu'), 'empty.npz')
     np.savez(tmp_path/'odd.npz', x=rng.normal(size=(3, 8)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_size', 'parse_ints', 'tmpa_demo', 'mean_scores', 'tmpa_train', 'tmpa_evaluate']
 
-# %% ../nbs/18b_cli.ipynb #a3e03099
+# %% ../nbs/18b_cli.ipynb #f9b7b8c7
 import functools, sys
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ from .experiment import ARCHS, DATA, DataSpec, RunConfig, as_scores, evaluate_ru
 from .recipes import get_recipe
 from .report import score_rows, text_table
 
-# %% ../nbs/18b_cli.ipynb #fd290133
+# %% ../nbs/18b_cli.ipynb #b56a2324
 def _one_line_errors(f):
     @functools.wraps(f)
     def _f(*args, **kwargs):
@@ -38,7 +38,7 @@ def parse_ints(s, what):
     try: return [int(o) for o in str(s).split(',')]
     except ValueError: raise ConfigError(f'{what} {s!r}: give whole numbers with commas, for instance 0,1,2') from None
 
-# %% ../nbs/18b_cli.ipynb #ed133247
+# %% ../nbs/18b_cli.ipynb #2a64c707
 @call_parse
 @_one_line_errors
 def tmpa_demo(
@@ -64,7 +64,7 @@ def tmpa_demo(
     print('\nUnseen identities, per cent' + (', mean ± deviation over seeds' if len(seeds) > 1 else '') + ':\n' + text_table(summarise(lines)))
     print(f'\nReport: {Path(out)/"report.html"}')
 
-# %% ../nbs/18b_cli.ipynb #58a96b74
+# %% ../nbs/18b_cli.ipynb #39ea0cab
 def mean_scores(
     trials:list, # `scores` of several models
 )->dict:
@@ -77,7 +77,7 @@ def mean_scores(
             out[name] |= {k: float(v.mean()), f'{k}_std': float(v.std(ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18b_cli.ipynb #e442c642
+# %% ../nbs/18b_cli.ipynb #6840a356
 @call_parse
 @_one_line_errors
 def tmpa_train(
@@ -123,7 +123,7 @@ def tmpa_train(
         write_json(out/'metrics.json', dict(trials=t, scores=mean_scores(scores)))
     print(f"\n{get_recipe(recipe).name} on {data}, mean of ten trials, per cent:\n{text_table(score_rows(mean_scores(scores)))}\n\nReports: {out}/trial*/report.html")
 
-# %% ../nbs/18b_cli.ipynb #75badad9
+# %% ../nbs/18b_cli.ipynb #2ecd7dfb
 @call_parse
 @_one_line_errors
 def tmpa_evaluate(
@@ -134,6 +134,8 @@ def tmpa_evaluate(
     features:Param('Two files of features, queries and gallery (.npz, .pt, .mat), instead of weights and data', str, nargs=2)=None,
     rule:Param('With --features: the rule to score by', str, choices=('regdb','sysu','llcm','market'))='regdb',
     complete:Param('How the missing modality is filled in', str, choices=('self','own','miss'))=None,
+    metric:Param('With --features: the distance; cosine normalises the features', str, choices=('cosine','dot','euclidean'))='cosine',
+    rerank:store_true=False, # k-reciprocal re-ranking (named in the output)
     flip:store_true=False, # Average with the mirrored image (named in the output)
     ir_range:str=None, # low,high of 16-bit infrared files
     workers:int=None, # Loader processes
@@ -143,10 +145,10 @@ def tmpa_evaluate(
     if out and Path(out).exists(): raise ConfigError(f'{out} exists already: choose another --out')
     if features:
         from tmpa.evaluation import evaluate_features
-        r = evaluate_features(*features, rule=rule)
-        scores,how = as_scores({'features': [r]}, {'features': r.n_gallery}),f'rule {rule}'
+        r = evaluate_features(*features, rule=rule, metric=metric, rerank=rerank)
+        scores,how = as_scores({'features': [r]}, {'features': r.n_gallery}),f"rule {rule}; {metric} distance{'; ' + r.note if r.note else ''}"
     else:
         if not weights: raise ConfigError('pass --weights FILE with --data and --path, or --features QUERIES GALLERY with --rule')
-        scores,how = evaluate_run(weights, data, path, trial, complete=complete, flip=flip, num_workers=workers, ir_range=tuple(parse_ints(ir_range, 'ir_range')) if ir_range else None)
+        scores,how = evaluate_run(weights, data, path, trial, complete=complete, flip=flip, rerank=rerank, num_workers=workers, ir_range=tuple(parse_ints(ir_range, 'ir_range')) if ir_range else None)
     print(f'{text_table(score_rows(scores))}\n\n{how}')
     if out: write_json(out, dict(how=how, scores=scores))

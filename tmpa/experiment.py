@@ -7,7 +7,7 @@ __all__ = ['DATA', 'ARCHS', 'DataSpec', 'read_data', 'synthetic_path', 'as_score
            'SaveWeights', 'write_json', 'new_folder', 'make_learner', 'train_run', 'held_out_split', 'mean_map',
            'save_report', 'evaluate_run']
 
-# %% ../nbs/18_experiment.ipynb #bdae3f2a
+# %% ../nbs/18_experiment.ipynb #eb2a1ac2
 import json, os, platform, subprocess, time
 from dataclasses import asdict, dataclass, replace
 from contextlib import ExitStack
@@ -31,7 +31,7 @@ from .recipes import Recipe, get_recipe
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, text_table, write_report
 
-# %% ../nbs/18_experiment.ipynb #e86d253a
+# %% ../nbs/18_experiment.ipynb #6f4d1965
 DATA = ('sysu', 'regdb', 'llcm', 'csv', 'synthetic')
 
 @dataclass
@@ -44,7 +44,7 @@ class DataSpec:
     size:tuple = (288,144) # Height and width
     seed:int = 0 # Synthetic: seed of the renderer
 
-# %% ../nbs/18_experiment.ipynb #891915bc
+# %% ../nbs/18_experiment.ipynb #dc3c32d4
 def _int_trial(trial, low, high, data):
     try: t = int(trial)
     except ValueError: t = low-1
@@ -70,14 +70,14 @@ def read_data(spec:DataSpec):
         settings = [replace(s, g_idxs=s.g_idxs[t:t+1], note=f'{s.note}, trial {t}') for s in settings]
     return train,test,settings
 
-# %% ../nbs/18_experiment.ipynb #e9144908
+# %% ../nbs/18_experiment.ipynb #c9f5cf61
 def synthetic_path(spec:DataSpec):
     "Where the built-in data of this description is rendered, once."
     h,w = spec.size
     home = Path(os.environ.get('TMPA_HOME', '~/.cache/tmpa')).expanduser()
     return Path(spec.path) if spec.path else home/f'v{GENERATOR_VERSION}-{spec.n_ids}x10-{h}x{w}-{spec.seed}'
 
-# %% ../nbs/18_experiment.ipynb #d743352a
+# %% ../nbs/18_experiment.ipynb #d933acab
 def as_scores(
     results:dict, # Setting name -> list of EvalResult, one a trial
     n_gallery:dict, # Setting name -> size of the gallery
@@ -90,7 +90,7 @@ def as_scores(
         for k,v in vals.items(): out[name] |= {k: float(np.mean(v)), f'{k}_std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18_experiment.ipynb #6704a724
+# %% ../nbs/18_experiment.ipynb #6e9721d3
 def score_model(
     model, # A network with `model(images, modality) -> features`
     items:list, # Test items
@@ -99,14 +99,15 @@ def score_model(
     ir_range:tuple|None=None, # As in read_image
     num_workers:int|None=None, # Loader processes
     flip:bool=False, # Average with mirrored images
+    rerank:bool=False, # k-reciprocal re-ranking
 )->tuple: # Scores by setting, and the features (n, D)
     "Extract features once and score every setting."
     feats = extract_features(model, items, size, ir_range=ir_range, num_workers=num_workers, flip=flip)
     pids,cams = np.array([o.pid for o in items]),np.array([o.cam for o in items])
-    results = evaluate_settings(feats, pids, cams, settings)
+    results = evaluate_settings(feats, pids, cams, settings, rerank=rerank)
     return as_scores({k: r.trials for k,r in results.items()}, {s.name: len(s.g_idxs[0]) for s in settings}),feats
 
-# %% ../nbs/18_experiment.ipynb #9617d522
+# %% ../nbs/18_experiment.ipynb #f0f0e506
 def environment():
     "Versions, machine kind and git state, for the run folder."
     def git(*a):
@@ -117,7 +118,7 @@ def environment():
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', generator=GENERATOR_VERSION,
         versions={p: version(p) for p in ('tmpa','torch','torchvision','fastai','numpy')}, git=git('rev-parse', 'HEAD'), git_clean=None if dirty is None else dirty == '')
 
-# %% ../nbs/18_experiment.ipynb #ea069be3
+# %% ../nbs/18_experiment.ipynb #80a4f8f1
 ARCHS = {'micro_resnet': micro_resnet, 'tiny_resnet': tiny_resnet, **{n: getattr(torchvision.models, n) for n in ('resnet18','resnet34','resnet50','resnet101')}}
 
 @dataclass
@@ -147,7 +148,7 @@ class RunConfig:
 
     def asdict(self): "As plain data for JSON."; return {**asdict(self), 'recipe': self.recipe.asdict()}
 
-# %% ../nbs/18_experiment.ipynb #01cac492
+# %% ../nbs/18_experiment.ipynb #11466310
 class SaveWeights(Callback):
     "After every epoch write `last.pth`, and `best.pth` when the held-out mAP is the best so far; whole files or none."
     order = 56  # after the recorder and the CSV log
@@ -161,7 +162,7 @@ class SaveWeights(Callback):
             self.best = mAP
             save_weights(self.model, self.folder/'best.pth', **meta, held_out_mAP=mAP)
 
-# %% ../nbs/18_experiment.ipynb #5cf4dcb2
+# %% ../nbs/18_experiment.ipynb #b6454ec5
 def _log_cbs(log, out):
     if log == 'csv': return []
     if log == 'tensorboard':
@@ -179,7 +180,7 @@ def write_json(path, obj):
     "JSON, whole or not at all."
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + '\n', encoding='utf8')
 
-# %% ../nbs/18_experiment.ipynb #3d9e216c
+# %% ../nbs/18_experiment.ipynb #dce8041f
 def new_folder(out):
     "Make `out`; what is already there is never written over."
     out = Path(out)
@@ -205,7 +206,7 @@ def make_learner(
     return tmpa_learner(dls, ARCHS[cfg.arch], pretrained=cfg.pretrained, mfe=cfg.recipe.mfe, mft=cfg.recipe.mft, mix=mix, loss_func=cfg.recipe.make_loss(),
         model_kw=cfg.recipe.model, precision=cfg.precision, eval_every=cfg.eval_every)
 
-# %% ../nbs/18_experiment.ipynb #1d33eced
+# %% ../nbs/18_experiment.ipynb #9afba5b0
 def train_run(
     cfg:RunConfig,
     quiet:bool=False, # No progress bar
@@ -235,13 +236,13 @@ def train_run(
     write_json(out/'metrics.json', metrics)
     return metrics
 
-# %% ../nbs/18_experiment.ipynb #93519179
+# %% ../nbs/18_experiment.ipynb #7d763353
 def held_out_split(cfg, train):
     "Training items without the held-out identities, and those: SYSU-MM01's own val identities, elsewhere a seeded tenth."
     if cfg.spec.data == 'sysu': return sysu_items(cfg.spec.path, split='train'),sysu_items(cfg.spec.path, split='val')
     return split_by_pid(train, 0.1, seed=cfg.seed)
 
-# %% ../nbs/18_experiment.ipynb #6f5a2be8
+# %% ../nbs/18_experiment.ipynb #dd79a887
 def mean_map(scores): "mAP averaged over settings."; return float(np.mean([s['mAP'] for s in scores.values()]))
 
 def save_report(out, cfg, learn, metrics, test, settings, feats=None):
@@ -257,7 +258,7 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
     write_report(out/'report.html', f"{cfg.recipe.name} on {cfg.spec.data}",
         [('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
-# %% ../nbs/18_experiment.ipynb #773ee9bd
+# %% ../nbs/18_experiment.ipynb #8b9f8d01
 def evaluate_run(
     weights, # File that train_run wrote
     data:str|None=None, # Default: the data set that it was trained on
@@ -265,6 +266,7 @@ def evaluate_run(
     trial:str|None=None, # RegDB: must be the model's own; SYSU and LLCM: gallery trial or 'all'
     complete:str|None=None, # 'self', 'own' or 'miss', default as trained
     flip:bool=False, # Average with mirrored images
+    rerank:bool=False, # k-reciprocal re-ranking
     num_workers:int|None=None, ir_range:tuple|None=None,
 )->tuple: # Scores, and one line on how they were made
     "Score a file of weights by a data set's protocol."
@@ -280,6 +282,6 @@ def evaluate_run(
     model = load_tmpa(weights)
     if complete: model.eval_complete = complete
     if torch.cuda.is_available(): model.cuda()
-    scores,_ = score_model(model, test, settings, spec.size, ir_range, num_workers, flip)
-    how = f"{data}, trial {spec.trial}; after BNNeck, L2-normalised, {'flip-averaged' if flip else 'no flip'}, no re-ranking; completion {model.eval_complete}; gallery: {settings[0].note or 'all test images'}"
+    scores,_ = score_model(model, test, settings, spec.size, ir_range, num_workers, flip, rerank)
+    how = f"{data}, trial {spec.trial}; after BNNeck, L2-normalised, {'flip-averaged' if flip else 'no flip'}, {'k-reciprocal re-ranking' if rerank else 'no re-ranking'}; completion {model.eval_complete}; gallery: {settings[0].note or 'all test images'}"
     return scores,how
