@@ -62,5 +62,5 @@ def main(
     for seed in map(int, seeds.split(',')):
         table = prepare(folder, Path(out)/'data', seed)
         lines += compare(rows, Path(out)/f'split{seed}', DataSpec('csv', str(table), size=size), (seed,), resume=True, quiet=True, workers=workers,
-                         arch='micro_resnet', pretrained=False, patch=demo_patch(size), warmup=.1, decay=(.6, .85), cache=True)
+                         arch='micro_resnet', pretrained=False, patch=demo_patch(size), lr=.03, warmup=.3, decay=(.6, .85), cache=True)
     print(text_table(summarise(lines)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_size', 'parse_ints', 'tmpa_demo', 'mean_scores', 'tmpa_train', 'tmpa_evaluate']
 
-# %% ../nbs/18b_cli.ipynb #f9b7b8c7
+# %% ../nbs/18b_cli.ipynb #1e02945a
 import functools, sys
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ from .experiment import ARCHS, DATA, DataSpec, RunConfig, as_scores, evaluate_ru
 from .recipes import get_recipe
 from .report import score_rows, text_table
 
-# %% ../nbs/18b_cli.ipynb #b56a2324
+# %% ../nbs/18b_cli.ipynb #fbaf09f6
 def _one_line_errors(f):
     @functools.wraps(f)
     def _f(*args, **kwargs):
@@ -38,7 +38,7 @@ def parse_ints(s, what):
     try: return [int(o) for o in str(s).split(',')]
     except ValueError: raise ConfigError(f'{what} {s!r}: give whole numbers with commas, for instance 0,1,2') from None
 
-# %% ../nbs/18b_cli.ipynb #2a64c707
+# %% ../nbs/18b_cli.ipynb #578672dc
 @call_parse
 @_one_line_errors
 def tmpa_demo(
@@ -60,11 +60,11 @@ def tmpa_demo(
     rows = demo_rows(['B','B+CA','B+CA+PedMix','TMPA'] if ablation else ['B','TMPA'], epochs, equal_compute, size=size)
     spec = DataSpec('synthetic', path=data, n_ids=ids, size=size)
     print(f'Rendering {ids} identities (once) ...', flush=True)
-    lines = compare(rows, out, spec, seeds, resume=resume, quiet=quiet, workers=workers, arch='micro_resnet', pretrained=False, patch=demo_patch(size), select='held_out', warmup=.1, decay=(.6,.85), cache=True)
+    lines = compare(rows, out, spec, seeds, resume=resume, quiet=quiet, workers=workers, arch='micro_resnet', pretrained=False, patch=demo_patch(size), select='held_out', lr=.03, warmup=.3, decay=(.6,.85), cache=True)
     print('\nUnseen identities, per cent' + (', mean ± deviation over seeds' if len(seeds) > 1 else '') + ':\n' + text_table(summarise(lines)))
     print(f'\nReport: {Path(out)/"report.html"}')
 
-# %% ../nbs/18b_cli.ipynb #39ea0cab
+# %% ../nbs/18b_cli.ipynb #6d898b80
 def mean_scores(
     trials:list, # `scores` of several models
 )->dict:
@@ -77,7 +77,7 @@ def mean_scores(
             out[name] |= {k: float(v.mean()), f'{k}_std': float(v.std(ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18b_cli.ipynb #6840a356
+# %% ../nbs/18b_cli.ipynb #1bf2c29a
 @call_parse
 @_one_line_errors
 def tmpa_train(
@@ -123,7 +123,7 @@ def tmpa_train(
         write_json(out/'metrics.json', dict(trials=t, scores=mean_scores(scores)))
     print(f"\n{get_recipe(recipe).name} on {data}, mean of ten trials, per cent:\n{text_table(score_rows(mean_scores(scores)))}\n\nReports: {out}/trial*/report.html")
 
-# %% ../nbs/18b_cli.ipynb #2ecd7dfb
+# %% ../nbs/18b_cli.ipynb #512cbd9f
 @call_parse
 @_one_line_errors
 def tmpa_evaluate(

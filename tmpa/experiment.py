@@ -7,7 +7,7 @@ __all__ = ['DATA', 'ARCHS', 'DataSpec', 'read_data', 'synthetic_path', 'as_score
            'SaveWeights', 'write_json', 'new_folder', 'make_learner', 'train_run', 'held_out_split', 'mean_map',
            'save_report', 'evaluate_run']
 
-# %% ../nbs/18_experiment.ipynb #eb2a1ac2
+# %% ../nbs/18_experiment.ipynb #a60ac506
 import json, os, platform, subprocess, time
 from dataclasses import asdict, dataclass, replace
 from contextlib import ExitStack
@@ -31,7 +31,7 @@ from .recipes import Recipe, get_recipe
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, text_table, write_report
 
-# %% ../nbs/18_experiment.ipynb #6f4d1965
+# %% ../nbs/18_experiment.ipynb #f620e017
 DATA = ('sysu', 'regdb', 'llcm', 'csv', 'synthetic')
 
 @dataclass
@@ -44,7 +44,7 @@ class DataSpec:
     size:tuple = (288,144) # Height and width
     seed:int = 0 # Synthetic: seed of the renderer
 
-# %% ../nbs/18_experiment.ipynb #dc3c32d4
+# %% ../nbs/18_experiment.ipynb #1e75928e
 def _int_trial(trial, low, high, data):
     try: t = int(trial)
     except ValueError: t = low-1
@@ -70,14 +70,14 @@ def read_data(spec:DataSpec):
         settings = [replace(s, g_idxs=s.g_idxs[t:t+1], note=f'{s.note}, trial {t}') for s in settings]
     return train,test,settings
 
-# %% ../nbs/18_experiment.ipynb #c9f5cf61
+# %% ../nbs/18_experiment.ipynb #96180ae7
 def synthetic_path(spec:DataSpec):
     "Where the built-in data of this description is rendered, once."
     h,w = spec.size
     home = Path(os.environ.get('TMPA_HOME', '~/.cache/tmpa')).expanduser()
     return Path(spec.path) if spec.path else home/f'v{GENERATOR_VERSION}-{spec.n_ids}x10-{h}x{w}-{spec.seed}'
 
-# %% ../nbs/18_experiment.ipynb #d933acab
+# %% ../nbs/18_experiment.ipynb #5c2c2958
 def as_scores(
     results:dict, # Setting name -> list of EvalResult, one a trial
     n_gallery:dict, # Setting name -> size of the gallery
@@ -90,7 +90,7 @@ def as_scores(
         for k,v in vals.items(): out[name] |= {k: float(np.mean(v)), f'{k}_std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.}
     return out
 
-# %% ../nbs/18_experiment.ipynb #6e9721d3
+# %% ../nbs/18_experiment.ipynb #9c3b887b
 def score_model(
     model, # A network with `model(images, modality) -> features`
     items:list, # Test items
@@ -107,7 +107,7 @@ def score_model(
     results = evaluate_settings(feats, pids, cams, settings, rerank=rerank)
     return as_scores({k: r.trials for k,r in results.items()}, {s.name: len(s.g_idxs[0]) for s in settings}),feats
 
-# %% ../nbs/18_experiment.ipynb #f0f0e506
+# %% ../nbs/18_experiment.ipynb #0f24d248
 def environment():
     "Versions, machine kind and git state, for the run folder."
     def git(*a):
@@ -118,7 +118,7 @@ def environment():
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', generator=GENERATOR_VERSION,
         versions={p: version(p) for p in ('tmpa','torch','torchvision','fastai','numpy')}, git=git('rev-parse', 'HEAD'), git_clean=None if dirty is None else dirty == '')
 
-# %% ../nbs/18_experiment.ipynb #80a4f8f1
+# %% ../nbs/18_experiment.ipynb #5f8fdadb
 ARCHS = {'micro_resnet': micro_resnet, 'tiny_resnet': tiny_resnet, **{n: getattr(torchvision.models, n) for n in ('resnet18','resnet34','resnet50','resnet101')}}
 
 @dataclass
@@ -148,7 +148,7 @@ class RunConfig:
 
     def asdict(self): "As plain data for JSON."; return {**asdict(self), 'recipe': self.recipe.asdict()}
 
-# %% ../nbs/18_experiment.ipynb #11466310
+# %% ../nbs/18_experiment.ipynb #8ef61d1d
 class SaveWeights(Callback):
     "After every epoch write `last.pth`, and `best.pth` when the held-out mAP is the best so far; whole files or none."
     order = 56  # after the recorder and the CSV log
@@ -162,7 +162,7 @@ class SaveWeights(Callback):
             self.best = mAP
             save_weights(self.model, self.folder/'best.pth', **meta, held_out_mAP=mAP)
 
-# %% ../nbs/18_experiment.ipynb #b6454ec5
+# %% ../nbs/18_experiment.ipynb #f24e75ff
 def _log_cbs(log, out):
     if log == 'csv': return []
     if log == 'tensorboard':
@@ -180,7 +180,7 @@ def write_json(path, obj):
     "JSON, whole or not at all."
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + '\n', encoding='utf8')
 
-# %% ../nbs/18_experiment.ipynb #dce8041f
+# %% ../nbs/18_experiment.ipynb #77231284
 def new_folder(out):
     "Make `out`; what is already there is never written over."
     out = Path(out)
@@ -206,7 +206,7 @@ def make_learner(
     return tmpa_learner(dls, ARCHS[cfg.arch], pretrained=cfg.pretrained, mfe=cfg.recipe.mfe, mft=cfg.recipe.mft, mix=mix, loss_func=cfg.recipe.make_loss(),
         model_kw=cfg.recipe.model, precision=cfg.precision, eval_every=cfg.eval_every)
 
-# %% ../nbs/18_experiment.ipynb #9afba5b0
+# %% ../nbs/18_experiment.ipynb #0bbaf9ba
 def train_run(
     cfg:RunConfig,
     quiet:bool=False, # No progress bar
@@ -221,7 +221,7 @@ def train_run(
         out.rmdir()  # nothing was written yet
         raise
     write_json(out/'config.json', cfg.asdict()); write_json(out/'environment.json', environment())
-    meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids)
+    meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids, data_seed=spec.seed)
     learn.path = out
     cbs = [CSVLogger('history.csv'), SaveWeights(out, meta)] + _log_cbs(cfg.log, out)
     t0 = time.time()
@@ -231,18 +231,18 @@ def train_run(
     seconds = time.time()-t0
     scores,feats = score_model(learn.model, test, settings, spec.size, cfg.ir_range, cfg.num_workers)
     metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=round(seconds, 1),
-        n_train=len(train), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores)
+        n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores)
     save_report(out, cfg, learn, metrics, test, settings, feats if rank_figure else None)
     write_json(out/'metrics.json', metrics)
     return metrics
 
-# %% ../nbs/18_experiment.ipynb #7d763353
+# %% ../nbs/18_experiment.ipynb #d52d54e8
 def held_out_split(cfg, train):
     "Training items without the held-out identities, and those: SYSU-MM01's own val identities, elsewhere a seeded tenth."
     if cfg.spec.data == 'sysu': return sysu_items(cfg.spec.path, split='train'),sysu_items(cfg.spec.path, split='val')
     return split_by_pid(train, 0.1, seed=cfg.seed)
 
-# %% ../nbs/18_experiment.ipynb #dd79a887
+# %% ../nbs/18_experiment.ipynb #8cfccb05
 def mean_map(scores): "mAP averaged over settings."; return float(np.mean([s['mAP'] for s in scores.values()]))
 
 def save_report(out, cfg, learn, metrics, test, settings, feats=None):
@@ -258,7 +258,7 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
     write_report(out/'report.html', f"{cfg.recipe.name} on {cfg.spec.data}",
         [('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
-# %% ../nbs/18_experiment.ipynb #8b9f8d01
+# %% ../nbs/18_experiment.ipynb #dcc85033
 def evaluate_run(
     weights, # File that train_run wrote
     data:str|None=None, # Default: the data set that it was trained on
@@ -273,11 +273,11 @@ def evaluate_run(
     meta = read_meta(weights)
     if 'size' not in meta: raise CheckpointError(f'{weights}: was not written by tmpa_train: load it with tmpa.models.tmpa.load_weights')
     data = data or meta['data']
-    own = str(meta.get('trial')) if data in ('regdb','synthetic') else None
-    if own and data == meta['data'] and trial not in (None, own):
+    per_model = data in ('regdb','synthetic')
+    own = str(meta['trial']) if per_model and data == meta['data'] else None
+    if own and trial not in (None, own):
         raise ProtocolError(f'{weights} was trained on trial {own} of {data} and has seen people of trial {trial}: pass --trial {own}, or weights of trial {trial}')
-    synthetic = {k: meta[k] for k in ('n_ids',) if k in meta}
-    spec = DataSpec(data, path, trial or own or 'all', size=tuple(meta['size']), **synthetic)
+    spec = DataSpec(data, path, trial or own or ('1' if per_model else 'all'), meta['n_ids'], tuple(meta['size']), meta['data_seed'])
     _,test,settings = read_data(spec)
     model = load_tmpa(weights)
     if complete: model.eval_complete = complete
