@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'train_flops', 'Row', 'demo_rows', 'demo_patch', 'as_line', 'write_lines', 'summarise', 'compare']
 
-# %% ../nbs/18a_demo.ipynb #3c62009c
+# %% ../nbs/18a_demo.ipynb #58444c43
 import csv, json, shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .experiment import ARCHS, DataSpec, RunConfig, environment, mean_map, read_
 from .recipes import Recipe, get_recipe
 from .report import markdown_table, text_table, write_report
 
-# %% ../nbs/18a_demo.ipynb #6ea5bb59
+# %% ../nbs/18a_demo.ipynb #eed716e1
 def train_flops(
     recipe, # A Recipe or its name
     arch:str='micro_resnet', # One of `ARCHS`
@@ -33,7 +33,7 @@ def train_flops(
     with FlopCounterMode(display=False) as f, torch.no_grad(): model(x, m, *([x] if r.mix is not None else []))
     return f.get_total_flops()/4
 
-# %% ../nbs/18a_demo.ipynb #abc4ca81
+# %% ../nbs/18a_demo.ipynb #ece90e5c
 @dataclass(frozen=True)
 class Row:
     "A line of a comparison."
@@ -58,14 +58,14 @@ def demo_rows(
     more = [Row(f'{get_recipe(n).name} (equal compute)', n, round(epochs*high/cost[n]), round(high/low, 2)) for n in recipes if cost[n] < .95*high]
     return rows + (more if equal_compute else [])
 
-# %% ../nbs/18a_demo.ipynb #5c80164a
+# %% ../nbs/18a_demo.ipynb #484aa3e9
 def demo_patch(
     size:tuple, # Height, width
 )->int:
     "The largest patch up to a sixth of the height that divides both sides."
     return max(d for d in range(1, max(1, size[0]//6)+1) if size[0] % d == 0 and size[1] % d == 0)
 
-# %% ../nbs/18a_demo.ipynb #aa948817
+# %% ../nbs/18a_demo.ipynb #f424693f
 FIELDS = ['row','recipe','seed','epochs','cost','train_seconds','generator'] + [f'{k}_{s}' for s in ('v2t','t2v') for k in ('rank1','rank10','rank20','mAP','mINP')] + ['mAP']
 
 def as_line(row, metrics):
@@ -79,7 +79,7 @@ def write_lines(path, lines):
     with atomic_write(path) as tmp, open(tmp, 'w', newline='') as f:
         w = csv.DictWriter(f, FIELDS); w.writeheader(); w.writerows(lines)
 
-# %% ../nbs/18a_demo.ipynb #754b811b
+# %% ../nbs/18a_demo.ipynb #6f04bf21
 def summarise(
     lines:list, # Records as in the CSV
 )->list: # Header row and one row a method, per cent, mean and standard deviation over seeds
@@ -93,10 +93,15 @@ def summarise(
         rows.append([name, str(ls[0]['epochs']), f"{float(ls[0]['cost']):.1f}", str(len(ls)), *(cell(ls, f'{k}_{s}') for s in ('v2t','t2v') for k in ('rank1','rank10','rank20','mAP','mINP')), cell(ls, 'mAP')])
     return rows
 
-# %% ../nbs/18a_demo.ipynb #b8eee9bd
+# %% ../nbs/18a_demo.ipynb #5c6e2faf
 def _run(cfg, quiet, one_thread=False):
     if one_thread: torch.set_num_threads(1)  # two processes with two threads each on two cores are many times slower
     return train_run(cfg, quiet=quiet)
+
+def _finished(folder, row):
+    metrics = json.loads((folder/'metrics.json').read_text())
+    if metrics['epochs'] != row.epochs: raise ConfigError(f"{folder} was trained for {metrics['epochs']} epochs, not {row.epochs}: choose another --out")
+    return metrics
 
 def _setup(out, what, resume):
     "Make or re-open the folder of a comparison; settings of an earlier start must be the same."
@@ -108,7 +113,7 @@ def _setup(out, what, resume):
     write_json(f, dict(setup=what, environment=environment()))
     return what
 
-# %% ../nbs/18a_demo.ipynb #8937864b
+# %% ../nbs/18a_demo.ipynb #01976686
 def compare(
     rows:list, # Rows
     out, # Folder to make; one sub-folder a run
@@ -130,7 +135,7 @@ def compare(
     for seed in seeds:
         for row in rows:
             folder = out/f'{row.slug}-seed{seed}'
-            if (folder/'metrics.json').exists(): done(row, json.loads((folder/'metrics.json').read_text())); continue
+            if (folder/'metrics.json').exists(): done(row, _finished(folder, row)); continue
             if folder.exists(): shutil.rmtree(folder)  # a run of ours that was cut off: no scores, nothing of the user's
             todo.append((row, RunConfig(get_recipe(row.recipe), spec, str(folder), epochs=row.epochs, seed=seed, **kwargs)))
     if workers > 1:
@@ -146,7 +151,7 @@ def compare(
             done(row, _run(cfg, quiet))
     return lines
 
-# %% ../nbs/18a_demo.ipynb #9295147f
+# %% ../nbs/18a_demo.ipynb #ed618d6b
 def _write_summary(out, lines, what):
     write_lines(out/'results.csv', lines)
     table = summarise(lines)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cross_settings_of', 'ReIDMetrics', 'LossTerms']
 
-# %% ../nbs/15_metrics.ipynb #feeb20cf
+# %% ../nbs/15_metrics.ipynb #0fabfd68
 from functools import partial
 import torch
 from fastai.callback.core import Callback
@@ -13,7 +13,7 @@ from fastai.learner import ValueMetric
 from .core import Modality
 from .evaluation import Setting, evaluate_settings
 
-# %% ../nbs/15_metrics.ipynb #6b248d9d
+# %% ../nbs/15_metrics.ipynb #cfe7fc20
 def cross_settings_of(
     modality, # LongTensor (n,): 0 visible, 1 infrared
     rule:str='regdb', # Evaluation rule, see `tmpa.evaluation.cmc_map`
@@ -23,7 +23,7 @@ def cross_settings_of(
     v,t = ((m == o).nonzero().squeeze(1).numpy() for o in Modality)
     return [Setting(name='v2t', q_idx=v, g_idxs=[t], rule=rule), Setting(name='t2v', q_idx=t, g_idxs=[v], rule=rule)] if len(v) and len(t) else []
 
-# %% ../nbs/15_metrics.ipynb #f84f155e
+# %% ../nbs/15_metrics.ipynb #b6e2e678
 class ReIDMetrics(Callback):
     "Rank the validation queries after every epoch; columns `mAP` (mean over settings), `mAP_*` and `rank1_*`, fractions between 0 and 1."
     order,run_train = 45,False  # before Recorder (50), which reads the values
@@ -60,12 +60,14 @@ class ReIDMetrics(Callback):
         feats,(pid,cam,mod) = torch.cat(self._feats),torch.cat(self._meta, 1)
         self._feats,self._meta = [],[]
         settings = self.settings if self.settings is not None else getattr(self.dls, 'settings', None)
-        if not settings or self.dl_is_other(len(feats), settings): settings = cross_settings_of(mod)
+        if not settings or self._other_images(pid, mod): settings = cross_settings_of(mod)
         self.results = evaluate_settings(feats, pid, cam, settings) if settings else {}
-    def dl_is_other(self, n, settings): # `learn.validate(dl=...)` on other images: the stored indices do not apply
-        return n != len(getattr(self.dls, 'valid_items', ())) if self.settings is None else False
+    def _other_images(self, pid, mod): # `learn.validate(dl=...)` on other images: the stored indices do not apply
+        items = getattr(self.dls, 'valid_items', None)
+        if self.settings is not None or items is None: return False
+        return [(o.pid, int(o.modality)) for o in items] != list(zip(pid.tolist(), mod.tolist()))
 
-# %% ../nbs/15_metrics.ipynb #749709dc
+# %% ../nbs/15_metrics.ipynb #6dacaa90
 class LossTerms(Callback):
     "Columns with the epoch's training mean of the named attributes of the loss function; `nan` batches of a term do not count."
     order,run_valid = 44,False
