@@ -48,6 +48,7 @@ def tmpa_demo(
     seeds:str='0', # Seeds, with commas; every row runs once for each
     epochs:int=8, # Epochs of a row
     ids:int=400, # Rendered identities, three quarters of them for training
+    world:int=0, # Seed of the renderer: other numbers are other people
     size:str='96x48', # Image height x width
     data:str=None, # Folder of the rendered images (default: one in $TMPA_HOME or ~/.cache/tmpa)
     workers:int=1, # Runs at a time, each in a process with one thread
@@ -58,7 +59,7 @@ def tmpa_demo(
     size,seeds = parse_size(size),parse_ints(seeds, 'seeds')
     if Path(out).exists() and not resume: raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
     rows = demo_rows(['B','B+CA','B+CA+PedMix','TMPA'] if ablation else ['B','TMPA'], epochs, equal_compute, size=size)
-    spec = DataSpec('synthetic', path=data, n_ids=ids, size=size)
+    spec = DataSpec('synthetic', path=data, n_ids=ids, size=size, seed=world)
     print(f'Rendering {ids} identities (once) ...', flush=True)
     lines = compare(rows, out, spec, seeds, resume=resume, quiet=quiet, workers=workers, arch='micro_resnet', pretrained=False, patch=demo_patch(size), select='held_out', lr=.03, warmup=.3, decay=(.6,.85), cache=True)
     print('\nUnseen identities, per cent' + (', mean ± deviation over seeds' if len(seeds) > 1 else '') + ':\n' + text_table(summarise(lines)))
