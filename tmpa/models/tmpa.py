@@ -41,7 +41,7 @@ class TMPANet(nn.Module):
         pool_trainable:bool=False,    # Learn it?
         feature:str='bn',             # Evaluation feature: after the neck ('bn') or before ('pool')
         weights:str='IMAGENET1K_V1',  # Which torchvision weights
-        same_start:bool=False,        # Without weights: extractors begin as copies of one random trunk, as they do with weights
+        same_start:bool=True,         # Without weights: extractors begin as copies of one random trunk, as they do with weights
         attention=None,               # Function of a channel count that returns a module for F_sh before layer 4, one trunk only
     ):
         super().__init__()
