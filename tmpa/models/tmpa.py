@@ -8,6 +8,7 @@ __all__ = ['TMPANet', 'keep_stats', 'split_params', 'n_params', 'n_flops', 'show
 
 # %% ../../nbs/12_models.tmpa.ipynb #a7bd842d
 from contextlib import contextmanager
+from importlib import import_module
 import copy, inspect, json, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
@@ -213,12 +214,14 @@ def split_params(
     old = {id(p) for p in trunk}
     return [trunk, [p for p in model.parameters() if id(p) not in old]]
 
+def _classifies(name): return any(o.startswith('classifier') for o in name.split('.'))
+
 def n_params(
     model:nn.Module,         # Any module
     classifiers:bool=False,  # Count C, C^V and C^I too?
 )->int:
     "The number of parameters."
-    return sum(p.numel() for n,p in model.named_parameters() if classifiers or not n.startswith('classifier'))
+    return sum(p.numel() for n,p in model.named_parameters() if classifiers or not _classifies(n))
 
 def n_flops(
     model:nn.Module,    # In evaluation mode or not
@@ -262,7 +265,7 @@ def read_meta(
 
 def _describe(meta):
     kind = {(False, False): 'baseline', (True, False): 'without MFT', (True, True): 'TMPA'}.get((meta.get('mfe'), meta.get('mft')), 'unnamed model')
-    return f"{meta.get('arch', 'unknown architecture')} {kind}"
+    return f"{meta.get('arch', 'unknown architecture')} {'twin ' if meta.get('kind') == 'TwinNet' else ''}{kind}"
 
 # %% ../../nbs/12_models.tmpa.ipynb #85be43f9
 def load_weights(
@@ -273,12 +276,12 @@ def load_weights(
     "Load weights; one-line `CheckpointError` for a file that is absent, damaged, or of another model."
     d,want = load_torch(path), model.state_dict()
     meta,sd = dict(d.get('meta') or {}), d['model'] if isinstance(d.get('model'), dict) else d
-    skip = {k for k in want if k.startswith('classifier') and k in sd and want[k].ndim == 2 and want[k].shape != sd[k].shape}
+    skip = {k for k in want if _classifies(k) and k in sd and want[k].ndim == 2 and want[k].shape != sd[k].shape}
     keep = {k: v for k,v in sd.items() if k not in skip}
     if bad := first_mismatch({k: v for k,v in want.items() if k not in skip}, keep):
         raise CheckpointError(f'{path}: weights of {_describe(meta)} do not fit {_describe(model.meta)}: {bad}: build the model that read_meta describes')
     if skip and strict_classes:
-        n,m = (len(o['classifier.weight']) for o in (sd, want))
+        n,m = (len(o[min(skip)]) for o in (sd, want))
         raise CheckpointError(f'{path}: made for {n} identities, the model has {m}: pass strict_classes=False to load all but the classifiers')
     model.load_state_dict({**want, **keep})
     return meta
@@ -288,11 +291,13 @@ def load_tmpa(
     path,            # File of save_weights
     arch=None,       # Needed only when the file's architecture is a function of your own
     attention=None,  # Likewise
-)->TMPANet:          # In evaluation mode
+)->nn.Module:        # TMPANet, or TwinNet where the file holds one; in evaluation mode
     "Build the model that a file of weights describes, and load it."
     a = read_meta(path)
     if 'arch' not in a: raise CheckpointError(f'{path}: does not say which model it is: build a TMPANet and use load_weights')
-    a = {k: a[k] for k in inspect.signature(TMPANet).parameters if k in a}
-    model = TMPANet(**{**a, 'pretrained': False, 'arch': arch or get_arch(a['arch']), 'attention': attention})
+    if (kind := a.get('kind', 'TMPANet')) not in ('TMPANet', 'TwinNet'): raise CheckpointError(f'{path}: holds a {kind}, which is unknown here: update tmpa')
+    cls = TMPANet if kind == 'TMPANet' else import_module('tmpa.dart').TwinNet  # that module builds on this one
+    a = {k: a[k] for k in inspect.signature(cls).parameters if k in a}
+    model = cls(**{**a, 'pretrained': False, 'arch': arch or get_arch(a['arch']), 'attention': attention})
     load_weights(model, path)
     return model.eval()
