@@ -28,6 +28,8 @@ from .confidence import *
 from .evaluation import *
 from .metrics import *
 from .learner import *
+from .robust import *
+from .dart import *
 from .recipes import *
 from .interpret import *
 from .report import *

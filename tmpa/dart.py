@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TwinNet', 'split_twin', 'DARTLoss', 'sample_losses', 'DART', 'dart_learner']
 
-# %% ../nbs/16b_dart.ipynb #76e652bc
+# %% ../nbs/16b_dart.ipynb #0a100c4b
 import torch, torch.nn.functional as F
 from fastcore.meta import delegates
 from fastai.callback.core import Callback
@@ -17,7 +17,7 @@ from .core import ConfigError
 from .data.load import ReIDDL, identity_batches
 from .learner import n_identities, reid_learner
 from .losses import TMPALoss, _plain, id_loss
-from .models.tmpa import TMPANet, split_params
+from .models.tmpa import TMPANet, keep_stats, split_params
 from .robust import group_confidence, quadruplet_loss, row_confidence, soft_id_loss
 
 # %% ../nbs/16b_dart.ipynb #6ad7fbdc
@@ -100,23 +100,28 @@ class DARTLoss(TMPALoss):
 
     def extra_repr(self): return ', '.join(f'{k}={getattr(self, k)}' for k in ('threshold', 'margin', 'match', 'label_smoothing'))
 
-# %% ../nbs/16b_dart.ipynb #4fc5169b
+# %% ../nbs/16b_dart.ipynb #09f9ca68
 def sample_losses(
     model:TwinNet, # Put back into its mode afterwards
-    dl,            # Loader that gives each sample once and in order
-)->torch.Tensor:   # (2, samples) on the CPU: losses under A, then under B
-    "Identification loss of every sample under both networks (equations 2 and 3)."
-    was = model.training
-    model.eval()
-    with no_random(), torch.no_grad():
+    dls,           # ReIDDataLoaders
+    seed:int=0,    # Of the order
+)->torch.Tensor:   # (2, training images) on the CPU: losses under A, then under B
+    "Identification loss of every training image under both networks (equations 2 and 3)."
+    was,n = model.training,len(dls.train.dataset)
+    with no_random(seed), torch.no_grad(), keep_stats(model):
+        dl,order = dls.valid.new(dls.train.dataset, shuffle=False, drop_last=False),torch.randperm(n)
+        dl.get_idxs = (torch.cat([order, order[:-n%dl.bs]]) if n > dl.bs else order).tolist
+        model.train()
         each = lambda x,modality,y,*_: torch.stack([F.cross_entropy(l, _plain(y), reduction='none') for l in model.logits(x, modality).float()])
-        losses = torch.cat([each(*b) for b in dl], 1).cpu()
+        got = torch.cat([each(*b) for b in dl], 1).cpu()
     model.train(was)
+    losses = torch.empty(2, n)
+    losses[:, order] = got[:, :n]
     return losses
 
-# %% ../nbs/16b_dart.ipynb #680e2089
+# %% ../nbs/16b_dart.ipynb #3e2b8f26
 class DART(Callback):
-    "Before each epoch after the warm-up, find out which labels to trust; before each batch, tell the loss."
+    "Find out before each epoch which labels to trust, and tell the loss before each batch; `losses` and `conf` are (2, training images), for A and B."
     run_valid = False
     def __init__(self,
         warmup:int=1, # First epochs of a fit on the identification loss alone
@@ -131,12 +136,8 @@ class DART(Callback):
     def before_train(self):
         dl = self.dls.train
         self.rows = torch.as_tensor(identity_batches(dl.dataset.items, dl.P, dl.K, dl.seed, dl.epoch)).flatten(1)
-        if self.epoch >= self.warmup: self.measure()
-
-    def measure(self):
-        "Losses of all training samples and the confidences they give: attributes `losses` and `conf`, (2, samples) for A and B."
-        with no_random(): dl = self.dls.valid.new(self.dls.train.dataset, shuffle=False, drop_last=False)  # making a loader draws a random number
-        self.losses = sample_losses(self.learn.model, dl)
+        if self.epoch < self.warmup: return
+        self.losses = sample_losses(self.learn.model, self.dls, self.seed + self.epoch)
         modality = [int(o.modality) for o in dl.dataset.items]
         self.conf = torch.stack([torch.as_tensor(group_confidence(l, modality, seed=self.seed)) for l in self.losses]).float()
 

@@ -84,7 +84,7 @@ def _precision_cbs(precision):
     if precision == 'fp32' or not cuda: return []
     return [MixedPrecision(amp_mode='bf16' if precision == 'bf16' else 'fp16')]
 
-# %% ../nbs/16_learner.ipynb #d272b964
+# %% ../nbs/16_learner.ipynb #b7e9f215
 def n_identities(dls):
     "Training identities of loaders."
     if not getattr(dls, 'c', None): raise ConfigError('dls has no training identities (dls.c): make it with ReIDDataLoaders.from_*')
@@ -109,6 +109,7 @@ def reid_learner(dls, # ReIDDataLoaders
     kwargs = {'opt_func': sgd, 'splitter': split_params, 'wd_bn_bias': True, **kwargs}
     return Learner(dls, model, loss_func=loss_func, cbs=own + list(cbs or []), **kwargs)
 
+# %% ../nbs/16_learner.ipynb #d272b964
 @delegates(Learner.__init__)
 def tmpa_learner(dls, # ReIDDataLoaders
     arch=resnet50, # torchvision ResNet builder, or any function that returns a torchvision ResNet

@@ -145,11 +145,11 @@ def keep_stats(
 ):
     "Batch norms normalise by the batch, as in training, and remember nothing of it."
     bns = [o for m in modules if m is not None for o in m.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
-    was = [o.momentum for o in bns]
-    for o in bns: o.momentum = 0.
+    was = [o.track_running_stats for o in bns]
+    for o in bns: o.track_running_stats = False
     try: yield
     finally:
-        for o,m in zip(bns, was): o.momentum = m
+        for o,w in zip(bns, was): o.track_running_stats = w
 
 # %% ../../nbs/12_models.tmpa.ipynb #13cfdffb
 @patch
