@@ -100,7 +100,7 @@ class DARTLoss(TMPALoss):
 
     def extra_repr(self): return ', '.join(f'{k}={getattr(self, k)}' for k in ('threshold', 'margin', 'match', 'label_smoothing'))
 
-# %% ../nbs/16b_dart.ipynb #09f9ca68
+# %% ../nbs/16b_dart.ipynb #81c03197
 def sample_losses(
     model:TwinNet, # Put back into its mode afterwards
     dls,           # ReIDDataLoaders
@@ -109,7 +109,8 @@ def sample_losses(
     "Identification loss of every training image under both networks (equations 2 and 3)."
     was,n = model.training,len(dls.train.dataset)
     with no_random(seed), torch.no_grad(), keep_stats(model):
-        dl,order = dls.valid.new(dls.train.dataset, shuffle=False, drop_last=False),torch.randperm(n)
+        dl = dls.valid.new(dls.train.dataset, bs=max(dls.valid.bs, dls.train.bs), shuffle=False, drop_last=False)
+        order = torch.randperm(n)
         dl.get_idxs = (torch.cat([order, order[:-n%dl.bs]]) if n > dl.bs else order).tolist
         model.train()
         each = lambda x,modality,y,*_: torch.stack([F.cross_entropy(l, _plain(y), reduction='none') for l in model.logits(x, modality).float()])
