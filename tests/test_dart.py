@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from tmpa.callback.pedmix import PedMix
 from tmpa.core import CheckpointError, ConfigError, ReIDImage
-from tmpa.dart import DART, DARTLoss, TwinNet, dart_learner, sample_losses, split_twin
+from tmpa.dart import DART, TwinNet, dart_learner, sample_losses, split_twin
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.learner import tmpa_learner
 from tmpa.models.backbone import micro_resnet, tiny_resnet
