@@ -15,6 +15,7 @@ from .data.transforms import *
 from .data.load import *
 from .regions import *
 from .callback.pedmix import *
+from .callback.mix import *
 from .layers import *
 from .models.backbone import *
 from .models.mfe import *
