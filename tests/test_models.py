@@ -258,6 +258,21 @@ def test_attention_hook():
     x,_ = data(); m = net(mfe=False, mft=False, attention=Half); m(x, MOD)['feat'].sum().backward()
     assert m.attention.w.grad.abs().sum() > 0 and any(p is m.attention.w for p in split_params(m)[1])
 
+@pytest.mark.parametrize('name', ['se', 'stn', 'cbam', 'CBAM'])
+def test_attention_by_name(name, tmp_path):
+    x,xm = data(); m = net(mfe=False, mft=False, keep_originals=True, attention=name)
+    with torch.autocast('cpu', torch.bfloat16): out = m(x, MOD, xm)
+    out['feat'].float().sum().backward()
+    assert out['feat'].isfinite().all() and len(out['feat']) == 16 and all(p.grad is not None for p in m.attention.parameters())
+    assert {id(p) for p in m.attention.parameters()} <= {id(p) for p in split_params(m)[1]}
+    save_weights(m.eval(), tmp_path/'m.pth')
+    with torch.no_grad(): close(load_tmpa(tmp_path/'m.pth')(x, MOD), m(x, MOD))
+
+@pytest.mark.parametrize('bad', ['eca', 3, 'se '])
+def test_unknown_attention(bad):
+    with pytest.raises(ConfigError, match="'se', 'stn', 'cbam'") as e: net(mfe=False, mft=False, attention=bad)
+    one_line(e)
+
 # ---------------------------------------------------------------- size
 
 @pytest.fixture(scope='module')

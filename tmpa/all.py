@@ -20,6 +20,7 @@ from .layers import *
 from .models.backbone import *
 from .models.mfe import *
 from .models.mft import *
+from .models.attention import *
 from .models.tmpa import *
 from .losses import *
 from .ranking import *

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import __version__
 from ..core import CheckpointError, ConfigError, atomic_write
 from ..layers import BNNeck, Classifier, GeM, SpecificClassifier, avg_pool
+from .attention import ATTENTION, get_attention
 from .backbone import arch_name, first_mismatch, get_arch, load_torch, make_resnet, split_resnet
 from .mfe import MFE, slot_rows
 from .mft import MFT, complete_feature, cross_attention
@@ -42,7 +43,7 @@ class TMPANet(nn.Module):
         feature:str='bn',             # Evaluation feature: after the neck ('bn') or before ('pool')
         weights:str='IMAGENET1K_V1',  # Which torchvision weights
         same_start:bool=False,        # Without weights: extractors begin as copies of one random trunk, as they do with weights
-        attention=None,               # Function of a channel count that returns a module for F_sh before layer 4, one trunk only
+        attention=None,               # Module for F_sh before layer 4, one trunk only: 'se', 'stn', 'cbam', or a function of a channel count that returns one
     ):
         super().__init__()
         _check(locals())
@@ -62,7 +63,7 @@ def _build(self:TMPANet, n_classes, arch, pretrained, weights, mfe, mft, heads, 
     more = lambda: split_resnet(make_resnet(arch, False)) if pretrained is False and not same_start else copy.deepcopy((e, tail))
     part = (lambda p: p[0]) if mft else (lambda p: nn.Sequential(*p))
     self.mfe,self.tail = MFE(e, *(part(more()) for _ in range(2*mfe))), tail
-    self.attention = attention(c) if attention else None
+    self.attention = get_attention(attention)(c) if attention else None
     self.mft = MFT(c, tail.width, heads, own_k=not tail.bottleneck) if mft else None
     if mft and pretrained is not False: self.mft.load_bottleneck(tail.layer4[0])
     if mfe: self.classifier_vis,self.classifier_ir = (SpecificClassifier(c if mft else self.dim, n_classes) for _ in range(2))
@@ -287,11 +288,14 @@ def load_weights(
 def load_tmpa(
     path,            # File of save_weights
     arch=None,       # Needed only when the file's architecture is a function of your own
-    attention=None,  # Likewise
+    attention=None,  # Needed only when it is a function of your own
 )->TMPANet:          # In evaluation mode
     "Build the model that a file of weights describes, and load it."
     a = read_meta(path)
     if 'arch' not in a: raise CheckpointError(f'{path}: does not say which model it is: build a TMPANet and use load_weights')
+    if not attention and (att := a.get('attention')):
+        if att.lower() not in ATTENTION: raise CheckpointError(f'{path}: has an attention module of your own, {att}: pass attention= that function')
+        attention = att
     a = {k: a[k] for k in inspect.signature(TMPANet).parameters if k in a}
     model = TMPANet(**{**a, 'pretrained': False, 'arch': arch or get_arch(a['arch']), 'attention': attention})
     load_weights(model, path)
