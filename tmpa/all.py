@@ -22,6 +22,7 @@ from .models.mfe import *
 from .models.mft import *
 from .models.attention import *
 from .models.tmpa import *
+from .models.agw import *
 from .losses import *
 from .ranking import *
 from .rerank import *
