@@ -6,19 +6,18 @@
 __all__ = ['MIXES', 'beta_lambdas', 'SlotMixup', 'box_mask', 'SlotCutMix', 'to_pixels', 'patch_mask', 'PatchMix',
            'attention_scores', 'top_patches', 'AttentiveCutMix', 'make_mix', 'show_mixes']
 
-# %% ../../nbs/06_callback.mix.ipynb #682dea1e
+# %% ../../nbs/06_callback.mix.ipynb #e0148ccc
 import inspect
 from contextlib import contextmanager
 import matplotlib.pyplot as plt
 import numpy as np
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
-from fastai.vision.core import imagenet_stats
 from torch import Tensor, nn
 
 from ..core import CheckpointError, ConfigError
 from ..regions import grid_size
-from .pedmix import PedMix, SlotMix, _shown, other_partner, pedmix, slots
+from .pedmix import PedMix, SlotMix, _mixed, _shown, other_partner, pedmix, slots
 from ..models.backbone import Extractor, make_resnet
 
 # %% ../../nbs/06_callback.mix.ipynb #3e603bfc
@@ -173,7 +172,7 @@ class AttentiveCutMix(SlotMix):
 
     def after_fit(self): super().after_fit(); self._imagenet = None  # nor does a second network
 
-# %% ../../nbs/06_callback.mix.ipynb #5dd80cfa
+# %% ../../nbs/06_callback.mix.ipynb #117c437b
 def _imagenet_scorer():
     try: m = make_resnet('resnet50')
     except CheckpointError as e: raise CheckpointError(e.msg.replace('pass pretrained=False', 'give AttentiveCutMix another scorer')) from None
@@ -193,9 +192,10 @@ def network(self:AttentiveCutMix):
 @patch
 def scores(self:AttentiveCutMix, images):
     "Attention to each cell (B, rows, columns)."
-    net = self.network()
-    if isinstance(net, nn.Module): net.to(images.device)
-    return attention_scores(net, images, self.grid)
+    net,x = self.network(),images
+    if self.scorer is None: x = images.to(next(net.parameters()).device)  # the learner's network stays where it is
+    elif isinstance(net, nn.Module): net.to(images.device)
+    return attention_scores(net, x, self.grid).to(images.device)
 
 # %% ../../nbs/06_callback.mix.ipynb #652663e9
 @patch
@@ -229,7 +229,7 @@ def make_mix(
     if bad := [k for k in kwargs if k not in known]: raise ConfigError(f'mix {kind!r} has no argument {", ".join(bad)}: it takes {", ".join(known)}')
     return MIXES[kind](**kwargs)
 
-# %% ../../nbs/06_callback.mix.ipynb #0332e5f9
+# %% ../../nbs/06_callback.mix.ipynb #8505bf81
 def show_mixes(
     images,          # `DataLoaders`, or images (B, 3, height, width) in [0, 1]
     modality=None,   # LongTensor (B,) where `images` is a tensor
@@ -247,11 +247,10 @@ def show_mixes(
     if mixes is None:
         mixes = {'Mixup': SlotMixup(), 'CutMix': SlotCutMix(), 'PatchMix': PatchMix(patch), 'Attentive CutMix': AttentiveCutMix(scorer=scorer), 'PedMix': PedMix(patch)}
     vis,ir = (o[:n] for o in slots(modality, labels))
-    mean,std = (torch.tensor(o).view(3, 1, 1) for o in imagenet_stats)
     cols = {'visible': images[vis], 'infrared': images[ir]}
     for name,cb in mixes.items():
         cb.rng = torch.Generator().manual_seed(seed)
-        cols[name] = cb.mix((images-mean)/std, modality, labels)[vis]*std + mean
+        cols[name] = _mixed(cb, images, modality, labels)[vis]
     (h,w),k = images.shape[-2:],len(vis)
     fig,axs = plt.subplots(k, len(cols), figsize=figsize or (.9*len(cols), .9*k*h/w + .4), dpi=dpi, squeeze=False)
     for j,(name,col) in enumerate(cols.items()):

@@ -11,6 +11,7 @@ import torch
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.vision.core import imagenet_stats
 from torch import Tensor
 
 from ..core import ConfigError, Modality
@@ -159,6 +160,11 @@ def _shown(dls):
     images = dls.train.after_batch.decode((images,))[0].as_subclass(Tensor).float().cpu()
     return images,modality.as_subclass(Tensor).cpu(),ys[0].as_subclass(Tensor).cpu() if ys else None
 
+def _mixed(mix, images, modality, labels=None):
+    "Images in [0, 1] mixed as in training, where they are normalised, and brought back."
+    mean,std = (torch.tensor(o).view(3, 1, 1) for o in imagenet_stats)
+    return mix.mix((images-mean)/std, modality, labels)*std + mean
+
 @patch
 def outline(self:SlotMix, ax, size): "Draw on an image what the mix knows of it; nothing here."
 
@@ -185,7 +191,7 @@ def show(self:SlotMix,
     "Draw visible, infrared and both mixed images of the first `n` slots; returns the figure."
     if not isinstance(images, Tensor): images,modality,labels = _shown(images)
     (vis,ir),size = slots(modality, labels),tuple(images.shape[-2:])
-    mixed,n = self.mix(images, modality, labels),min(n, len(vis))
+    mixed,n = _mixed(self, images, modality, labels),min(n, len(vis))
     rows,cols = -(-n//2),4*min(n, 2)
     fig,axs = plt.subplots(rows, cols, figsize=figsize or (.9*cols, .9*rows*size[0]/size[1] + .25*rows), dpi=dpi, squeeze=False)
     cells = [c for v,i in zip(vis[:n].tolist(), ir[:n].tolist()) for c in (('visible', images[v]), ('infrared', images[i]), ('mixed V', mixed[v]), ('mixed I', mixed[i]))]
