@@ -8,6 +8,8 @@ from torchvision.models import resnet18, resnet34, resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
 from tmpa.core import CheckpointError, ConfigError
 from tmpa.layers import GeM, avg_pool
+from tmpa.losses import TMPALoss
+from tmpa.models.agw import AGWNet, NonLocal
 from tmpa.models.backbone import Extractor, Tail, make_resnet, split_resnet, tiny_resnet
 from tmpa.models.mft import MFT, complete_feature, cross_attention
 from tmpa.models.tmpa import TMPANet, load_tmpa, load_weights, n_flops, n_params, read_meta, save_weights, split_params
@@ -257,6 +259,67 @@ def test_attention_hook():
         def forward(self, x): return x*self.w
     x,_ = data(); m = net(mfe=False, mft=False, attention=Half); m(x, MOD)['feat'].sum().backward()
     assert m.attention.w.grad.abs().sum() > 0 and any(p is m.attention.w for p in split_params(m)[1])
+
+@pytest.mark.parametrize('name', ['se', 'stn', 'cbam', 'CBAM'])
+def test_attention_by_name(name, tmp_path):
+    x,xm = data(); m = net(mfe=False, mft=False, keep_originals=True, attention=name)
+    with torch.autocast('cpu', torch.bfloat16): out = m(x, MOD, xm)
+    out['feat'].float().sum().backward()
+    assert out['feat'].isfinite().all() and len(out['feat']) == 16 and all(p.grad is not None for p in m.attention.parameters())
+    assert {id(p) for p in m.attention.parameters()} <= {id(p) for p in split_params(m)[1]}
+    save_weights(m.eval(), tmp_path/'m.pth')
+    with torch.no_grad(): close(load_tmpa(tmp_path/'m.pth')(x, MOD), m(x, MOD))
+
+@pytest.mark.parametrize('bad', ['eca', 3, 'se '])
+def test_unknown_attention(bad):
+    with pytest.raises(ConfigError, match="'se', 'stn', 'cbam'") as e: net(mfe=False, mft=False, attention=bad)
+    one_line(e)
+
+# ---------------------------------------------------------------- AGW
+
+def agw(arch=tiny_resnet, seed=0, **kw): torch.manual_seed(seed); return AGWNet(5, arch, False, **kw)
+
+@pytest.mark.parametrize('kw', [dict(), dict(keep_originals=False), dict(mix_stats='shared'), dict(nonlocal_blocks=False), dict(nonlocal_channels=None)])
+def test_agw_trains(kw, tmp_path):
+    x,xm = data(); m = agw(**kw); y = torch.arange(2).repeat_interleave(4)
+    for mixed in (None, xm):
+        out = m(x, MOD, mixed)
+        assert out['index'].tolist() == list(range(8))*(1 + (mixed is not None and m.keep_originals)) and torch.equal(out['modality'], MOD[out['index']])
+        loss = TMPALoss(alpha=1.); loss(out, y).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())
+    with torch.autocast('cpu', torch.bfloat16): out = m(x, MOD, xm)
+    assert out['feat'].dtype == out['logits'].dtype == torch.float32 and TMPALoss()(out, y).isfinite()
+    with torch.no_grad():
+        f = m.eval()(x, MOD)
+        for i in range(8): close(m(x[i:i+1], MOD[i:i+1])[0], f[i])
+        p = torch.tensor([4, 2, 0, 3, 1, 6, 5, 7]); close(m(x[p], MOD[p]), f[p])
+        save_weights(m, tmp_path/'a.pth'); new = load_tmpa(tmp_path/'a.pth')
+        close(new(x, MOD), f); assert type(new) is AGWNet and new.meta == m.meta and not new.training
+
+def test_agw_mixed_rows_use_the_stem_of_their_row():
+    x,xm = data(); m = warm(agw(keep_originals=False), x, xm)
+    with torch.no_grad():
+        m.mfe.shared.stems.infrared[0].weight.mul_(-1)
+        close(m(x, MOD, xm)['feat'], m(xm, MOD)['feat']); assert (m(xm, MOD)['feat'] - m(xm, 1-MOD)['feat']).abs().max() > 1e-3
+
+def test_agw_mixed_images_leave_statistics_alone():
+    x,xm = data(); a,b = agw(),agw()
+    with torch.no_grad(): a(x, MOD); b(x, MOD, xm)
+    for (k,v),w in zip(a.state_dict().items(), b.state_dict().values()):
+        if 'running' in k: close(v, w)
+
+@pytest.mark.parametrize('arch,want', [(tiny_resnet, 2), (resnet18, 2), (resnet34, 2+3), (resnet50, 2+3)])
+def test_agw_nonlocal_blocks(arch, want):
+    with torch.device('meta'): m = AGWNet(3, arch, False)
+    assert sum(isinstance(o, NonLocal) for o in m.modules()) == want and n_flops(m, (64, 32)) > 0
+
+def test_agw_files(tmp_path):
+    x,_ = data(); save_weights(agw(), tmp_path/'a.pth')
+    with pytest.raises(CheckpointError, match='tiny_resnet AGWNet do not fit tiny_resnet baseline') as e: load_weights(net(mfe=False, mft=False), tmp_path/'a.pth')
+    one_line(e)
+    save_weights(agw(), tmp_path/'b.pth', net='MyNet')
+    with pytest.raises(CheckpointError, match='holds a MyNet') as e: load_tmpa(tmp_path/'b.pth')
+    one_line(e)
 
 # ---------------------------------------------------------------- size
 

@@ -15,11 +15,14 @@ from .data.transforms import *
 from .data.load import *
 from .regions import *
 from .callback.pedmix import *
+from .callback.mix import *
 from .layers import *
 from .models.backbone import *
 from .models.mfe import *
 from .models.mft import *
+from .models.attention import *
 from .models.tmpa import *
+from .models.agw import *
 from .losses import *
 from .ranking import *
 from .rerank import *

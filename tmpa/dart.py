@@ -40,7 +40,7 @@ class TwinNet(nn.Module):
     @property
     def pretrained(self): return self.a.pretrained
     @property
-    def meta(self): return {**self.a.meta, 'kind': 'TwinNet', 'evaluate': self.evaluate}
+    def meta(self): return {**self.a.meta, 'net': 'TwinNet', 'evaluate': self.evaluate}
 
     def forward(self,
         images,     # (B, 3, H, W), normalised
