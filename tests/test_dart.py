@@ -132,7 +132,7 @@ def test_files(tmp_path):
     again = load_tmpa(f)
     assert type(again).__name__ == 'TwinNet' and again.evaluate == 'a' and not again.training and read_meta(f)['note'] == 'x'
     with torch.no_grad(): assert torch.equal(again(x, 0), m(x, 0))
-    with pytest.raises(CheckpointError, match='do not fit resnet18 twin baseline'): load_weights(TwinNet(7, 'resnet18', False), f)
+    with pytest.raises(CheckpointError, match='do not fit resnet18 TwinNet'): load_weights(TwinNet(7, 'resnet18', False), f)
     d = torch.load(f, weights_only=True); d['meta']['net'] = 'os'; torch.save(d, f)
     with pytest.raises(CheckpointError, match='holds a os, which is unknown'): load_tmpa(f)
 
