@@ -19,8 +19,9 @@ NOTEBOOK_LINK = re.compile(rf'(\]\((?:[\w.]+/)*|^ *- +(?:[\w.]+/)*){NUMBER}([\w.
 MATH = re.compile(r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]](?=</span>)', re.S)
 FETCHED = re.compile(r'<(?:link rel="stylesheet"|script)[^>]* (?:href|src)="https?://[^>]*>(?:</script>)?')
 FONTS = re.compile(r'@import url\(https?:[^)]*\);')
+# Browsers show the script alphabets only as characters of their own; some of these are older than their blocks in Unicode
 LETTERS = re.compile(r'<mi mathvariant="(script|double-struck)">([A-Z])</mi>')
-STYLED = dict(script=dict(zip('BEFHILMR', 'ℬℰℱℋℐℒℳℛ')), **{'double-struck': dict(zip('CHNPQRZ', 'ℂℍℕℙℚℝℤ'))})  # older than their blocks in Unicode
+STYLED = dict(script=dict(zip('BEFHILMR', 'ℬℰℱℋℐℒℳℛ')), **{'double-struck': dict(zip('CHNPQRZ', 'ℂℍℕℙℚℝℤ'))})
 BLOCK = {'script': 0x1D49C, 'double-struck': 0x1D538}
 BAR = '<mo stretchy="false">&#x0007C;</mo>'                  # |x|, which browsers would set apart as a relation
 QUARTO_ONLY = re.compile(r'(output-file|html-math-method|grid) is (not read|ignored)')
@@ -39,19 +40,21 @@ def prepare(nbs, work):
 
 
 def mathml(found):
-    "An equation as MathML; letters of the script alphabets as characters, since browsers know no other way to show them."
+    "An equation as MathML, or as it was where that fails."
     span,kind,tex = found.groups()
-    res = convert(html.unescape(tex), display='block' if kind == 'display' else 'inline')
+    try: res = convert(html.unescape(tex), display='block' if kind == 'display' else 'inline')
+    except Exception: return found[0]
     res = res.replace(BAR, BAR.replace('>', ' lspace="0" rspace="0">', 1))
     return span + LETTERS.sub(lambda m: f'<mi>{STYLED[m[1]].get(m[2], chr(BLOCK[m[1]] + ord(m[2]) - ord("A")))}</mi>', res)
 
 
 def finish(page, out, url):
-    "Equations rendered, links within the site relative, nothing fetched."
+    "Equations rendered, links within the site relative, nothing fetched. Returns the equations that failed."
     text = FETCHED.sub('', MATH.sub(mathml, page.read_text(encoding='utf8')))
     text = re.sub(rf'(?<=href="){re.escape(url)}/', os.path.relpath(out, page.parent) + '/', text)
     page.write_text(text, encoding='utf8')
-    return [f'{page.relative_to(out)}: no MathML for {tex}' for tex in re.findall(r'<m[ion]\b[^>]*>(\\[^<]*)<', text)]
+    failed = [tex for *_,tex in MATH.findall(text)] + re.findall(r'<m[ion]\b[^>]*>(\\[^<]*)<', text)   # unknown commands come through as names
+    return [f'{page.relative_to(out)}: no MathML for {tex}' for tex in failed]
 
 
 def build(out):

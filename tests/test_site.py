@@ -1,10 +1,11 @@
 """The site as a reader meets it: built into a temporary folder, every page opened in a real browser at desktop and phone width, without a network."""
-import functools, http.server, os, re, subprocess, sys, threading
+import functools, http.server, json, pkgutil, re, subprocess, sys, threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
 from browser import Browser, find_browser
+from tmpa._modidx import d as index
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = {'desktop': 1280, 'phone': 390}
@@ -108,6 +109,20 @@ def faults(folder, words=()):
     for page,got in pages.items(): found += [f'{page}: {why}: {o}' for o in dict.fromkeys(got['links']) if (why := dead(o, pages, folder, base))]
     titles = [o['title'] for o in pages.values()]
     return found + [f'two pages have the title {o}' for o in set(titles) if titles.count(o) > 1], pages
+
+
+def test_dotted_names_exist():
+    "Prose and docstrings name our modules, classes and methods as they are. nbdev makes links of the names that it knows, and passes over others in silence."
+    home = {name.removeprefix(f'{module}.'): module for module,names in index['syms'].items() for name in names}
+    wrong = []
+    for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        for name in re.findall(r'`(\w+(?:\.\w+)+)', '\n'.join(''.join(c['source']) for c in json.loads(path.read_text(encoding='utf8'))['cells'])):
+            first,_,rest = name.partition('.')
+            try:
+                if first == 'tmpa': pkgutil.resolve_name(name)
+                elif first in home and rest not in getattr(pkgutil.resolve_name(f'{home[first]}:{first}'), '__annotations__', {}): pkgutil.resolve_name(f'{home[first]}:{name}')
+            except (ImportError, AttributeError): wrong.append(f'{path.name}: `{name}`')
+    assert not wrong
 
 
 @needs_browser
