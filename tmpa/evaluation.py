@@ -112,14 +112,15 @@ def ap(self:SettingResult) -> np.ndarray:
     return np.where(n > 0, np.nansum(a, 0)/n.clip(min=1), nan)
 
 @patch(as_prop=True)
-def n_valid(self:SettingResult) -> float: return float(np.mean([t.n_valid for t in self.trials]))
+def n_valid(self:SettingResult) -> float: "Queries with a match, averaged over the trials."; return float(np.mean([t.n_valid for t in self.trials]))
 
 @patch(as_prop=True)
-def n_queries(self:SettingResult) -> int: return self.trials[0].n_queries
+def n_queries(self:SettingResult) -> int: "Queries, with a match or without."; return self.trials[0].n_queries
 
 @patch
-def rank(self:SettingResult, k:int) -> float: return float(np.mean([t.rank(k) for t in self.trials]))
+def rank(self:SettingResult, k:int) -> float: "Rank-k, averaged over the trials."; return float(np.mean([t.rank(k) for t in self.trials]))
 
+# %% ../nbs/14_evaluation.ipynb #5d1e07aa
 @patch
 def __repr__(self:SettingResult):
     s = '  '.join(f'{k} {v:.2f}' + ('' if np.isnan(d) else f'±{d:.2f}') for (k,v),d in zip(self.percent.items(), self.std.values()))

@@ -63,6 +63,7 @@ def percent(self:EvalResult) -> dict:
     "Rank-1, 5, 10, 20 (as far as computed), mAP and mINP in percent."
     return {f'Rank-{k}': 100*self.rank(k) for k in (1, 5, 10, 20) if k <= len(self.cmc)} | {'mAP': 100*self.mAP, 'mINP': 100*self.mINP}
 
+# %% ../nbs/13a_ranking.ipynb #5d1e07ab
 @patch
 def __repr__(self:EvalResult):
     s = '  '.join(f'{k} {v:.2f}' for k,v in self.percent.items())

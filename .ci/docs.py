@@ -1,0 +1,77 @@
+"""Build the site without Quarto, whole and readable offline, from the same _quarto.yml:  python .ci/docs.py [--out _docs]
+
+nbdev prepares the notebooks as it does for Quarto, and smalldocs renders them. Added here: pages under the names that nbdev's links and Quarto use (`losses.html`,
+not `13_losses.html`), relative links between pages, equations as MathML, nothing that a page would fetch from elsewhere. Exit 1 with the reasons on a broken
+link or an equation that cannot be converted."""
+import argparse, html, os, re, shutil, sys, tempfile
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.processors import FilterDefaults
+from nbdev.serve_drv import exec_nb
+from smalldocs.config import load
+from smalldocs.site import Site
+
+NUMBER = r'\d+[a-z]*_'                                       # before a notebook's name; no part of its page's
+NOTEBOOK_LINK = re.compile(rf'(\]\((?:[\w.]+/)*|^ *- +(?:[\w.]+/)*){NUMBER}([\w.]+\.ipynb)', re.M)
+MATH = re.compile(r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]](?=</span>)', re.S)
+FETCHED = re.compile(r'<(?:link rel="stylesheet"|script)[^>]* (?:href|src)="https?://[^>]*>(?:</script>)?')
+FONTS = re.compile(r'@import url\(https?:[^)]*\);')
+# Browsers show the script alphabets only as characters of their own; some of these are older than their blocks in Unicode
+LETTERS = re.compile(r'<mi mathvariant="(script|double-struck)">([A-Z])</mi>')
+STYLED = dict(script=dict(zip('BEFHILMR', 'ℬℰℱℋℐℒℳℛ')), **{'double-struck': dict(zip('CHNPQRZ', 'ℂℍℕℙℚℝℤ'))})
+BLOCK = {'script': 0x1D49C, 'double-struck': 0x1D538}
+BAR = '<mo stretchy="false">&#x0007C;</mo>'                  # |x|, which browsers would set apart as a relation
+QUARTO_ONLY = re.compile(r'(output-file|html-math-method|grid) is (not read|ignored)')
+
+
+def prepare(nbs, work):
+    "Into `work`: the notebooks with signatures and cross links put in, named as their pages, and the files beside them."
+    os.environ['IN_TEST'] = '1'                              # as in nbdev's own workers: cells that export do nothing
+    for src in [nbs/'_quarto.yml', *map(Path, nbglob(nbs, file_glob=''))]:
+        dest = work/src.relative_to(nbs)
+        dest = dest.with_name(re.sub(f'^{NUMBER}', '', dest.name))
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        if src.suffix == '.ipynb': exec_nb(src, dest, FilterDefaults)
+        else: shutil.copyfile(src, dest)
+        if dest.suffix in ('.ipynb', '.yml'): dest.write_text(NOTEBOOK_LINK.sub(r'\1\2', dest.read_text(encoding='utf8')), encoding='utf8')
+
+
+def mathml(found):
+    "An equation as MathML, or as it was where that fails."
+    span,kind,tex = found.groups()
+    try: res = convert(html.unescape(tex), display='block' if kind == 'display' else 'inline')
+    except Exception: return found[0]
+    res = res.replace(BAR, BAR.replace('>', ' lspace="0" rspace="0">', 1))
+    return span + LETTERS.sub(lambda m: f'<mi>{STYLED[m[1]].get(m[2], chr(BLOCK[m[1]] + ord(m[2]) - ord("A")))}</mi>', res)
+
+
+def finish(page, out, url):
+    "Equations rendered, links within the site relative, nothing fetched. Returns the equations that failed."
+    text = FETCHED.sub('', MATH.sub(mathml, page.read_text(encoding='utf8')))
+    text = re.sub(rf'(?<=href="){re.escape(url)}/', os.path.relpath(out, page.parent) + '/', text)
+    page.write_text(text, encoding='utf8')
+    failed = [tex for *_,tex in MATH.findall(text)] + re.findall(r'<m[ion]\b[^>]*>(\\[^<]*)<', text)   # unknown commands come through as names
+    return [f'{page.relative_to(out)}: no MathML for {tex}' for tex in failed]
+
+
+def build(out):
+    "The whole site in the folder `out`. Returns the complaints."
+    cfg = get_config()
+    with tempfile.TemporaryDirectory() as work:
+        prepare(cfg.nbs_path, Path(work))
+        site = Site(load(work), quiet=True)
+        site.out = out
+        site.build()
+    complaints = [w for w in site.warnings if not QUARTO_ONLY.search(w)]  # the names of pages are right already
+    for page in sorted(out.rglob('*.html')): complaints += finish(page, out, cfg.doc_host + cfg.doc_baseurl)
+    for css in (out/'site_libs'/'themes').glob('*.css'): css.write_text(FONTS.sub('', css.read_text(encoding='utf8')), encoding='utf8')
+    return complaints
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--out', type=Path, default=Path('_docs'), help='folder for the site; what it holds is replaced')
+    if complaints := build(parser.parse_args().out.resolve()): sys.exit('\n'.join(complaints))
