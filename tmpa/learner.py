@@ -12,6 +12,7 @@ import torch
 from torchvision.models import resnet50
 from torch.nn import functional as F
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -73,7 +74,8 @@ def fit_tmpa(self:Learner,
     if trunk is None: trunk = 0.1 if getattr(self.model, 'pretrained', False) else 1.
     mults = [trunk]*(len(self.opt.param_lists)-1) + [1.]
     sched = partial(_lr_at, lr=lr, mults=mults, n_epoch=n_epoch, sched=scaled_schedule(n_epoch, warmup, decay))
-    cbs = [ParamScheduler({'lr': sched})] + ([BetaWarmup(beta_warmup)] if beta_warmup else []) + list(cbs or [])
+    cbs = [ParamScheduler({'lr': sched})] + ([BetaWarmup(beta_warmup)] if beta_warmup else []) + list(L(cbs))
+    if start_epoch and hasattr(self.dls.train, 'set_epoch'): self.dls.train.set_epoch(start_epoch)  # the batches of that epoch, not the first one's again
     self.fit(n_epoch, lr=lr, cbs=cbs, start_epoch=start_epoch)
 
 # %% ../nbs/16_learner.ipynb #d67364a6
@@ -110,7 +112,7 @@ def tmpa_learner(dls, # ReIDDataLoaders
     scores = [ReIDMetrics(every=eval_every)] if len(getattr(dls, 'valid_items', ())) else []
     own = scores + [LossTerms(terms), ChannelsLast()] + ([mix] if mix is not None else []) + _precision_cbs(precision)  # channels last: nearly twice as fast on a CPU
     kwargs = {'opt_func': sgd, 'splitter': split_params, 'wd_bn_bias': True, **kwargs}
-    return Learner(dls, model, loss_func=loss_func, cbs=own + list(cbs or []), **kwargs)
+    return Learner(dls, model, loss_func=loss_func, cbs=own + list(L(cbs)), **kwargs)
 
 # %% ../nbs/16_learner.ipynb #1fb804aa
 class _Images(torch.utils.data.Dataset):
