@@ -184,7 +184,7 @@ def write_json(path, obj):
 def new_folder(out):
     "Make `out`; what is already there is never written over."
     out = Path(out)
-    if out.exists(): raise ConfigError(f'{out} exists already: choose another --out, or move it away')
+    if out.exists(): raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
     try: out.mkdir(parents=True)
     except OSError as e: raise ConfigError(f'cannot make the folder {out}: {e.strerror}') from None
     return out
@@ -241,13 +241,14 @@ def train_run(
     try:
         train,test,settings = read_data(spec)
         learn = make_learner(cfg, train)
+        loggers = _log_cbs(cfg.log, out)
     except Exception:
-        out.rmdir()  # nothing was written yet
+        shutil.rmtree(out)  # made above, and holds nothing yet
         raise
     write_json(out/'config.json', cfg.asdict()); write_json(out/'environment.json', environment())
     meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids, data_seed=spec.seed)
     learn.path = out
-    cbs = [CSVLogger('history.csv'), SaveWeights(out, meta)] + _log_cbs(cfg.log, out)
+    cbs = [CSVLogger('history.csv'), SaveWeights(out, meta)] + loggers
     t0 = time.time()
     with ExitStack() as silence:
         if quiet: silence.enter_context(learn.no_bar()); silence.enter_context(learn.no_logging())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'top_columns', 'fingerprint', 'Hit', 'Hits', 'Gallery']
 
-# %% ../nbs/22_search.ipynb #b58e4c9c
+# %% ../nbs/22_search.ipynb #0520242c
 import hashlib, json
 import matplotlib.pyplot as plt, numpy as np, torch
 from pathlib import Path
@@ -17,7 +17,7 @@ from .data.external import read_image
 from .learner import extract_features
 from .ranking import as_matrix, check_finite, get_rule
 
-# %% ../nbs/22_search.ipynb #3f2bc078
+# %% ../nbs/22_search.ipynb #38f95e26
 def top_columns(
     sim,   # (n_q, n) similarities
     k:int, # How many
@@ -34,7 +34,7 @@ def top_columns(
         v[tied],i[tied] = w[:, :k],j[:, :k]
     return v,i
 
-# %% ../nbs/22_search.ipynb #902fe3a6
+# %% ../nbs/22_search.ipynb #7163cdaf
 def fingerprint(
     model, # A torch module
 )->str:
@@ -50,7 +50,7 @@ def _changes(model):
     "What differs after any weight has been changed or replaced."
     return [getattr(model, o, None) for o in ('eval_complete', 'feature')], [(v.data_ptr(), v._version) for v in (*model.parameters(), *model.buffers())]
 
-# %% ../nbs/22_search.ipynb #a3213e8d
+# %% ../nbs/22_search.ipynb #eb2b4c14
 class Hit(NamedTuple):
     "An image that a search found."
     distance:float # Between features of length one, 0 to 2
@@ -79,7 +79,7 @@ class Hits(list):
         plt.close(fig)
         return fig
 
-# %% ../nbs/22_search.ipynb #91a247a6
+# %% ../nbs/22_search.ipynb #42227c72
 BLOCK = 4096 # Images in a block of features
 
 class Gallery:
@@ -110,7 +110,7 @@ class Gallery:
     @property
     def nbytes(self): return sum(b.numel()*b.element_size() for b in self.blocks)
 
-# %% ../nbs/22_search.ipynb #6d3a0c4a
+# %% ../nbs/22_search.ipynb #b025be15
 @patch(as_prop=True)
 def made_by(self:Gallery):
     "Fingerprint of the model, or the name that was given."
@@ -155,7 +155,7 @@ def _put(self:Gallery, start, x):
         self.blocks[b][r:r+n] = x[:n]
         start,x = start+n,x[n:]
 
-# %% ../nbs/22_search.ipynb #4182f7ee
+# %% ../nbs/22_search.ipynb #1d34137b
 def _record(o, modality=None):
     "A ReIDImage of a path, picture or record; identity -1 and camera 0 mean unknown."
     if isinstance(o, ReIDImage): return o
@@ -191,7 +191,7 @@ def add(self:Gallery,
 @patch
 def _extract(self:Gallery, items): return extract_features(self.model, items, self.size, self.bs, self.ir_range, self.num_workers)
 
-# %% ../nbs/22_search.ipynb #a5b7abca
+# %% ../nbs/22_search.ipynb #1e8cd17e
 @patch
 def _numbers(self:Gallery):
     "Identities, cameras and modalities of the images (3, n)."
@@ -214,7 +214,7 @@ def _hidden(self:Gallery, queries, cams, only, rule):
     if remove == 'place': return lambda s: ~allowed[s] | ((qc == 3) & (cam[s] == 2))
     return lambda s: ~allowed[s] | ((qp == pid[s]) & (qc == cam[s]))
 
-# %% ../nbs/22_search.ipynb #d3cc96d2
+# %% ../nbs/22_search.ipynb #016191c8
 @patch
 def nearest(self:Gallery,
     feats, # (n_q, D) features
@@ -236,7 +236,7 @@ def nearest(self:Gallery,
             v,i = v[:, :k],torch.cat([i, j+s.start], 1).gather(1, o[:, :k])
     return v,i
 
-# %% ../nbs/22_search.ipynb #f99868c2
+# %% ../nbs/22_search.ipynb #24ba21be
 @patch
 def search(self:Gallery,
     query, # A path, picture (PIL, uint8 array), ReIDImage or feature (D,); or a list of them, or features (n, D)
@@ -268,7 +268,7 @@ def search(self:Gallery,
         hits += [Hits([Hit(x, self.items[p], p) for x,p in zip(*o) if x < torch.inf], r, self.ir_range) for r,*o in zip(part, d.tolist(), i.tolist())]
     return hits[0] if one else hits
 
-# %% ../nbs/22_search.ipynb #699d841f
+# %% ../nbs/22_search.ipynb #4c3f2fe7
 @patch
 def remove(self:Gallery,
     which, # Places in the gallery, or a function of a ReIDImage that says which
@@ -281,7 +281,7 @@ def remove(self:Gallery,
     self.items,self.blocks,self._labels = [self.items[i] for i in keep],self.blocks[:-(-len(keep)//BLOCK)],None
     return len(gone)
 
-# %% ../nbs/22_search.ipynb #623954da
+# %% ../nbs/22_search.ipynb #d5bc7034
 @patch
 def save(self:Gallery,
     path, # A .npz file

@@ -253,7 +253,7 @@ def _decode(path):
     try:
         with nullcontext(path) if pic else Image.open(path) as im:
             deep = im.mode in ('I', 'F') or im.mode.startswith('I;')
-            if not deep and any(re.search(';16[BLN]', str(t.args)) for t in im.tile):
+            if not deep and any(re.search(';16[BLN]', str(t.args)) for t in getattr(im, 'tile', ())):
                 if pic: raise DataError('a picture of 16-bit colour would be cut to 8 bits: pass its path')
                 return _colour16(path), 65535.
             im.load()
