@@ -163,6 +163,13 @@ class SaveWeights(Callback):
             save_weights(self.model, self.folder/'best.pth', **meta, held_out_mAP=mAP)
 
 # %% ../nbs/18_experiment.ipynb #f24e75ff
+class _FinishWandb(Callback):
+    "The next of ten trials is a run of its own."
+    order = 100  # after WandbCallback
+    def after_fit(self):
+        import wandb
+        wandb.finish()
+
 def _log_cbs(log, out):
     if log == 'csv': return []
     if log == 'tensorboard':
@@ -172,8 +179,9 @@ def _log_cbs(log, out):
     if log == 'wandb':
         try: import wandb; from fastai.callback.wandb import WandbCallback
         except ImportError: raise ConfigError('--log wandb: install it with `pip install wandb`') from None
-        if wandb.run is None: wandb.init(project='tmpa', dir=str(out), name=Path(out).name)
-        return [WandbCallback(log_preds=False, log_model=False)]
+        mine = wandb.run is None
+        if mine: wandb.init(project='tmpa', dir=str(out), name=Path(out).name)
+        return [WandbCallback(log_preds=False, log_model=False)] + [_FinishWandb()]*mine
     raise ConfigError(f"log {log!r}: choose 'csv', 'tensorboard' or 'wandb'")
 
 def write_json(path, obj):

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['BLOCK', 'top_columns', 'fingerprint', 'Hit', 'Hits', 'Gallery']
 
-# %% ../nbs/22_search.ipynb #0520242c
+# %% ../nbs/22_search.ipynb #6f3e78b0
 import hashlib, json
+from contextlib import contextmanager
 import matplotlib.pyplot as plt, numpy as np, torch
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 from PIL import Image
-from .core import CheckpointError, ConfigError, DataError, Modality, ProtocolError, ReIDImage, atomic_write
+from .core import CheckpointError, ConfigError, DataError, Modality, ProtocolError, ReIDImage, TMPAError, atomic_write
 from .data.external import read_image
 from .learner import extract_features
 from .ranking import as_matrix, check_finite, get_rule
 
-# %% ../nbs/22_search.ipynb #38f95e26
+# %% ../nbs/22_search.ipynb #99400120
 def top_columns(
     sim,   # (n_q, n) similarities
     k:int, # How many
@@ -34,12 +35,14 @@ def top_columns(
         v[tied],i[tied] = w[:, :k],j[:, :k]
     return v,i
 
-# %% ../nbs/22_search.ipynb #7163cdaf
+# %% ../nbs/22_search.ipynb #48e871c5
+_switches = ('eval_complete', 'feature', 'lams')  # of TMPANet; other models have none of them
+
 def fingerprint(
     model, # A torch module
 )->str:
     "Hash of all weights, statistics and evaluation switches of a model; the same on every device."
-    h = hashlib.blake2b(repr([getattr(model, o, None) for o in ('eval_complete', 'feature', 'lams')]).encode(), digest_size=16)
+    h = hashlib.blake2b(json.dumps([getattr(model, o, None) for o in _switches]).encode(), digest_size=16)
     for k,v in model.state_dict().items():
         v = v.detach().cpu().contiguous()
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
@@ -48,9 +51,9 @@ def fingerprint(
 
 def _changes(model):
     "What differs after any weight has been changed or replaced."
-    return [getattr(model, o, None) for o in ('eval_complete', 'feature')], [(v.data_ptr(), v._version) for v in (*model.parameters(), *model.buffers())]
+    return [getattr(model, o, None) for o in _switches], [(v.data_ptr(), v._version) for v in (*model.parameters(), *model.buffers())]
 
-# %% ../nbs/22_search.ipynb #eb2b4c14
+# %% ../nbs/22_search.ipynb #91f19366
 class Hit(NamedTuple):
     "An image that a search found."
     distance:float # Between features of length one, 0 to 2
@@ -79,7 +82,7 @@ class Hits(list):
         plt.close(fig)
         return fig
 
-# %% ../nbs/22_search.ipynb #42227c72
+# %% ../nbs/22_search.ipynb #4f4bec61
 BLOCK = 4096 # Images in a block of features
 
 class Gallery:
@@ -97,7 +100,7 @@ class Gallery:
         if dtype not in (torch.float32, torch.float16): raise ConfigError(f'Gallery: dtype={dtype}: use torch.float32 or torch.float16')
         self.model,self.size,self.dtype,self.ir_range,self.bs,self.num_workers = model,size and tuple(size),dtype,ir_range,bs,num_workers
         self.device = torch.device(device or (next(model.parameters()).device if model is not None else 'cpu'))
-        self.items,self.blocks,self.dim,self._made_by,self._seen = [],[],None,made_by,None
+        self.items,self.blocks,self.dim,self._made_by,self._seen,self._labels = [],[],None,made_by,None,None
     @classmethod
     def from_learner(cls, learn, items=(), **kwargs):
         "A gallery for the model of a learner, at the size of its images, with `items` in it."
@@ -110,7 +113,7 @@ class Gallery:
     @property
     def nbytes(self): return sum(b.numel()*b.element_size() for b in self.blocks)
 
-# %% ../nbs/22_search.ipynb #b025be15
+# %% ../nbs/22_search.ipynb #80425c27
 @patch(as_prop=True)
 def made_by(self:Gallery):
     "Fingerprint of the model, or the name that was given."
@@ -155,7 +158,7 @@ def _put(self:Gallery, start, x):
         self.blocks[b][r:r+n] = x[:n]
         start,x = start+n,x[n:]
 
-# %% ../nbs/22_search.ipynb #1d34137b
+# %% ../nbs/22_search.ipynb #9d9bdd08
 def _record(o, modality=None):
     "A ReIDImage of a path, picture or record; identity -1 and camera 0 mean unknown."
     if isinstance(o, ReIDImage): return o
@@ -173,8 +176,8 @@ def add(self:Gallery,
     "Add images; those that are there already are passed over."
     items = [_record(o, modality) for o in ([images] if isinstance(images, (str, Path, ReIDImage)) else images)]
     if any(isinstance(o.path, Image.Image) for o in items): raise ConfigError('a gallery keeps paths, not pictures: write the pictures to files first')
+    if self.model is not None or feats is None: self._own()
     if feats is not None: feats = self._features(feats, len(items))
-    else: self._own()
     there,todo = {str(o.path) for o in self.items},[]
     for i,o in enumerate(items):
         if str(o.path) not in there: there.add(str(o.path)); todo.append(i)
@@ -191,11 +194,11 @@ def add(self:Gallery,
 @patch
 def _extract(self:Gallery, items): return extract_features(self.model, items, self.size, self.bs, self.ir_range, self.num_workers)
 
-# %% ../nbs/22_search.ipynb #1e8cd17e
+# %% ../nbs/22_search.ipynb #86ee879b
 @patch
 def _numbers(self:Gallery):
     "Identities, cameras and modalities of the images (3, n)."
-    if getattr(self, '_labels', None) is None:
+    if self._labels is None:
         self._labels = torch.tensor([(o.pid, o.cam, int(o.modality)) for o in self.items], dtype=torch.long, device=self.device).view(-1, 3).T.contiguous()
     return self._labels
 
@@ -214,7 +217,7 @@ def _hidden(self:Gallery, queries, cams, only, rule):
     if remove == 'place': return lambda s: ~allowed[s] | ((qc == 3) & (cam[s] == 2))
     return lambda s: ~allowed[s] | ((qp == pid[s]) & (qc == cam[s]))
 
-# %% ../nbs/22_search.ipynb #016191c8
+# %% ../nbs/22_search.ipynb #f86c1693
 @patch
 def nearest(self:Gallery,
     feats, # (n_q, D) features
@@ -236,7 +239,12 @@ def nearest(self:Gallery,
             v,i = v[:, :k],torch.cat([i, j+s.start], 1).gather(1, o[:, :k])
     return v,i
 
-# %% ../nbs/22_search.ipynb #24ba21be
+# %% ../nbs/22_search.ipynb #64eccab1
+def _alone(query):
+    "Is it one query, or a list of them?"
+    if isinstance(query, np.ndarray) and query.dtype == np.uint8: return query.ndim in (2, 3)
+    return isinstance(query, (str, Path, Image.Image, ReIDImage)) or getattr(query, 'ndim', 0) == 1
+
 @patch
 def search(self:Gallery,
     query, # A path, picture (PIL, uint8 array), ReIDImage or feature (D,); or a list of them, or features (n, D)
@@ -249,8 +257,8 @@ def search(self:Gallery,
     step:int=1024, # Queries at a time
 ): # `Hits`, or a list of them for several queries
     "Find the nearest images, nearest first."
-    one = isinstance(query, (str, Path, Image.Image, ReIDImage)) or (isinstance(query, np.ndarray) and query.dtype == np.uint8 and query.ndim in (2, 3)) or getattr(query, 'ndim', 0) == 1
-    qs = query[None] if getattr(query, 'ndim', 0) == 1 else [query] if one else query
+    one = _alone(query)
+    qs = query if not one else query[None] if getattr(query, 'ndim', 0) == 1 else [query]
     if not len(qs): return []
     if not len(self): raise ProtocolError('the gallery is empty: add images first')
     if isinstance(qs, (np.ndarray, torch.Tensor)):
@@ -268,7 +276,7 @@ def search(self:Gallery,
         hits += [Hits([Hit(x, self.items[p], p) for x,p in zip(*o) if x < torch.inf], r, self.ir_range) for r,*o in zip(part, d.tolist(), i.tolist())]
     return hits[0] if one else hits
 
-# %% ../nbs/22_search.ipynb #4c3f2fe7
+# %% ../nbs/22_search.ipynb #13993d55
 @patch
 def remove(self:Gallery,
     which, # Places in the gallery, or a function of a ReIDImage that says which
@@ -281,40 +289,44 @@ def remove(self:Gallery,
     self.items,self.blocks,self._labels = [self.items[i] for i in keep],self.blocks[:-(-len(keep)//BLOCK)],None
     return len(gone)
 
-# %% ../nbs/22_search.ipynb #d5bc7034
+# %% ../nbs/22_search.ipynb #b775bbc8
 @patch
 def save(self:Gallery,
     path, # A .npz file
 ):
     "Write features and records to one file."
     if Path(path).suffix != '.npz': raise ConfigError(f'{path}: a gallery is written to a .npz file')
-    meta = dict(format=1, made_by=self._made_by, size=self.size, ir_range=self.ir_range, n=len(self), dim=self.dim, block=BLOCK)
+    meta = dict(made_by=self._made_by, size=self.size, ir_range=self.ir_range, dtype=str(self.dtype).split('.')[1], n=len(self), dim=self.dim, block=BLOCK)
     names = '\0'.join(str(o.path) for o in self.items).encode('utf8', 'surrogateescape')
     n = lambda b: min(BLOCK, len(self)-b*BLOCK)
     arrays = {f'feats{b}': x[:n(b)].cpu().numpy() for b,x in enumerate(self.blocks)}
     with atomic_write(path) as tmp:
         np.savez(tmp, meta=np.array(json.dumps(meta)), paths=np.frombuffer(names, np.uint8), numbers=self._numbers().cpu().numpy(), **arrays)
 
+@contextmanager
+def _whole(path):
+    try: yield
+    except TMPAError: raise
+    except FileNotFoundError: raise DataError(f'{path} does not exist: give a file that Gallery.save wrote') from None
+    except Exception as e: raise DataError(f'{path} is damaged or no gallery ({type(e).__name__}): write it again with Gallery.save') from None
+
+# %% ../nbs/22_search.ipynb #821a4c0e
 @patch(cls_method=True)
 def load(cls:Gallery,
     path, # File of save
     model=None, # The model that made the features; None: only features can be added and asked for
-    **kwargs, # More arguments of Gallery; `size` and `ir_range` are in the file
+    **kwargs, # More arguments of Gallery; `size`, `ir_range` and `dtype` are in the file, and a `made_by` must be the file's
 )->Gallery:
     "Read a gallery; one of another model is refused."
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            meta,(pid,cam,mod) = json.loads(str(z['meta'])),z['numbers'].tolist()
-            names = z['paths'].tobytes().decode('utf8', 'surrogateescape').split('\0') if meta['n'] else []
-            blocks = [z[f'feats{b}'] for b in range(-(-meta['n']//meta['block']))]
-            items = [ReIDImage(Path(f), *o) for f,*o in zip(names, pid, cam, mod, strict=True)]
-            if meta['format'] != 1 or sum(map(len, blocks)) != len(items) or len(items) != meta['n']: raise ValueError
-    except FileNotFoundError: raise DataError(f'{path} does not exist: give a file that Gallery.save wrote') from None
-    except Exception as e: raise DataError(f'{path} is damaged or no gallery ({type(e).__name__}): write it again with Gallery.save') from None
-    g = cls(model, **{'size': meta['size'], 'ir_range': meta['ir_range'] and tuple(meta['ir_range']), 'dtype': torch.float16 if blocks and blocks[0].dtype == np.float16 else torch.float32,
-                      'made_by': meta['made_by'], **kwargs})
-    if items and meta['made_by'] != (g.made_by if model is not None else kwargs.get('made_by', meta['made_by'])): raise CheckpointError(f'{path} holds features of another model ({meta["made_by"]}): load the weights that made them, or index the images again')
-    if items and model is not None and (g.size, g.ir_range) != (tuple(meta['size'] or ()), meta['ir_range'] and tuple(meta['ir_range'])): raise CheckpointError(f'{path} was made at size {meta["size"]}, ir_range {meta["ir_range"]}: leave these arguments out')
-    g._made_by,g.dim = meta['made_by'],meta['dim']
-    for x in blocks: g._put(len(g), torch.from_numpy(x).to(g.device)); g.items += items[len(g):len(g)+len(x)]
+    with _whole(path), np.load(path, allow_pickle=False) as z:
+        meta,numbers = json.loads(str(z['meta'])),z['numbers'].T.tolist()
+        names = z['paths'].tobytes().decode('utf8', 'surrogateescape').split('\0') if meta['n'] else []
+        items = [ReIDImage(Path(f), *o) for f,o in zip(names, numbers, strict=True)]
+        ir_range,size = (meta[k] and tuple(meta[k]) for k in ('ir_range', 'size'))
+        g = cls(model, **{'size': size, 'ir_range': ir_range, 'dtype': getattr(torch, meta['dtype']), 'made_by': meta['made_by'], **kwargs})
+        if items and g.made_by != meta['made_by']: raise CheckpointError(f"{path} holds features of another model ({meta['made_by']}): load the weights that made them, or index the images again")
+        if items and model is not None and (g.size, g.ir_range) != (size, ir_range): raise CheckpointError(f'{path} was made at size {size}, ir_range {ir_range}: leave these arguments out, or index the images again')
+        g._made_by,g.dim = meta['made_by'],meta['dim']
+        for n in range(0, len(items), meta['block']): g._put(n, torch.from_numpy(z[f"feats{n//meta['block']}"]).to(g.device))
+    g.items = items
     return g
