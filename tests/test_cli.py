@@ -218,3 +218,9 @@ def test_llcm_both_directions(run, tmp_path):
     assert table['v2t'][1:5] == table['t2v'][1:5] == ['30', '30', '15', '10']
     status, out2, err = run('tmpa_evaluate', '--weights', tmp_path/'r'/'last.pth', '--path', root, '--trial', 3)
     assert status == 0 and 'trial 3' in out2, err
+
+
+def test_tensorboard(run, regdb, tmp_path):
+    pytest.importorskip('tensorboard')
+    status, out, err = run('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'r', *SMALL, '--log', 'tensorboard')
+    assert status == 0 and list((tmp_path/'r'/'tensorboard').glob('events*')), err

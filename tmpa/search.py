@@ -118,7 +118,8 @@ class Gallery:
 def made_by(self:Gallery):
     "Fingerprint of the model, or the name that was given."
     if self.model is None: return self._made_by
-    if self._seen is None or self._seen[0] != (now := _changes(self.model)): self._seen = _changes(self.model),fingerprint(self.model)
+    now = _changes(self.model)
+    if self._seen is None or self._seen[0] != now: self._seen = now,fingerprint(self.model)
     return self._seen[1]
 
 @patch
