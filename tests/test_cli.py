@@ -1,5 +1,5 @@
 """The commands as a shell calls them: help, a whole run, and one clear line for whatever a user can put right."""
-import inspect, runpy, shutil, subprocess, sys
+import inspect, json, runpy, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tmpa import cli
-from tmpa.data.synthetic import make_regdb, make_sysu
+from tmpa.data.synthetic import make_llcm, make_regdb, make_sysu
 from tmpa.models.backbone import tiny_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
 
@@ -120,6 +120,10 @@ def test_arguments(run, regdb, tmp_path):
     one_line(run(*train, '--patch', 7), '7')
     one_line(run(*train, '--size', '48'), '288x144')
     one_line(run(*train, '--trial', 11), '11')
+    one_line(run(*train, '--epochs', 0), 'epochs=0')
+    one_line(run(*train, '--workers', -1), 'num_workers=-1')
+    one_line(run(*train, '--select', 'held_out', '--p', 2, '--eval_every', 0), 'eval_every=0')
+    for r in ('5', '9,1'): one_line(run(*train, '--ir_range', r), 'ir_range', '0,65535')
     one_line(run(*train, '--recipe', 'agw'), 'agw', 'TMPA')
     one_line(run('tmpa_evaluate'), '--weights')
     assert not (tmp_path/'r').exists()
@@ -173,3 +177,50 @@ def test_demo(run, tmp_path):
     for f in ('results.csv', 'results.md', 'report.html', 'tmpa-seed0/report.html', 'tmpa-seed0/mixed_images.png', 'tmpa-seed0/best.pth'): assert (tmp_path/'demo'/f).exists(), f
     one_line(run(*args), 'exists', '--resume')
     assert run(*args, '--resume')[0] == 0
+
+
+def test_ten_trials_go_on_where_they_were_cut_off(run, regdb, tmp_path, monkeypatch):
+    args = ('tmpa_train', '--data', 'regdb', '--path', regdb, '--trial', 'all', '--out', tmp_path/'all', '--recipe', 'B', *SMALL)
+    one_line(run(*args, '--patch', 7, '--recipe', 'TMPA'), '7')
+    assert not (tmp_path/'all').exists()
+    from tmpa import experiment
+    seen = []
+    def train(cfg, quiet, resume):
+        "Stands in for the training."
+        if resume and (before := experiment.earlier_run(cfg)): return before
+        if cfg.spec.trial == '3' and len(seen) == 2: raise KeyboardInterrupt
+        seen.append(cfg.spec.trial)
+        experiment.write_json(experiment.new_folder(cfg.out)/'config.json', cfg.asdict())
+        m = dict(scores={'v2t': dict(n_queries=9, n_valid=9, n_gallery=9, n_trials=1, **{k: int(cfg.spec.trial)/10 for k in ('rank1', 'rank10', 'rank20', 'mAP', 'mINP')})})
+        experiment.write_json(Path(cfg.out)/'metrics.json', m)
+        return m
+    monkeypatch.setattr(cli, 'train_run', train)
+    assert run(*args)[0] == 2 and seen == ['1', '2']
+    (tmp_path/'all'/'trial2'/'metrics.json').unlink()  # as if the second was cut off before its scores were written
+    one_line(run(*args), 'exists', '--out')
+    first = (tmp_path/'all'/'trial1'/'metrics.json').stat().st_mtime_ns
+    status, out, err = run(*args, '--resume')
+    assert status == 0 and 'mean of ten trials' in out, err
+    assert seen == ['1', '2', '2', *map(str, range(3, 11))]
+    assert (tmp_path/'all'/'trial1'/'metrics.json').stat().st_mtime_ns == first
+    m = json.loads((tmp_path/'all'/'metrics.json').read_text())
+    assert m['trials'] == 10 and m['scores']['v2t']['n_trials'] == 10 and m['scores']['v2t']['mAP_std'] > 0
+    one_line(run(*args, '--resume', '--lr', .5), 'lr', '--out')
+    (tmp_path/'all'/'notes.txt').touch()
+    one_line(run(*args, '--resume'), 'other things')
+
+
+def test_llcm_both_directions(run, tmp_path):
+    root = make_llcm(tmp_path/'llcm', n_ids=15, n_cams=3, per_cam=2, size=(48, 24))
+    status, out, err = run('tmpa_train', '--data', 'llcm', '--path', root, '--out', tmp_path/'r', *SMALL)
+    assert status == 0, err
+    table = {l.split()[0]: l.split() for l in out.splitlines() if l.startswith(('v2t', 't2v'))}
+    assert table['v2t'][1:5] == table['t2v'][1:5] == ['30', '30', '15', '10']
+    status, out2, err = run('tmpa_evaluate', '--weights', tmp_path/'r'/'last.pth', '--path', root, '--trial', 3)
+    assert status == 0 and 'trial 3' in out2, err
+
+
+def test_tensorboard(run, regdb, tmp_path):
+    pytest.importorskip('tensorboard')
+    status, out, err = run('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'r', *SMALL, '--log', 'tensorboard')
+    assert status == 0 and list((tmp_path/'r'/'tensorboard').glob('events*')), err

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DATA', 'ARCHS', 'DataSpec', 'read_data', 'synthetic_path', 'as_scores', 'score_model', 'environment', 'RunConfig',
-           'SaveWeights', 'write_json', 'new_folder', 'make_learner', 'train_run', 'held_out_split', 'mean_map',
-           'save_report', 'evaluate_run']
+           'SaveWeights', 'write_json', 'new_folder', 'make_learner', 'earlier_run', 'train_run', 'held_out_split',
+           'mean_map', 'save_report', 'evaluate_run']
 
 # %% ../nbs/18_experiment.ipynb #a60ac506
-import json, os, platform, subprocess, time
+import json, os, platform, shutil, subprocess, time
 from dataclasses import asdict, dataclass, replace
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -17,7 +17,7 @@ import numpy as np, torch, torchvision
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
-from .core import CheckpointError, ConfigError, ProtocolError, atomic_write
+from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic_write
 from .data.external import csv_items, llcm_items, regdb_items, sysu_items, cross_settings, llcm_settings, regdb_settings, sysu_settings
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION, make_regdb
@@ -163,6 +163,13 @@ class SaveWeights(Callback):
             save_weights(self.model, self.folder/'best.pth', **meta, held_out_mAP=mAP)
 
 # %% ../nbs/18_experiment.ipynb #f24e75ff
+class _FinishWandb(Callback):
+    "The next of ten trials is a run of its own."
+    order = 100  # after WandbCallback
+    def after_fit(self):
+        import wandb
+        wandb.finish()
+
 def _log_cbs(log, out):
     if log == 'csv': return []
     if log == 'tensorboard':
@@ -172,8 +179,9 @@ def _log_cbs(log, out):
     if log == 'wandb':
         try: import wandb; from fastai.callback.wandb import WandbCallback
         except ImportError: raise ConfigError('--log wandb: install it with `pip install wandb`') from None
-        if wandb.run is None: wandb.init(project='tmpa', dir=str(out), name=Path(out).name)
-        return [WandbCallback(log_preds=False, log_model=False)]
+        mine = wandb.run is None
+        if mine: wandb.init(project='tmpa', dir=str(out), name=Path(out).name)
+        return [WandbCallback(log_preds=False, log_model=False)] + [_FinishWandb()]*mine
     raise ConfigError(f"log {log!r}: choose 'csv', 'tensorboard' or 'wandb'")
 
 def write_json(path, obj):
@@ -184,7 +192,7 @@ def write_json(path, obj):
 def new_folder(out):
     "Make `out`; what is already there is never written over."
     out = Path(out)
-    if out.exists(): raise ConfigError(f'{out} exists already: choose another --out, or move it away')
+    if out.exists(): raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
     try: out.mkdir(parents=True)
     except OSError as e: raise ConfigError(f'cannot make the folder {out}: {e.strerror}') from None
     return out
@@ -195,6 +203,8 @@ def make_learner(
 ):
     "Loaders and learner of a run, seeded."
     if cfg.arch not in ARCHS: raise ConfigError(f"arch {cfg.arch!r}: choose one of {', '.join(ARCHS)}")
+    for k,low in (('epochs', 1), ('eval_every', 1), ('num_workers', 0)):
+        if (v := getattr(cfg, k)) is not None and v < low: raise ConfigError(f'{k}={v}: give {low} or more')
     if cfg.select not in ('published','held_out'): raise ConfigError(f"select {cfg.select!r}: choose 'published' or 'held_out'")
     mix = cfg.recipe.make_mix(cfg.patch)
     if mix is not None: region_mask(1, cfg.spec.size, mix.patch, mix.active_ratios)  # a patch that does not divide the image is to be found before anything is written
@@ -206,30 +216,54 @@ def make_learner(
     return tmpa_learner(dls, ARCHS[cfg.arch], pretrained=cfg.pretrained, mfe=cfg.recipe.mfe, mft=cfg.recipe.mft, mix=mix, loss_func=cfg.recipe.make_loss(),
         model_kw=cfg.recipe.model, precision=cfg.precision, eval_every=cfg.eval_every)
 
+# %% ../nbs/18_experiment.ipynb #50f9b1e3
+_how = ('out', 'num_workers', 'log', 'cache')  # fields that do not change a result
+
+def earlier_run(
+    cfg:RunConfig,
+)->dict|None: # What its `metrics.json` holds; None when the run is still to be done
+    "An earlier run of the same configuration. What one that was cut off left is removed; anything else in its place is an error."
+    out = Path(cfg.out)
+    if not out.exists(): return None
+    if not out.is_dir(): raise ConfigError(f'{out} is a file: choose another --out')
+    now = json.loads(json.dumps(cfg.asdict(), default=str))
+    try: was = json.loads((out/'config.json').read_text())
+    except FileNotFoundError: was = None
+    except (OSError, ValueError) as e: raise ConfigError(f'{out}/config.json cannot be read ({type(e).__name__}): choose another --out') from None
+    if was is None and any(not o.name.startswith('.') for o in out.iterdir()): raise ConfigError(f'{out} holds no run of tmpa: choose another --out')
+    other = [k for k in now if was and k not in _how and was.get(k) != now[k]]
+    if other: raise ConfigError(f'{out} was begun with another {other[0]} ({was.get(other[0])}, now {now[other[0]]}): choose another --out, or the old settings')
+    if (f := out/'metrics.json').exists(): return json.loads(f.read_text())
+    shutil.rmtree(out)
+
 # %% ../nbs/18_experiment.ipynb #0bbaf9ba
 def train_run(
     cfg:RunConfig,
     quiet:bool=False, # No progress bar
     rank_figure:bool=True, # Ranked lists in the report
+    resume:bool=False, # Where this very run is finished already, give its scores; where it was cut off, begin it again
 )->dict: # What `metrics.json` holds
     "Train and score one recipe; the folder gets configuration, environment, log, weights, scores and a report. `metrics.json` comes last."
+    if resume and (before := earlier_run(cfg)): return before
     out,spec = new_folder(cfg.out),cfg.spec
     try:
         train,test,settings = read_data(spec)
         learn = make_learner(cfg, train)
+        loggers = _log_cbs(cfg.log, out)
     except Exception:
-        out.rmdir()  # nothing was written yet
+        shutil.rmtree(out)  # made above, and holds nothing yet
         raise
     write_json(out/'config.json', cfg.asdict()); write_json(out/'environment.json', environment())
     meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids, data_seed=spec.seed)
     learn.path = out
-    cbs = [CSVLogger('history.csv'), SaveWeights(out, meta)] + _log_cbs(cfg.log, out)
+    cbs = [CSVLogger('history.csv'), SaveWeights(out, meta)] + loggers
     t0 = time.time()
     with ExitStack() as silence:
         if quiet: silence.enter_context(learn.no_bar()); silence.enter_context(learn.no_logging())
         learn.fit_tmpa(cfg.epochs, lr=cfg.lr, warmup=cfg.warmup, decay=cfg.decay, beta_warmup=cfg.beta_warmup, cbs=cbs)
     seconds = time.time()-t0
-    scores,feats = score_model(learn.model, test, settings, spec.size, cfg.ir_range, cfg.num_workers)
+    try: scores,feats = score_model(learn.model, test, settings, spec.size, cfg.ir_range, cfg.num_workers)
+    except TMPAError as e: raise type(e)(f'{e}; the trained weights are kept: score them with tmpa_evaluate --weights {out}/last.pth') from None
     metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=round(seconds, 1),
         n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores)
     save_report(out, cfg, learn, metrics, test, settings, feats if rank_figure else None)

@@ -8,13 +8,14 @@ __all__ = ['sysu_items', 'load_perms', 'sysu_gallery', 'regdb_items', 'llcm_item
 
 # %% ../../nbs/01_data.external.ipynb #76c44ba0
 import csv, os, random, re, sys
+from contextlib import nullcontext
 import numpy as np, torch
 from collections import defaultdict
 from pathlib import Path
 from warnings import warn
 from PIL import Image, ImageFile
 from ..core import Modality, ReIDImage, ConfigError, DataError, ProtocolError
-from ..evaluation import Setting
+from ..evaluation import Setting, cross_settings_of
 
 # %% ../../nbs/01_data.external.ipynb #7bf59653
 _exts = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff'}
@@ -225,8 +226,9 @@ def cross_settings(
     note:str='', # Goes into the report
 ) -> list: # Setting 'v2t' and 't2v'
     "Every image of one modality against every image of the other, in both directions."
-    v,t = _where(items, 0),_where(items, 1)
-    return [_setting('v2t', v, [t], rule, note), _setting('t2v', t, [v], rule, note)]
+    res = cross_settings_of([o.modality for o in items], rule, note)
+    if not res: raise ProtocolError(f'{len(items)} test images of one modality have nothing to search: give test items of both modalities')
+    return res
 
 def regdb_settings(
     items:list, # `regdb_items(path, trial, 'test')`
@@ -245,12 +247,15 @@ def llcm_settings(
 # %% ../../nbs/01_data.external.ipynb #92f0590b
 def _decode(path):
     "PIL image (8-bit grey or RGB) or float array (H, W[, 3]) of raw values, with the raw value that means 1."
-    path = Path(path)
+    pic = isinstance(path, Image.Image)
+    if not pic: path = Path(path)
     lenient,ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES,False
     try:
-        with Image.open(path) as im:
+        with nullcontext(path) if pic else Image.open(path) as im:
             deep = im.mode in ('I', 'F') or im.mode.startswith('I;')
-            if not deep and any(re.search(';16[BLN]', str(t.args)) for t in im.tile): return _colour16(path), 65535.
+            if not deep and any(re.search(';16[BLN]', str(t.args)) for t in getattr(im, 'tile', ())):
+                if pic: raise DataError('a picture of 16-bit colour would be cut to 8 bits: pass its path')
+                return _colour16(path), 65535.
             im.load()
             if deep: return np.asarray(im).astype(np.float32), 1. if im.mode=='F' else 65535.
             grey = im.mode in ('1', 'L', 'LA', 'La')
@@ -258,7 +263,7 @@ def _decode(path):
     except FileNotFoundError: raise DataError(f'no image {path}: restore the file, or take it out of the items') from None
     except DataError: raise
     except Exception as e:
-        why = 'is empty (0 bytes)' if path.is_file() and path.stat().st_size==0 else f'cannot be decoded ({str(e).strip() or type(e).__name__})'
+        why = 'is empty (0 bytes)' if not pic and path.is_file() and path.stat().st_size==0 else f'cannot be decoded ({str(e).strip() or type(e).__name__})'
         raise DataError(f'image {path} {why}: restore the file, or take it out of the items') from None
     finally: ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
@@ -295,14 +300,14 @@ def _to_tensor(a):
     return x.expand(3, *x.shape).contiguous() if x.ndim==2 else x.permute(2, 0, 1).contiguous()
 
 def read_image(
-    path:str|Path, # An image file that Pillow can read
+    path:str|Path, # An image file that Pillow can read, or a Pillow image
     ir_range:tuple|None=None, # Raw values (lo, hi) that become 0 and 1 in 16-bit, 32-bit and float files; 8-bit files do not use it
 ) -> torch.Tensor: # float32 (3, H, W) in [0, 1]
     "Read an image of any depth; `DataError` names a file that is missing, empty, damaged or out of range."
     return _to_tensor(_pixels(path, ir_range=ir_range))
 
 def load_resized(
-    path:str|Path, # An image file that Pillow can read
+    path:str|Path, # An image file that Pillow can read, or a Pillow image
     size:tuple, # (height, width)
     ir_range:tuple|None=None, # As in read_image
 ) -> torch.Tensor: # float32 (3, *size) in [0, 1]

@@ -1,0 +1,212 @@
+"""`Gallery`: the ranking against a stable sort, its life on disk, and what it refuses."""
+import numpy as np
+import pytest
+import torch
+from pathlib import Path
+from PIL import Image
+
+from tmpa import search
+from tmpa.core import CheckpointError, ConfigError, DataError, ProtocolError, ReIDImage
+from tmpa.data.synthetic import make_sysu
+from tmpa.data.external import sysu_items
+from tmpa.evaluation import RULES, evaluate
+from tmpa.models.backbone import tiny_resnet
+from tmpa.models.tmpa import TMPANet, load_tmpa, save_weights
+from tmpa.search import Gallery, fingerprint, top_columns
+
+
+def records(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [ReIDImage(Path(f'g{seed}-{i}.jpg'), int(rng.integers(12)), int(rng.integers(1, 7)), i % 2) for i in range(n)]
+
+def coarse(n, d=16, seed=0):
+    "Rows of length one whose products are exact in any order of summation, and mostly tied."
+    return torch.randint(0, 2, (n, d), generator=torch.Generator().manual_seed(seed)).float().mul_(2).sub_(1)/d**.5
+
+def gallery(n, block=None, **kw):
+    g = Gallery(made_by='test', **kw)
+    g.add(records(n), feats=coarse(n))
+    return g
+
+
+@pytest.fixture
+def small_blocks(monkeypatch): monkeypatch.setattr(search, 'BLOCK', 32)
+
+
+@pytest.fixture(scope='module')
+def people(tmp_path_factory): return sysu_items(make_sysu(tmp_path_factory.mktemp('data')/'sysu', n_ids=10, per_cam=2, size=(48, 24)), 'test')
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return TMPANet(4, tiny_resnet, pretrained=False, mfe=False, mft=False).eval()
+
+
+@pytest.mark.parametrize('n,k', [(1, 1), (31, 5), (32, 32), (33, 40), (200, 1), (200, 10), (200, 200)])
+def test_is_a_stable_sort(small_blocks, n, k):
+    g, q = gallery(n), coarse(17, seed=1)
+    _, want = (q@coarse(n).T).sort(dim=1, descending=True, stable=True)
+    got = [[h.pos for h in hits] for hits in g.search(q, k=k)]
+    assert got == want[:, :k].tolist()
+    assert all(h.item == g.items[h.pos] for h in g.search(q[0], k=k))
+    assert [[h.pos for h in hits] for hits in g.search(q, k=k, step=3)] == got
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_is_the_ranking_of_the_evaluation(small_blocks, rule):
+    g, qs, q = gallery(150), records(40, 1), coarse(40, seed=1)
+    lab = lambda items: (np.array([o.pid for o in items]), np.array([o.cam for o in items]))
+    (qp, qc), (gp, gc) = lab(qs), lab(g.items)
+    r = evaluate(q, coarse(150), qp, gp, qc, gc, rule)
+    for i, hits in enumerate(g.search(q, k=len(g), rule=rule, records=qs)):
+        good = np.array([h.item.pid == qs[i].pid for h in hits])
+        assert good.any() == r.valid[i]
+        if not good.any(): continue
+        at = np.flatnonzero(good)
+        first = len({h.item.pid for h in hits[:at[0]]}) + 1 if RULES[rule].merge else at[0] + 1
+        assert first == r.first_hit[i]
+        assert abs((np.arange(1, len(at)+1)/(at+1)).mean() - r.ap[i]) < 1e-12
+
+
+def test_filters(small_blocks):
+    g, q = gallery(200), coarse(5, seed=2)
+    for hits in g.search(q, k=500, cams=(2, 5), only=1): assert {(h.item.cam in (2, 5), h.item.modality) for h in hits} == {(True, 1)}
+    every = g.search(q[0], k=500)
+    assert [h.pos for h in g.search(q[0], k=500, cams=4)] == [h.pos for h in every if h.item.cam == 4]
+    with pytest.raises(ConfigError, match='cams=9'): g.search(q, cams=9)
+    with pytest.raises(ProtocolError, match='records='): g.search(q, rule='sysu')
+    with pytest.raises(ProtocolError, match='rank1'): g.search(q, rule='rank1')
+    with pytest.raises(ConfigError, match='k=0'): g.search(q, k=0)
+    with pytest.raises(ConfigError, match='2 records for 5'): g.search(q, records=records(2))
+
+
+def test_grows_and_shrinks(small_blocks):
+    feats, items = coarse(150), records(150)
+    a, b = Gallery(), Gallery()
+    a.add(items, feats=feats)
+    for i in range(0, 150, 7): assert b.add(items[i:i+7], feats=feats[i:i+7]) == len(items[i:i+7])
+    assert a.items == b.items and torch.equal(a.rows(range(150)), b.rows(range(150))) and len(b.blocks) == 5
+    assert b.add(items, feats=feats) == 0
+    gone = {3, 4, 40, 41, 149}
+    assert b.remove(gone) == 5 and len(b) == 145
+    keep = [i for i in range(150) if i not in gone]
+    assert torch.equal(b.rows(range(145)), feats[keep]) and b.items == [items[i] for i in keep]
+    assert b.add(items, feats=feats) == 5 and b.search(feats[3], k=150)[0].distance < 1e-3
+    assert b.remove(lambda o: True) == 150 and b.blocks == []
+    with pytest.raises(ProtocolError, match='empty'): b.search(feats[0])
+    with pytest.raises(ConfigError, match='place 150'): a.remove([150])
+
+
+def test_half_precision(small_blocks):
+    x = torch.nn.functional.normalize(torch.randn(100, 64, generator=torch.Generator().manual_seed(0)))
+    a, b = Gallery(), Gallery(dtype=torch.float16)
+    for g in (a, b): g.add(records(100), feats=x)
+    assert b.nbytes*2 == a.nbytes
+    for p, q in zip(a.search(x, k=100), b.search(x, k=100)):
+        assert np.allclose([h.distance for h in sorted(p, key=lambda h: h.pos)], [h.distance for h in sorted(q, key=lambda h: h.pos)], atol=.04)
+    with pytest.raises(ConfigError, match='float16'): Gallery(dtype=torch.int8)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize('n', [0, 1, 32, 100])
+def test_saved_and_loaded(small_blocks, tmp_path, dtype, n):
+    g = gallery(n, dtype=dtype) if n else Gallery(made_by='test', dtype=dtype)
+    if n: g.items[0] = g.items[0]._replace(path=Path('Straße 名/ä b.jpg'))
+    g.save(tmp_path/'g.npz')
+    h = Gallery.load(tmp_path/'g.npz', made_by='test')
+    assert h.items == g.items and len(h) == n and (not n or h.dtype == dtype)
+    if n: assert torch.equal(h.rows(range(n)), g.rows(range(n))) and h.search(coarse(3)) == g.search(coarse(3))
+    h.add(records(5, 7), feats=coarse(5))
+    assert len(h) == n + 5
+    assert {o.name for o in tmp_path.iterdir()} == {'g.npz'}
+    with np.load(tmp_path/'g.npz', allow_pickle=False) as z: assert all(z[k].dtype != object for k in z.files)
+
+
+def test_files_that_are_no_gallery(tmp_path):
+    gallery(50).save(tmp_path/'g.npz')
+    whole = (tmp_path/'g.npz').read_bytes()
+    for name, data in (('cut', whole[:-200]), ('empty', b''), ('text', b'hello')):
+        (tmp_path/f'{name}.npz').write_bytes(data)
+        with pytest.raises(DataError, match=f'{name}.npz is damaged'): Gallery.load(tmp_path/f'{name}.npz')
+    np.savez(tmp_path/'other.npz', feats=np.zeros((3, 4)))
+    with pytest.raises(DataError, match='other.npz'): Gallery.load(tmp_path/'other.npz')
+    with pytest.raises(DataError, match='none.npz does not exist'): Gallery.load(tmp_path/'none.npz')
+    with pytest.raises(ConfigError, match='.npz'): gallery(5).save(tmp_path/'g.pkl')
+    with pytest.raises(CheckpointError, match='another model'): Gallery.load(tmp_path/'g.npz', made_by='somebody')
+
+
+def test_model_and_pictures(people, model, tmp_path):
+    g = Gallery(model, (48, 24))
+    assert g.add(people) == len(people) and g.dim == model.dim
+    q = people[3]
+    hits = g.search(q, k=5)
+    assert hits[0].item == q and hits[0].distance < 1e-2
+    im = Image.open(q.path)
+    for other in (str(q.path), im, np.asarray(im)): assert g.search(other, k=5, modality=q.modality) == hits
+    assert [h.pos for h in g.search([q, people[9]], k=5)[0]] == [h.pos for h in hits]
+    assert g.search(g.rows([3])[0], k=5)[0].item == q
+    with pytest.raises(ConfigError, match='modality=0'): g.search(q.path)
+    with pytest.raises(ConfigError, match='int'): g.search([1, 2], modality=0)
+    with pytest.raises(DataError, match='nowhere.jpg'): g.search(tmp_path/'nowhere.jpg', modality=0)
+    with pytest.raises(ConfigError, match='pictures'): g.add([im], modality=0)
+    with pytest.raises(ConfigError, match='size'): Gallery(model)
+    assert len(hits.show().axes) == 6 and str(q.path) in repr(hits)
+    g.save(tmp_path/'g.npz')
+    save_weights(model, tmp_path/'w.pth')
+    again = Gallery.load(tmp_path/'g.npz', load_tmpa(tmp_path/'w.pth'))  # weights from disk are the same model
+    assert again.search(q, k=5) == hits and again.size == (48, 24)
+    with pytest.raises(CheckpointError, match='size'): Gallery.load(tmp_path/'g.npz', model, size=(96, 48))
+
+
+def test_another_model_is_refused(people, model, tmp_path):
+    g = Gallery(model, (48, 24))
+    g.add(people[:6])
+    g.save(tmp_path/'g.npz')
+    with pytest.raises(CheckpointError, match='dimensions'): g.search(torch.randn(7))
+    model.feature = 'pool'  # another switch, other features
+    with pytest.raises(CheckpointError, match='was changed'): g.search(people[0])
+    with pytest.raises(CheckpointError, match='another model'): Gallery.load(tmp_path/'g.npz', model)
+    model.feature = 'bn'
+    assert len(g.search(people[0])) == 6
+    with torch.no_grad(): next(model.parameters()).mul_(1.001)
+    with pytest.raises(CheckpointError, match='was changed'): g.add(people)
+
+
+def test_damaged_image_keeps_what_came_before(people, model, tmp_path):
+    bad = tmp_path/'bad.jpg'
+    bad.write_bytes(people[0].path.read_bytes()[:300])
+    g = Gallery(model, (48, 24), bs=4)
+    assert g.add(people[:8]) == 8
+    with pytest.raises(DataError, match='bad.jpg'): g.add([*people[:12], ReIDImage(bad, 1, 1, 0)])
+    assert len(g) == 8 and g.add(people) == len(people) - 8 and g.items == people
+
+
+def test_features_that_are_no_features():
+    g = gallery(20)
+    for bad, words in ((torch.full((3, 16), float('nan')), 'NaN'), (torch.zeros(0, 16), 'shape'), (torch.zeros(2, 2, 2), 'shape')):
+        with pytest.raises(ProtocolError, match=words): g.nearest(bad)
+    with pytest.raises(ConfigError, match='3 features for 2 images'): g.add(records(2, 5), feats=coarse(3))
+    with pytest.raises(ConfigError, match='no model'): g.search('a.jpg', modality=0)
+
+
+def test_fingerprint(model):
+    a = fingerprint(model)
+    assert a == fingerprint(model.train().eval().to(memory_format=torch.channels_last))
+    torch.manual_seed(0)
+    assert a == fingerprint(TMPANet(4, tiny_resnet, pretrained=False, mfe=False, mft=False))
+    assert a != fingerprint(model.double())
+
+
+@pytest.mark.parametrize('k', [1, 3, 8])
+def test_top_columns_with_hidden_ones(k):
+    sim = torch.tensor([[1., 1, 2, -torch.inf, 1, 2, -torch.inf, 0], [-torch.inf]*8])
+    v, i = top_columns(sim, k)
+    assert i.tolist() == sim.argsort(dim=1, descending=True, stable=True)[:, :k].tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_cuda(people, model):
+    g = Gallery(model.cuda(), (48, 24))
+    g.add(people)
+    assert g.device.type == 'cuda' and g.search(people[3], k=3)[0].item == people[3]
