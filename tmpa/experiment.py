@@ -22,7 +22,7 @@ from .data.external import csv_items, llcm_items, regdb_items, sysu_items, cross
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION, make_regdb
 from .models.backbone import micro_resnet, tiny_resnet
-from .models.tmpa import load_tmpa, read_meta, save_weights
+from .models.tmpa import load_tmpa, load_weights, read_meta, save_weights
 from .regions import region_mask
 from .callback.pedmix import PedMix
 from .evaluation import evaluate_settings
@@ -175,7 +175,11 @@ def _log_cbs(log, out):
     if log == 'tensorboard':
         try: from fastai.callback.tensorboard import TensorBoardCallback; import tensorboard
         except ImportError: raise ConfigError('--log tensorboard: install it with `pip install tensorboard`') from None
-        return [TensorBoardCallback(log_dir=Path(out)/'tensorboard', trace_model=False, log_preds=False)]
+        class TensorBoard(TensorBoardCallback):
+            def after_epoch(self):  # without a validation set its loss is None, which fastai would write as a number
+                for n,v in zip(self.recorder.metric_names[2:-1], self.recorder.log[2:-1]):
+                    if v is not None: self.writer.add_scalar(n, v, self.train_iter)
+        return [TensorBoard(log_dir=Path(out)/'tensorboard', trace_model=False)]
     if log == 'wandb':
         try: import wandb; from fastai.callback.wandb import WandbCallback
         except ImportError: raise ConfigError('--log wandb: install it with `pip install wandb`') from None
@@ -222,7 +226,7 @@ _how = ('out', 'num_workers', 'log', 'cache')  # fields that do not change a res
 def earlier_run(
     cfg:RunConfig,
 )->dict|None: # What its `metrics.json` holds; None when the run is still to be done
-    "An earlier run of the same configuration. What one that was cut off left is removed; anything else in its place is an error."
+    "An earlier run of the same configuration. One that was cut off while training is removed, one that only lacks its scores is kept; anything else in its place is an error."
     out = Path(cfg.out)
     if not out.exists(): return None
     if not out.is_dir(): raise ConfigError(f'{out} is a file: choose another --out')
@@ -234,7 +238,9 @@ def earlier_run(
     other = [k for k in now if was and k not in _how and was.get(k) != now[k]]
     if other: raise ConfigError(f'{out} was begun with another {other[0]} ({was.get(other[0])}, now {now[other[0]]}): choose another --out, or the old settings')
     if (f := out/'metrics.json').exists(): return json.loads(f.read_text())
-    shutil.rmtree(out)
+    try: trained = read_meta(out/'last.pth').get('epoch') == cfg.epochs
+    except CheckpointError: trained = False
+    if not trained: shutil.rmtree(out)
 
 # %% ../nbs/18_experiment.ipynb #0bbaf9ba
 def train_run(
@@ -245,13 +251,15 @@ def train_run(
 )->dict: # What `metrics.json` holds
     "Train and score one recipe; the folder gets configuration, environment, log, weights, scores and a report. `metrics.json` comes last."
     if resume and (before := earlier_run(cfg)): return before
-    out,spec = new_folder(cfg.out),cfg.spec
+    out,spec = Path(cfg.out),cfg.spec
+    trained = resume and out.exists()  # all epochs, but no scores
+    if not trained: new_folder(out)
     try:
         train,test,settings = read_data(spec)
         learn = make_learner(cfg, train)
-        loggers = _log_cbs(cfg.log, out)
+        loggers = [] if trained else _log_cbs(cfg.log, out)
     except Exception:
-        shutil.rmtree(out)  # made above, and holds nothing yet
+        if not trained: shutil.rmtree(out)  # made above, and holds nothing yet
         raise
     write_json(out/'config.json', cfg.asdict()); write_json(out/'environment.json', environment())
     meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids, data_seed=spec.seed)
@@ -260,11 +268,12 @@ def train_run(
     t0 = time.time()
     with ExitStack() as silence:
         if quiet: silence.enter_context(learn.no_bar()); silence.enter_context(learn.no_logging())
-        learn.fit_tmpa(cfg.epochs, lr=cfg.lr, warmup=cfg.warmup, decay=cfg.decay, beta_warmup=cfg.beta_warmup, cbs=cbs)
-    seconds = time.time()-t0
+        if trained: load_weights(learn.model.to(learn.dls.device), out/'last.pth')
+        else: learn.fit_tmpa(cfg.epochs, lr=cfg.lr, warmup=cfg.warmup, decay=cfg.decay, beta_warmup=cfg.beta_warmup, cbs=cbs)
+    seconds = None if trained else round(time.time()-t0, 1)
     try: scores,feats = score_model(learn.model, test, settings, spec.size, cfg.ir_range, cfg.num_workers)
-    except TMPAError as e: raise type(e)(f'{e}; the trained weights are kept: score them with tmpa_evaluate --weights {out}/last.pth') from None
-    metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=round(seconds, 1),
+    except TMPAError as e: raise type(e)(f'{e}; the trained weights are kept: score them with the same command and --resume') from None
+    metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=seconds,
         n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores)
     save_report(out, cfg, learn, metrics, test, settings, feats if rank_figure else None)
     write_json(out/'metrics.json', metrics)
