@@ -30,6 +30,9 @@ from .metrics import *
 from .learner import *
 from .recipes import *
 from .interpret import *
+from .vis.architecture import *
+from .vis.tsne import *
+from .vis.gradcam import *
 from .report import *
 from .experiment import *
 from .demo import *
