@@ -88,10 +88,10 @@ def overlay(
 ):
     "A grey image under a heat map."
     x = x.float().cpu()
-    ax.imshow(x.mean(0), cmap='gray', vmin=0, vmax=1)
+    ax.imshow(x.mean(0).numpy(), cmap='gray', vmin=0, vmax=1)
     top = float(heat.max()) if top is None else top
-    h = F.interpolate(heat[None, None].float().cpu(), tuple(x.shape[-2:]), mode='bilinear')[0, 0].clamp(min=0)/(top or 1)
-    ax.imshow(h, cmap=cmap, vmin=0, vmax=1, alpha=(.75*h).clamp(0, 1).numpy())
+    h = (F.interpolate(heat[None, None].float().cpu(), tuple(x.shape[-2:]), mode='bilinear')[0, 0].clamp(min=0)/(top or 1)).numpy()
+    ax.imshow(h, cmap=cmap, vmin=0, vmax=1, alpha=.75*h.clip(0, 1))
     ax.set(xticks=[], yticks=[])
 
 # %% ../../nbs/21_vis.gradcam.ipynb #f9361069
@@ -110,7 +110,7 @@ def plot_gradcam(
     layers = layers or ['shared'] + (['visible', 'infrared'] if getattr(model.mfe, 'visible', None) is not None else [])
     fig,axs = plt.subplots(2, 1+len(layers), figsize=(1.25*(1+len(layers)), 5), dpi=75, squeeze=False, layout='constrained')
     for i,(row,name) in enumerate(zip(axs, ('query', 'match'))):
-        row[0].imshow(x[i].permute(1, 2, 0)); row[0].set(xticks=[], yticks=[]); row[0].set_title(name, fontsize=9)
+        row[0].imshow(x[i].permute(1, 2, 0).numpy()); row[0].set(xticks=[], yticks=[]); row[0].set_title(name, fontsize=9)
         row[0].set_ylabel(f'{Modality(int(mods[i])).name.lower()}, {items[i].pid}', fontsize=9)
         for ax,layer in zip(row[1:], layers):
             cam = grad_cam(model, xn[i], mods[i], f[1-i], layer)
@@ -180,7 +180,7 @@ def plot_attention(
     if isinstance(positions, int): positions = [(int((i+.5)*rows/positions), cols//2) for i in range(positions)]
     fig,axs = plt.subplots(1, 1+len(positions), figsize=(1.35*(1+len(positions)), 2.9), dpi=75, squeeze=False, layout='constrained')
     ax,name = axs[0, 0],lambda o: Modality(int(o.modality)).name.lower()
-    ax.imshow(x[0].permute(1, 2, 0)); ax.set(xticks=[], yticks=[]); ax.set_title(f'{name(item)} asks\n{rows*cols} positions', fontsize=9)
+    ax.imshow(x[0].permute(1, 2, 0).numpy()); ax.set(xticks=[], yticks=[]); ax.set_title(f'{name(item)} asks\n{rows*cols} positions', fontsize=9)
     for i,(o,(r,c)) in enumerate(zip(axs[0, 1:], positions)):
         ax.add_patch(plt.Rectangle((c*W/cols-.5, r*H/rows-.5), W/cols, H/rows, fill=False, edgecolor='#E69F00', linewidth=1.5))
         ax.text((c+.5)*W/cols, (r+.5)*H/rows, i+1, color='white', fontsize=9, ha='center', va='center', bbox=dict(facecolor='black', alpha=.6, pad=1, linewidth=0))
