@@ -68,7 +68,7 @@ class _Attention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
-            b = self.blocks.setdefault('attn', Block('attention'))
+            b = self.blocks.setdefault('attn', Block(r'attention\ A^V, A^I'))
             b.inputs += _walk([o.grad_fn for o in args], self.outputs)
             self.outputs[out.grad_fn] = 'attn'
         return out
