@@ -185,7 +185,7 @@ def _draw(count, max_pairs, rng):
     a = np.searchsorted(end, i, 'right')
     return a,i-(end-count)[a],total
 
-def _distances(feats, a, b, step=2**14):
+def _distances(feats, a, b, step=2**11):
     return np.concatenate([(feats[a[i:i+step]]-feats[b[i:i+step]]).norm(dim=1).numpy() for i in range(0, len(a), step)] or [np.zeros(0, np.float32)])
 
 # %% ../nbs/17a_interpret.ipynb #68f35af8

@@ -117,7 +117,7 @@ def _positions(blocks):
     return {k: (col[x], y) for k,(x,y) in at.items()}
 
 def _arrow(ax, a, b, key):
-    rad = 0 if b[0]-a[0] <= 1 else -.22 if a[1] > 3 else .22       # past other columns: around the outside
+    rad = 0 if b[0]-a[0] <= 1 else .5 if a[1] == b[1] else -.22 if a[1] > 3 else .22     # past other columns: around what stands there
     ax.annotate('', (b[0]-.41, b[1]), (a[0]+.41, a[1]), zorder=2, arrowprops=dict(arrowstyle='-|>', color=_tint[_side(key)][1], linewidth=1, alpha=.75, shrinkA=0, shrinkB=0,
         connectionstyle=f'arc3,rad={rad}'))
 

@@ -119,18 +119,18 @@ def plot_gradcam(
     fig.suptitle(f'similarity {float(f[0]@f[1]):.2f}, {same}', fontsize=10)
     return fig
 
-# %% ../../nbs/21_vis.gradcam.ipynb #95bb6c04
-def _mft_inputs(model, x, modality, source):
-    "F^V, F^I of image `x` and F_sh, k of `source`, as they enter the attention of a forward pass."
-    m = torch.tensor([int(modality)], device=x.device)
-    with torch.no_grad(), _evaluating(model):
-        sh = model._sh(source[None])
-        vis,ir,_ = model._specific(x[None], m)
-        if model.mft is None: return vis,ir,sh,sh                 # three trunks: attention without parameters
-        got = []
-        handle = model.mft.register_forward_pre_hook(lambda _, args: got.extend(args))
-        try: model._complete(sh, vis, ir)
-        finally: handle.remove()
+# %% ../../nbs/21_vis.gradcam.ipynb #08511214
+def _mft_inputs(model, x, modality):
+    "What enters the attention when the model is given one image: F^V, F^I, F_sh, k as `vis`, `ir`, `sh`, `k`."
+    got,mfe = {},model.mfe
+    if model.mft is not None: handles = [model.mft.register_forward_pre_hook(lambda _, args: got.update(zip(('vis', 'ir', 'sh', 'k'), args)))]
+    else:                                                 # three trunks: attention without parameters, between their outputs
+        keep = lambda name: lambda _, __, out: got.update({name: out})
+        handles = [m.register_forward_hook(keep(n)) for n,m in (('vis', mfe.visible), ('ir', mfe.infrared), ('sh', model.tail))]
+    try:
+        with torch.no_grad(), _evaluating(model): model(x[None], torch.tensor([int(modality)], device=x.device))
+    finally:
+        for h in handles: h.remove()
     return got
 
 def attention_weights(
@@ -154,11 +154,12 @@ def attention_map(
 )->torch.Tensor: # (h, w) weights of one position, or (h', w', h, w) of all; mean over heads
     "Which positions of `source` a position of `image` reads in MFT."
     if getattr(getattr(model, 'mfe', None), 'visible', None) is None: raise ConfigError('attention_map: a model with one trunk has no cross attention: pass one with mfe=True')
-    vis,ir,sh,k = _mft_inputs(model, image, modality, image if source is None else source)
-    f,mft = (vis, ir)[int(modality)],model.mft
+    asks = _mft_inputs(model, image, modality)
+    read = asks if source is None else _mft_inputs(model, source, modality)
+    f,mft = asks[('vis', 'ir')[int(modality)]],model.mft
     with torch.no_grad(), _evaluating(model):
-        q = f if mft is None else (mft.vis, mft.ir)[int(modality)].q(f)
-        k = mft.k(sh) if mft is not None and mft.k is not None else k
+        if mft is None: q,k = f,read['sh']
+        else: q,k = (mft.vis, mft.ir)[int(modality)].q(f),read['k'] if mft.k is None else mft.k(read['sh'])
         w = attention_weights(q, k, 1 if mft is None else mft.heads).mean(1)[0]
     if position is None: return w
     if not (0 <= position[0] < w.shape[0] and 0 <= position[1] < w.shape[1]): raise ConfigError(f'position={position}: the feature map has {w.shape[0]} rows and {w.shape[1]} columns')
