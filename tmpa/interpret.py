@@ -231,7 +231,7 @@ def plot_distances(self:ReIDInterpretation,
         for k,kw in (('other', dict(color='#D55E00', alpha=.5)), ('same', dict(color='#0072B2', histtype='step', linewidth=2))):
             n = len(o[k])
             if n: ax.hist(o[k], edges, weights=np.full(n, 1/n), label=f'{k} person: {n:,} of {o[f"n_{k}"]:,}' if n < o[f'n_{k}'] else f'{k} person: {n:,}', **kw)
-        ax.set_title(f'{name}: chance that same is nearer {_auc(o["same"], o["other"]):.2f}', fontsize=9)
+        ax.set_title(f'{name}: P(same < other) = {_auc(o["same"], o["other"]):.2f}', fontsize=9)
         ax.set_xlabel('Euclidean distance'); ax.legend(fontsize=8, loc='upper left', title='pairs', title_fontsize=8)
         ax.set_ylim(0, 1.45*ax.get_ylim()[1])
     axs[0].set_ylabel('share of pairs')
