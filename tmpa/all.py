@@ -35,6 +35,9 @@ from .robust import *
 from .dart import *
 from .recipes import *
 from .interpret import *
+from .vis.architecture import *
+from .vis.tsne import *
+from .vis.gradcam import *
 from .report import *
 from .experiment import *
 from .demo import *

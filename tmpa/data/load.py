@@ -144,7 +144,7 @@ class ReIDDL(TfmdDL):
 # %% ../../nbs/03_data.load.ipynb #5d9d61b8
 def _grid(rows, cols, figsize, ctxs):
     import matplotlib.pyplot as plt
-    if ctxs is None: ctxs = plt.subplots(rows, cols, figsize=figsize or (1.2*cols, 2.4*rows), dpi=80, squeeze=False, layout='constrained')[1]
+    if ctxs is None: ctxs = plt.subplots(rows, cols, figsize=figsize or (1.1*cols, 2.2*rows), dpi=80, squeeze=False, layout='constrained')[1]
     axs = np.array(ctxs, dtype=object).reshape(rows, cols)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     return axs
@@ -156,22 +156,32 @@ def _picture(ax, x, title, color='black'):
 @patch
 def show_batch(self:ReIDDL, b=None, max_n=8, ctxs=None, show=True, unique=False, figsize=None, **kwargs):
     "Visible over infrared, a column for each of up to `max_n` identities of the batch."
-    x,modality,_,pid,cam = self.decode(self.one_batch() if b is None else b)
+    if b is None:                              # a loader in the order of its items may have one modality only in a batch
+        dl = self if self.shuffle else self.new(shuffle=True)
+        b = (dl if len(dl) else self).one_batch()
+    x,modality,_,pid,cam = self.decode(b)
     if not show: return x,modality,pid
-    pids = list(dict.fromkeys(pid.tolist()))[:max_n]
+    seen = lambda m: set(pid[modality==m].tolist())
+    pids = sorted(dict.fromkeys(pid.tolist()), key=lambda p: p not in seen(0)&seen(1))[:max_n]    # people with both images first
     axs = _grid(2, len(pids), figsize, ctxs)
     for m, name in enumerate(('visible', 'infrared')):
         axs[m, 0].set_ylabel(name, fontsize=11)
         for ax, p in zip(axs[m], pids):
             i = ((pid==p) & (modality==m)).nonzero().flatten()
             if len(i): _picture(ax, x[i[0]], f'{p}, camera {cam[i[0]]}' if len(pids)<6 else f'{p}')
+            else: ax.set_frame_on(False)
 
 @patch
 def show_results(self:ReIDDL, b, out, max_n=4, ctxs=None, show=True, figsize=None, **kwargs):
     "Queries of the batch (left) and their nearest images of the other modality, by the features `out`."
     x,modality,_,pid,_ = self.decode(b)
     f = torch.nn.functional.normalize(torch.as_tensor(out).float(), dim=1)
-    queries = [q for q in range(len(x)) if (modality!=modality[q]).any()][:max_n]
+    n,turns = defaultdict(int),[]              # everybody's first image, visible and infrared in turn, then the second ones
+    for q in range(len(x)):
+        key = pid[q].item(),modality[q].item()
+        turns.append((n[key], key[1], q))
+        n[key] += 1
+    queries = [q for *_, q in sorted(turns) if (modality!=modality[q]).any()][:max_n]
     ranks = [[i for i in (f@f[q]).argsort(descending=True, stable=True).tolist() if modality[i]!=modality[q]][:5] for q in queries]
     if not show or not queries: return x,queries,ranks
     axs = _grid(len(queries), 6, figsize, ctxs)
