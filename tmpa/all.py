@@ -33,4 +33,5 @@ from .interpret import *
 from .report import *
 from .experiment import *
 from .demo import *
+from .reproduce import *
 __all__ = [o for o in globals() if not o.startswith('_')]

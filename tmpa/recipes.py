@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'TABLES', 'TABLE1_SETTINGS', 'later', 'mix_class', 'net_class', 'Recipe', 'content', 'short_hash',
-           'get_recipe', 'TableRow', 'Table', 'get_table', 'published_methods']
+           'get_recipe', 'TableRow', 'RecipeTable', 'get_table', 'published_methods']
 
-# %% ../nbs/17_recipes.ipynb #d8fc330a
+# %% ../nbs/17_recipes.ipynb #e245cfd8
 import dataclasses, importlib, inspect, json
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha1
 from .core import ConfigError
 from .callback.pedmix import PedMix
@@ -73,7 +74,7 @@ class Recipe:
         parts = dict(mfe=self.mfe, mft=self.mft) if self.net == 'tmpa' else {}
         return net_class(self.net)(n_classes, arch, pretrained, **parts, **_tuples(self.model))
 
-# %% ../nbs/17_recipes.ipynb #5b4d6461
+# %% ../nbs/17_recipes.ipynb #aa6e8fdd
 def _changed(kw, f):
     "The arguments in `kw` that differ from the defaults of `f`."
     defaults = {k: p.default for k,p in inspect.signature(f).parameters.items()}
@@ -88,9 +89,13 @@ def content(recipe:Recipe)->dict:
     d['model'],d['loss'] = _changed(d['model'], TMPANet) if d['net'] == 'tmpa' else d['model'],_changed(d['loss'], TMPALoss)
     return {k: v for k,v in d.items() if v != getattr(Recipe(''), k)}
 
+def _named(o): # what JSON does not know: functions and classes by name, as their addresses change
+    if isinstance(o, partial): return [_named(o.func), o.args, o.keywords]
+    return getattr(o, '__qualname__', None) or str(o)
+
 def short_hash(data)->str:
     "Eight hex digits of plain data."
-    return sha1(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return sha1(json.dumps(data, sort_keys=True, default=_named).encode()).hexdigest()[:8]
 
 # %% ../nbs/17_recipes.ipynb #11d07c76
 _one = dict(mfe=False, mft=False)  # one trunk
@@ -127,7 +132,7 @@ def get_recipe(
     try: return RECIPES[str(name).lower()]
     except KeyError: raise ConfigError(f"no recipe {name!r}: choose one of {', '.join(r.name for r in RECIPES.values())}") from None
 
-# %% ../nbs/17_recipes.ipynb #4ba6563e
+# %% ../nbs/17_recipes.ipynb #baf825db
 @dataclass(frozen=True)
 class TableRow:
     "A row of a table."
@@ -137,7 +142,7 @@ class TableRow:
     score:dict = field(default_factory=dict) # Switches of the trained network before it is scored; it is not trained again
 
 @dataclass(frozen=True)
-class Table:
+class RecipeTable:
     "A table or figure of the paper, or one beyond it."
     title:str
     rows:list # TableRows
@@ -148,44 +153,44 @@ class Table:
 def _rows(metrics, *rows):
     "TableRows from (label, recipe, numbers in the order of `metrics`)."
     return [TableRow(l, r, dict(zip(metrics, v))) for l,r,*v in rows]
-_m = Table.__dataclass_fields__['metrics'].default
+_m = RecipeTable.__dataclass_fields__['metrics'].default
 _ca = 76.83,91.38,93.69,68.27
 _ped = 81.41,94.47,96.76,72.08
 _tmpa = 86.31,96.80,98.06,79.77
 
-# %% ../nbs/17_recipes.ipynb #d8c01632
+# %% ../nbs/17_recipes.ipynb #79262bf5
 TABLES = dict(
-    table2=Table('Table II: modules', _rows(_m, ('B', 'B', 75.68,90.10,93.16,67.41), ('B+CA', 'B+CA', *_ca), ('B+CA+PedMix', 'B+CA+PedMix', *_ped), ('B+CA+PedMix+MFT', 'TMPA', *_tmpa))),
-    table3=Table('Table III: regions of PedMix', _rows(_m, ('none', 'B+CA', *_ca), ('centre', 'B+CA+PedMix C', 77.82,92.09,94.90,69.42),
+    table2=RecipeTable('Table II: modules', _rows(_m, ('B', 'B', 75.68,90.10,93.16,67.41), ('B+CA', 'B+CA', *_ca), ('B+CA+PedMix', 'B+CA+PedMix', *_ped), ('B+CA+PedMix+MFT', 'TMPA', *_tmpa))),
+    table3=RecipeTable('Table III: regions of PedMix', _rows(_m, ('none', 'B+CA', *_ca), ('centre', 'B+CA+PedMix C', 77.82,92.09,94.90,69.42),
         ('centre, sub-centre', 'B+CA+PedMix C+S', 78.59,92.62,95.34,70.90), ('all', 'B+CA+PedMix', *_ped))),
-    table4=Table('Table IV: mixes', _rows(_m, ('B+Mixup', 'B+CA+Mixup', 76.07,91.94,94.66,69.50), ('B+CutMix', 'B+CA+CutMix', 75.92,90.40,93.08,68.85), ('B+PatchMix', 'B+CA+PatchMix', 76.41,88.88,92.38,68.29),
+    table4=RecipeTable('Table IV: mixes', _rows(_m, ('B+Mixup', 'B+CA+Mixup', 76.07,91.94,94.66,69.50), ('B+CutMix', 'B+CA+CutMix', 75.92,90.40,93.08,68.85), ('B+PatchMix', 'B+CA+PatchMix', 76.41,88.88,92.38,68.29),
         ('B+Attentive CutMix', 'B+CA+Attentive CutMix', 79.66,93.36,95.37,70.56), ('B+PedMix', 'B+CA+PedMix', *_ped), ('DART', 'DART', 81.97,95.05,97.04,73.78), ('DART+PedMix', 'DART+PedMix', 84.63,94.07,98.11,75.91)),
         note='B stands for B+CA here, as the numbers of B+PedMix show.'),
-    table5=Table('Table V: parameters', _rows(('params','rank1','mAP'), ('AlignGAN', None, 82.0,56.30,53.40), ('JSIA', None, 60.6,48.10,48.90), ('DART', 'DART', 70.9,81.97,73.78),
+    table5=RecipeTable('Table V: parameters', _rows(('params','rank1','mAP'), ('AlignGAN', None, 82.0,56.30,53.40), ('JSIA', None, 60.6,48.10,48.90), ('DART', 'DART', 70.9,81.97,73.78),
         ('TMPA (w/o MFT)', 'TMPA w/o MFT', 69.5,85.55,77.86), ('TMPA', 'TMPA', 48.3,86.31,79.77)), metrics=('rank1','mAP'),
         note='Parameters (millions, without classifiers) and GFLOPs of one 288 x 144 image are counted on ResNet-50 at either scale.'),
-    table6=Table('Table VI: attention', _rows(_m, ('B_DA+SENet', 'B+CA+PedMix+SE', 81.62,95.63,97.22,73.31), ('B_DA+STN', 'B+CA+PedMix+STN', 82.33,94.96,96.84,74.57),
+    table6=RecipeTable('Table VI: attention', _rows(_m, ('B_DA+SENet', 'B+CA+PedMix+SE', 81.62,95.63,97.22,73.31), ('B_DA+STN', 'B+CA+PedMix+STN', 82.33,94.96,96.84,74.57),
         ('B_DA+CBMA', 'B+CA+PedMix+CBAM', 84.27,96.32,97.65,77.22), ('B_DA+MFT', 'TMPA', *_tmpa)), note='B_DA is B+CA+PedMix; CBMA is CBAM.'),
-    table7=Table('Table VII: patch size', _rows(_m, ('Baseline', 'B+CA', *_ca), ('8×8', 'B+CA+PedMix 8x8', 80.27,93.66,94.03,71.53), ('12×12', 'B+CA+PedMix', *_ped), ('16×16', 'B+CA+PedMix 16x16', 78.88,92.25,93.63,69.87))),
-    fig4=Table('Figure 4: mix ratio', _rows(_m, *[(f'A_C = {a:.2f}', 'B+CA+PedMix' if a == .65 else f'B+CA+PedMix A_C={a:.2f}') for a in (.45,.55,.65,.75,.85)]), metrics=('rank1','mAP'), note='A_S = A_C + 0.05, A_O = A_C + 0.10. The paper prints no numbers.'),
-    fig5=Table('Figure 5: balance of the losses', _rows(('rank1','mAP'), ('alpha 0.6, beta 0.4', 'TMPA alpha=0.6'), ('alpha 0.8, beta 0.4', 'TMPA', 88.69,81.95), *[(f'alpha {a}, beta 0.4', f'TMPA alpha={a}') for a in (1.,1.2)],
+    table7=RecipeTable('Table VII: patch size', _rows(_m, ('Baseline', 'B+CA', *_ca), ('8×8', 'B+CA+PedMix 8x8', 80.27,93.66,94.03,71.53), ('12×12', 'B+CA+PedMix', *_ped), ('16×16', 'B+CA+PedMix 16x16', 78.88,92.25,93.63,69.87))),
+    fig4=RecipeTable('Figure 4: mix ratio', _rows(_m, *[(f'A_C = {a:.2f}', 'B+CA+PedMix' if a == .65 else f'B+CA+PedMix A_C={a:.2f}') for a in (.45,.55,.65,.75,.85)]), metrics=('rank1','mAP'), note='A_S = A_C + 0.05, A_O = A_C + 0.10. The paper prints no numbers.'),
+    fig5=RecipeTable('Figure 5: balance of the losses', _rows(('rank1','mAP'), ('alpha 0.6, beta 0.4', 'TMPA alpha=0.6'), ('alpha 0.8, beta 0.4', 'TMPA', 88.69,81.95), *[(f'alpha {a}, beta 0.4', f'TMPA alpha={a}') for a in (1.,1.2)],
         *[(f'alpha 0.8, beta {b}', f'TMPA beta={b}') for b in (.2,.6,.8)]), 'v2t', ('rank1','mAP'), 'The paper prints the numbers of the optimum alone.'),
 )
 
-# %% ../nbs/17_recipes.ipynb #b0614e51
+# %% ../nbs/17_recipes.ipynb #43b72e28
 TABLES |= dict(
-    losses=Table('Each loss left out', _rows(_m, ('all losses', 'TMPA'), *[(f'without {n}', f'TMPA -{n}') for n in ('WRT','MSI','MSS','MFT')]), note='The identity loss stays.'),
-    parts=Table('One part of the complete feature', [TableRow('after the neck', 'TMPA'), *[TableRow(f'{l}, before the neck', 'TMPA', score=dict(feature='pool', **({} if p == 'both' else dict(part=p))))
+    losses=RecipeTable('Each loss left out', _rows(_m, ('all losses', 'TMPA'), *[(f'without {n}', f'TMPA -{n}') for n in ('WRT','MSI','MSS','MFT')]), note='The identity loss stays.'),
+    parts=RecipeTable('One part of the complete feature', [TableRow('after the neck', 'TMPA'), *[TableRow(f'{l}, before the neck', 'TMPA', score=dict(feature='pool', **({} if p == 'both' else dict(part=p))))
         for l,p in (('complete','both'), ('shared alone','shared'), ('specific alone','specific'))]], note='One trained network, scored in several ways.'),
-    readings=Table('Readings of the paper', _rows(_m, ('PedMix beside originals', 'B+CA+PedMix'), ('mixed images alone', 'B+CA+PedMix only'), ('TMPA, completed one by one', 'TMPA'), ('TMPA, completed in pairs', 'TMPA pair'))),
-    baselines=Table('Baselines', _rows(_m, ('B', 'B'), ('AGW', 'AGW'), ('B+CA', 'B+CA'), ('DART', 'DART'))),
+    readings=RecipeTable('Readings of the paper', _rows(_m, ('PedMix beside originals', 'B+CA+PedMix'), ('mixed images alone', 'B+CA+PedMix only'), ('TMPA, completed one by one', 'TMPA'), ('TMPA, completed in pairs', 'TMPA pair'))),
+    baselines=RecipeTable('Baselines', _rows(_m, ('B', 'B'), ('AGW', 'AGW'), ('B+CA', 'B+CA'), ('DART', 'DART'))),
 )
 
 def get_table(
-    name, # A name of `TABLES`, or a Table
-)->Table:
+    name, # A name of `TABLES`, or a RecipeTable
+)->RecipeTable:
     "Look a table up by name."
-    if isinstance(name, Table): return name
+    if isinstance(name, RecipeTable): return name
     try: return TABLES[str(name).lower()]
     except KeyError: raise ConfigError(f"no table {name!r}: choose one of table1, {', '.join(TABLES)} or all") from None
 
