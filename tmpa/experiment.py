@@ -24,11 +24,11 @@ from .data.external import csv_items, llcm_items, regdb_items, sysu_items, cross
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION, make_regdb
 from .models.backbone import micro_resnet, tiny_resnet
-from .models.tmpa import load_tmpa, read_meta, save_weights
+from .models.tmpa import TMPANet, load_tmpa, read_meta, save_weights
 from .regions import region_mask
 from .evaluation import evaluate_settings
 from .learner import tmpa_learner, extract_features
-from .recipes import Recipe, get_recipe, later
+from .recipes import Recipe, get_recipe, later, net_class
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, text_table, write_report
 
@@ -243,11 +243,11 @@ def make_learner(
     return _learner(cfg, dls, mix)
 
 def _learner(cfg, dls, mix):
-    r = cfg.recipe
-    if r.method not in ('plain','dart'): raise ConfigError(f"method {r.method!r}: choose 'plain' or 'dart'")
-    if r.method == 'dart': return later('tmpa.dart', 'dart_learner', r.name)(dls, arch=ARCHS[cfg.arch], pretrained=cfg.pretrained, mix=mix)
-    net = r.make_net(dls.c, ARCHS[cfg.arch], cfg.pretrained)
-    return tmpa_learner(dls, mfe=r.mfe, mft=r.mft, mix=mix, loss_func=r.make_loss(), model=net, precision=cfg.precision, eval_every=cfg.eval_every)
+    r,kw = cfg.recipe,dict(mix=mix, precision=cfg.precision, eval_every=cfg.eval_every)
+    kind,loss,net = net_class(r.net, r.method),r.make_loss(),dict(arch=ARCHS[cfg.arch], pretrained=cfg.pretrained, model_kw=r.model)
+    if kind is TMPANet: return tmpa_learner(dls, mfe=r.mfe, mft=r.mft, loss_func=loss, **net, **kw)
+    if r.method == 'dart': return later('tmpa.dart', 'dart_learner', r.name)(dls, loss_func=loss, seed=cfg.seed, **net, **kw)
+    return later('tmpa.learner', 'reid_learner', r.name)(dls, r.make_net(dls.c, ARCHS[cfg.arch], cfg.pretrained), loss, ['loss_id','loss_wrt'], **kw)
 
 # %% ../nbs/18_experiment.ipynb #0bbaf9ba
 def train_run(

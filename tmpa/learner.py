@@ -94,7 +94,6 @@ def tmpa_learner(dls, # ReIDDataLoaders
     mix='pedmix', # A mix callback; 'pedmix' for the paper's, None for none
     loss_func=None, # Default TMPALoss()
     model_kw:dict|None=None, # More arguments of TMPANet: `complete`, `keep_originals`, `heads` ...
-    model=None, # A network of your own in TMPANet's place: images and modality to features, in training to the dict that TMPALoss reads
     precision:str='auto', # 'auto': fp16 where there is CUDA, fp32 elsewhere; or 'fp32', 'fp16', 'bf16'
     eval_every:int=1, # Score the validation identities every so many epochs
     cbs=None, # More callbacks
@@ -103,7 +102,7 @@ def tmpa_learner(dls, # ReIDDataLoaders
     "A fastai `Learner` with TMPA (or its baselines), its losses, PedMix, the paper's optimiser, and scores as columns."
     n_classes = getattr(dls, 'c', None)
     if not n_classes: raise ConfigError('dls has no training identities (dls.c): make it with ReIDDataLoaders.from_*')
-    if model is None: model = TMPANet(n_classes, arch=arch, pretrained=pretrained, mfe=mfe, mft=mft and mfe, **(model_kw or {}))
+    model = TMPANet(n_classes, arch=arch, pretrained=pretrained, mfe=mfe, mft=mft and mfe, **(model_kw or {}))
     loss_func = TMPALoss() if loss_func is None else loss_func
     mix = PedMix() if isinstance(mix, str) and mix == 'pedmix' else mix
     if mix is not None and not isinstance(mix, Callback): raise ConfigError(f"mix={mix!r}: pass a mix callback such as PedMix(), 'pedmix', or None")

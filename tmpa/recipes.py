@@ -16,12 +16,12 @@ from .callback.pedmix import PedMix
 from .losses import TMPALoss
 from .models.tmpa import TMPANet
 
-# %% ../nbs/17_recipes.ipynb #3894a423
+# %% ../nbs/17_recipes.ipynb #00823211
 def later(module, name, what):
     "A name of a module that only some recipes need."
     try: return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as e:
-        if e.name != module: raise
+    except (ModuleNotFoundError, AttributeError) as e:
+        if getattr(e, 'name', None) not in (module, name): raise
         raise ConfigError(f'{what} needs {module}, which this installation of tmpa does not have: update tmpa') from None
 
 def mix_class(kind): # 'pedmix', or another name of `tmpa.callback.mix.MIXES`
@@ -31,15 +31,16 @@ def mix_class(kind): # 'pedmix', or another name of `tmpa.callback.mix.MIXES`
     if kind not in mixes: raise ConfigError(f"mix {kind!r}: choose one of {', '.join(mixes)}")
     return mixes[kind]
 
-def net_class(net): # 'tmpa' or 'agw'
-    "The network class of a name."
-    if net == 'tmpa': return TMPANet
-    if net != 'agw': raise ConfigError(f"net {net!r}: choose 'tmpa' or 'agw'")
-    return later('tmpa.models.agw', 'AGWNet', 'net')
+def net_class(net, method): # 'tmpa' or 'agw'; 'plain' or 'dart'
+    "The network class that a recipe trains."
+    if net not in ('tmpa','agw'): raise ConfigError(f"net {net!r}: choose 'tmpa' or 'agw'")
+    if method not in ('plain','dart'): raise ConfigError(f"method {method!r}: choose 'plain' or 'dart'")
+    if method == 'dart': return later('tmpa.dart', 'TwinNet', "method 'dart'")
+    return TMPANet if net == 'tmpa' else later('tmpa.models.agw', 'AGWNet', "net 'agw'")
 
 def _tuples(d): return {k: tuple(v) if isinstance(v, list) else v for k,v in d.items()}
 
-# %% ../nbs/17_recipes.ipynb #543b3a03
+# %% ../nbs/17_recipes.ipynb #a6dc5d58
 @dataclass(frozen=True)
 class Recipe:
     "One method, as data."
@@ -49,7 +50,7 @@ class Recipe:
     mft:bool = True # Modality feature transfer (MFT)
     mix:dict|None = field(default_factory=dict) # Arguments of the mix, `kind` its name (default 'pedmix'); None: no mixing
     model:dict = field(default_factory=dict) # More arguments of the network
-    loss:dict = field(default_factory=dict) # Arguments of TMPALoss
+    loss:dict = field(default_factory=dict) # Arguments of the loss
     note:str = '' # What it is, in a sentence
     net:str = 'tmpa' # 'tmpa' (with its baselines) or 'agw'
     method:str = 'plain' # How it is trained: 'plain' or 'dart'
@@ -68,13 +69,16 @@ class Recipe:
         kw = _tuples(self.mix)
         cls = mix_class(kw.pop('kind', 'pedmix'))
         return cls(**{**({'patch': patch} if patch and 'patch' in inspect.signature(cls).parameters else {}), **kw})
-    def make_loss(self): "The loss function."; return TMPALoss(**self.loss)
+    def make_loss(self):
+        "The loss function."
+        return (TMPALoss if self.method == 'plain' else later('tmpa.dart', 'DARTLoss', "method 'dart'"))(**self.loss)
     def make_net(self, n_classes, arch, pretrained=True):
         "The network."
-        parts = dict(mfe=self.mfe, mft=self.mft) if self.net == 'tmpa' else {}
-        return net_class(self.net)(n_classes, arch, pretrained, **parts, **_tuples(self.model))
+        cls = net_class(self.net, self.method)
+        parts = dict(mfe=self.mfe, mft=self.mft) if cls is TMPANet else {}
+        return cls(n_classes, arch, pretrained, **parts, **_tuples(self.model))
 
-# %% ../nbs/17_recipes.ipynb #aa6e8fdd
+# %% ../nbs/17_recipes.ipynb #1d7722a0
 def _changed(kw, f):
     "The arguments in `kw` that differ from the defaults of `f`."
     defaults = {k: p.default for k,p in inspect.signature(f).parameters.items()}
@@ -86,7 +90,7 @@ def content(recipe:Recipe)->dict:
     d = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name not in ('name','note')}
     if d['mix'] is not None: d['mix'] = _changed(d['mix'], PedMix) if d['mix'].get('kind', 'pedmix') == 'pedmix' else d['mix']
     d['mix'] = {k: v for k,v in d['mix'].items() if (k,v) != ('kind','pedmix')} if d['mix'] is not None else None
-    d['model'],d['loss'] = _changed(d['model'], TMPANet) if d['net'] == 'tmpa' else d['model'],_changed(d['loss'], TMPALoss)
+    if (d['net'], d['method']) == ('tmpa','plain'): d['model'],d['loss'] = _changed(d['model'], TMPANet),_changed(d['loss'], TMPALoss)
     return {k: v for k,v in d.items() if v != getattr(Recipe(''), k)}
 
 def _named(o): # what JSON does not know: functions and classes by name, as their addresses change
