@@ -278,7 +278,7 @@ def train_run(
         raise OverBudget(f'{cfg.recipe.name}, seed {cfg.seed}: {budget:g} minutes of one core were over in epoch {learn.epoch+1} of {cfg.epochs}')
     feats = extract_features(learn.model, test, spec.size, ir_range=cfg.ir_range, num_workers=cfg.num_workers)
     scores,results = score_feats(feats, test, settings)
-    metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=round(seconds, 1),
+    metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=round(seconds, 1), budget=budget,
         n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores)
     save_report(out, cfg, learn, metrics, test, settings, feats if rank_figure else None)
     save_queries(out/'queries.csv', results, test, settings)

@@ -16,7 +16,7 @@ from .callback.pedmix import PedMix
 from .losses import TMPALoss
 from .models.tmpa import TMPANet
 
-# %% ../nbs/17_recipes.ipynb #00823211
+# %% ../nbs/17_recipes.ipynb #1e3e02b5
 def later(module, name, what):
     "A name of a module that only some recipes need."
     try: return getattr(importlib.import_module(module), name)
@@ -24,8 +24,9 @@ def later(module, name, what):
         if getattr(e, 'name', None) not in (module, name): raise
         raise ConfigError(f'{what} needs {module}, which this installation of tmpa does not have: update tmpa') from None
 
-def mix_class(kind): # 'pedmix', or another name of `tmpa.callback.mix.MIXES`
+def mix_class(kind): # 'pedmix', another name of `tmpa.callback.mix.MIXES`, or a class of your own
     "The mix callback of a name."
+    if not isinstance(kind, str): return kind
     if kind == 'pedmix': return PedMix
     mixes = later('tmpa.callback.mix', 'MIXES', f'mix {kind!r}')
     if kind not in mixes: raise ConfigError(f"mix {kind!r}: choose one of {', '.join(mixes)}")

@@ -108,7 +108,7 @@ def make_setup(
     args = [f'--scale {scale}'] + [f'--{k} {shlex.quote(str(v))}' for k,v in given.items() if v is not None] + [f"--seeds {len(seeds) if seeds == tuple(range(len(seeds))) else ','.join(map(str, seeds))}"]
     return Setup(tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial)), {**s['run'], **patch, 'epochs': epochs or s['epochs'], **run}, seeds, budget or s['budget'], ' '.join(args))
 
-# %% ../nbs/18aa_reproduce.ipynb #7946ceab
+# %% ../nbs/18aa_reproduce.ipynb #ec7a657d
 RUN_FIELDS = ['recipe','recipe_key','setup','data','n_ids','size','arch','epochs','trial','seed','status','budget','seconds','note']
 
 def _read(f): return json.loads(f.read_text(encoding='utf8')) if f.exists() else None
@@ -127,7 +127,7 @@ def run_lines(folder)->list: # None of a run that was cut off; more than one whe
     cfg,(_,rkey,setup,_,_) = cfg or d['config'],folder.name.rsplit('-', 4)
     s,first = cfg['spec'],dict(recipe=cfg['recipe']['name'], recipe_key=rkey, setup=setup)
     rest = dict(data=s['data'], n_ids=s['n_ids'] if s['data'] == 'synthetic' else '', size='x'.join(map(str, s['size'])), arch=cfg['arch'], epochs=cfg['epochs'], trial=s['trial'], seed=cfg['seed'],
-                status=status, budget=d.get('budget', ''), seconds=d.get('train_seconds', d.get('seconds', '')), note=d.get('error', ''))
+                status=status, budget=d.get('budget') or '', seconds=d.get('train_seconds', d.get('seconds', '')), note=d.get('error', ''))
     lines = [{**first, **rest, **_flat(d.get('scores', {}))}]
     for f in sorted(folder.glob('scores-*.json')):
         e = _read(f)
