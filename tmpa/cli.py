@@ -170,11 +170,12 @@ def tmpa_reproduce(
     epochs:int=None, # Default the scale's
     ids:int=400, # Synthetic data: rendered identities
     workers:int=1, # Runs at a time, each in a process with one thread
+    show:store_true=False, # Run nothing, only write the tables from what is there
     out:str='runs/tables', # Folder; may hold the runs of other tables and settings
 ):
     "Run the rows of a table of the paper over seeds, those that are not finished, and write it with the paper's numbers beside yours."
     tables,seeds = pick_tables(table),parse_ints(seeds, 'seeds')
     setup = make_setup(scale, data, path, trial, epochs, ids, seeds[0] if len(seeds) == 1 else seeds, budget)
-    files = reproduce(tables, setup, out, direction, [o.strip() for o in rows.split(';')] if rows else None, workers)
+    files = reproduce(tables, setup, out, direction, [o.strip() for o in rows.split(';')] if rows else None, workers, show=show)
     for f in files: print(f'\n{f.read_text(encoding="utf8").strip()}')
     print(f'\nRuns: {Path(out)/"results.csv"}; tables: {", ".join(str(f) for f in files)}')

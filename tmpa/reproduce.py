@@ -43,7 +43,7 @@ def scaled(recipe, size, unit=None): # `unit` as in fit_patch; None: the paper's
     r = get_recipe(recipe)
     return r if unit is None or not r.mix or 'patch' not in r.mix else r.but(mix={**r.mix, 'patch': fit_patch(r.mix['patch'], size, unit)})
 
-# %% ../nbs/18aa_reproduce.ipynb #9ff841d2
+# %% ../nbs/18aa_reproduce.ipynb #37578036
 _not_setup = 'recipe','spec','out','seed','num_workers','cache','log'  # the first four are kept beside it, the others change no result
 
 def setup_content(cfg:RunConfig)->dict:
@@ -59,7 +59,8 @@ class Setup:
     run:dict = field(default_factory=dict) # Fields of RunConfig
     seeds:tuple = (0,1,2) # Of the runs of each row
     budget:float|None = None # Minutes of one core for a run
-    args:str = '' # The same for the command line
+    scale:str = 'paper' # Name in `SCALES`
+    args:str|None = '' # What the command line needs beside scale and budget; None: it cannot say this setup
 
     @property
     def key(self): return short_hash(setup_content(RunConfig(Recipe(''), self.specs[0], '', **self.run)))
@@ -81,7 +82,7 @@ def row_key(row:TableRow)->str:
     "Equal for rows that share runs and scoring."
     return short_hash({**content(get_recipe(row.recipe)), **({'score': row.score} if row.score else {})})
 
-# %% ../nbs/18aa_reproduce.ipynb #ee2fcf22
+# %% ../nbs/18aa_reproduce.ipynb #ab5de726
 def _trials(data, trial):
     if data not in ('regdb','synthetic'): return [trial or 'all']  # one model for all galleries
     return [str(i) for i in range(1, 11)] if trial == 'all' else str(trial or 1).split(',')
@@ -105,8 +106,9 @@ def make_setup(
     if not seeds: raise ConfigError('seeds: at least one is needed')
     patch = dict(patch=demo_patch(size)) if scale == 'small' else {}
     given = dict(data=data if data != 'synthetic' else None, path=path, trial=trial, epochs=epochs, ids=ids if ids != 400 else None)
-    args = [f'--scale {scale}'] + [f'--{k} {shlex.quote(str(v))}' for k,v in given.items() if v is not None] + [f"--seeds {len(seeds) if seeds == tuple(range(len(seeds))) else ','.join(map(str, seeds))}"]
-    return Setup(tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial)), {**s['run'], **patch, 'epochs': epochs or s['epochs'], **run}, seeds, budget or s['budget'], ' '.join(args))
+    args = [f'--{k} {shlex.quote(str(v))}' for k,v in given.items() if v is not None] + [f"--seeds {len(seeds) if seeds == tuple(range(len(seeds))) else ','.join(map(str, seeds))}"]
+    return Setup(tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial)), {**s['run'], **patch, 'epochs': epochs or s['epochs'], **run}, seeds, budget or s['budget'], scale,
+        None if run or size != s['size'] else ' '.join(args))
 
 # %% ../nbs/18aa_reproduce.ipynb #ec7a657d
 RUN_FIELDS = ['recipe','recipe_key','setup','data','n_ids','size','arch','epochs','trial','seed','status','budget','seconds','note']
@@ -174,28 +176,31 @@ def fill(table:RecipeTable, lines:list, setup:Setup, setting:str)->list: # Fille
         out.append(FilledRow(row, {m: [100*float(l[f'{m}_{setting}']) for l in done] for m in table.metrics} if done else {}, len(done), wanted, why if len(done) < wanted else ''))
     return out
 
-# %% ../nbs/18aa_reproduce.ipynb #aa964619
+# %% ../nbs/18aa_reproduce.ipynb #0487019c
 def cells(table:RecipeTable, filled:list, sizes:dict|None=None)->list: # Header row and rows, as text; `sizes` from net_sizes adds parameters and GFLOPs
     "The table: the paper's numbers beside ours."
-    rows = [['', *itertools.chain(*[(f'{COLUMNS[m]}, paper', COLUMNS[m]) for m in table.metrics]), 'runs'] + (['params, paper','params','GFLOPs'] if sizes else [])]
-    paper = lambda r, m: f'{r.paper[m]:.2f}' if m in r.paper else ''
+    columns = [(m, p) for m in table.metrics for p in (True, False) if not p or any(m in f.row.paper for f in filled)]
+    rows = [['', *[f"{COLUMNS[m]}{', paper'*p}" for m,p in columns], 'runs'] + (['params, paper','params','GFLOPs'] if sizes else [])]
+    number = lambda f, m, p: (f'{f.row.paper[m]:.2f}' if m in f.row.paper else '') if p else mean_std(f.values.get(m, [])) if f.wanted else ''
     for f in filled:
         more = [f"{f.row.paper['params']:.1f}" if 'params' in f.row.paper else '', *sizes.get(f.row.label, ('', ''))] if sizes else []
-        rows.append([f.row.label, *itertools.chain(*[(paper(f.row, m), mean_std(f.values.get(m, [])) if f.wanted else '') for m in table.metrics]), f'{f.n}/{f.wanted}' if f.wanted else '', *more])
+        rows.append([f.row.label, *[number(f, m, p) for m,p in columns], f'{f.n}/{f.wanted}' if f.wanted else '', *more])
     return rows
 
 def command(name:str, f:FilledRow, setup:Setup, out='')->str:
     "What makes a missing row, with a larger budget where the last one was too small."
-    budget = f' --budget {2*setup.budget:g}' if setup.budget and f.why.startswith('more than') else ''
-    return f'tmpa_reproduce {name} --rows "{f.row.label}" {setup.args}{budget}' + (f' --out {shlex.quote(str(out))}' if out else '')
+    if setup.args is None or name not in (*TABLES, 'table1'): return 'reproduce(...) with this table and setup' + ', and a larger budget'*f.why.startswith('more than')
+    budget = 2*setup.budget if setup.budget and f.why.startswith('more than') else setup.budget
+    more = f' --budget {budget:g}' if budget and budget != SCALES[setup.scale]['budget'] else ''
+    return f'tmpa_reproduce {name} --rows "{f.row.label}" --scale {setup.scale} {setup.args}{more}' + (f' --out {shlex.quote(str(out))}' if out else '')
 
 def markdown(name:str, table:RecipeTable, filled:list, setup:Setup, setting:str, sizes=None, out='')->str:
     "Title, setup, table, and what is missing."
-    text = [f'## {table.title}', f'{setup.text}; {setting}. Per cent; mean ± deviation over runs.' + (f' {table.note}' if table.note else ''), markdown_table(cells(table, filled, sizes))]
+    text = [f'## {table.title}', f'{setup.text}; {setting}. Per cent' + '; mean ± deviation over runs'*(len(setup.seeds)*len(setup.specs) > 1) + '.' + (f' {table.note}' if table.note else ''), markdown_table(cells(table, filled, sizes))]
     gone = [f'- {f.row.label}: {f.why}. `{command(name, f, setup, out)}`' for f in filled if f.n < f.wanted]
     return '\n\n'.join(text + (['Missing:\n\n' + '\n'.join(gone)] if gone else [])) + '\n'
 
-# %% ../nbs/18aa_reproduce.ipynb #53625c24
+# %% ../nbs/18aa_reproduce.ipynb #55526740
 def plot_table(table:RecipeTable, filled:list, setting:str):
     "A dot a row for the mean of our runs, with its deviation, and one for the paper."
     metrics = [m for m in ('rank1','mAP') if m in table.metrics]
@@ -208,7 +213,7 @@ def plot_table(table:RecipeTable, filled:list, setting:str):
             mean,std = zip(*[((t := torch.tensor(v)).mean(), t.std() if len(v) > 1 else 0.) for _,v in ours])
             ax.errorbar(mean, [i for i,_ in ours], xerr=std, fmt='o', color='#0072B2', capsize=3, label='here')
         ax.set(xlabel=f'{COLUMNS[m]}, {setting} (%)', yticks=range(len(filled)), yticklabels=[f.row.label for f in filled], ylim=(len(filled)-.5, -.5)); ax.grid(axis='x', alpha=.3)
-    if axs[0,-1].get_legend_handles_labels()[0]: axs[0,-1].legend(fontsize=8)
+    if len(axs[0,-1].get_legend_handles_labels()[0]) > 1: axs[0,-1].legend(fontsize=8)
     fig.tight_layout()
     plt.close(fig)  # the caller shows or saves it
     return fig
@@ -225,13 +230,13 @@ def net_sizes(rows:list)->dict: # Label -> parameters in millions without classi
         out[row.label] = f'{n_params(net)/1e6:.1f}',f'{n_flops(net)/1e9:.1f}'
     return out
 
-# %% ../nbs/18aa_reproduce.ipynb #a23b81e1
+# %% ../nbs/18aa_reproduce.ipynb #8c9eed26
 def table1(lines:list)->list: # Header row and rows, as text
     "Table I with a row for each setup in which TMPA was run."
     ms = 'rank1','rank10','mAP'
     head = ['method', 'venue', *[f'{COLUMNS[m]}, {n}' for n in TABLE1_SETTINGS.values() for m in ms]]
     rows = [[o['method'], o['venue'], *[f"{o['scores'][s][m]:.2f}" if m in o['scores'].get(s, {}) else '' for s in TABLE1_SETTINGS for m in ms]] for o in published_methods()]
-    tmpa = [l for l in lines if l['recipe_key'] == short_hash(content(RECIPES['tmpa'])) and l['status'] == 'done']
+    tmpa = [l for l in lines if l['recipe_key'] == short_hash(content(RECIPES['tmpa'])) and l['status'] == 'done' and l['data'] in ('sysu','regdb','synthetic')]
     for k in dict.fromkeys(l['setup'] for l in tmpa):
         ls = [l for l in tmpa if l['setup'] == k]
         own = lambda s, m: [100*float(l[f'{m}_{s}']) for l in ls if l.get(f'{m}_{s}') not in (None, '')]
@@ -289,7 +294,7 @@ def _score_again(row, cfg):
     if f.exists() or run_state(cfg.out)[0] != 'done': return
     write_json(f, dict(score=row.score, scores=evaluate_run(Path(cfg.out)/'last.pth', path=cfg.spec.path, trial=str(cfg.spec.trial), switches=row.score)[0]))
 
-# %% ../nbs/18aa_reproduce.ipynb #787ce077
+# %% ../nbs/18aa_reproduce.ipynb #8d2640ed
 def reproduce(
     tables:dict, # Name -> RecipeTable
     setup:Setup,
@@ -298,6 +303,7 @@ def reproduce(
     only:list|None=None, # Labels or recipes of the rows to run; default all
     workers:int=1, # Runs at a time
     quiet:bool=False, # Print nothing
+    show:bool=False, # Run nothing, write the tables from what is there
 )->list: # Markdown files of the tables
     "Run what is not finished, write `results.csv` after each run, then every table as Markdown, CSV and a plot."
     out = Path(out)
@@ -309,7 +315,7 @@ def reproduce(
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         per_row = [(r, setup.configs(r, out)) for r in rows]
-        todo = _todo([c for i in range(len(per_row[0][1])) for _,cs in per_row for c in cs[i:i+1]], setup.budget)  # a seed of every row before the next seed
+        todo = [] if show else _todo([c for i in range(len(per_row[0][1])) for _,cs in per_row for c in cs[i:i+1]], setup.budget)  # a seed of every row before the next seed
         if not quiet: print(f'{len({c.out for _,cs in per_row for c in cs})} runs, {len(todo)} to do', flush=True)
         errors = _train(todo, out, setup, workers, quiet)
         if errors and len(errors) == len(todo) and isinstance(errors[0], TMPAError): raise errors[0]
