@@ -223,7 +223,7 @@ def n_params(
     classifiers:bool=False,  # Count C, C^V and C^I too?
 )->int:
     "The number of parameters."
-    return sum(p.numel() for n,p in model.named_parameters() if classifiers or not any(o.startswith('classifier') for o in n.split('.')))
+    return sum(p.numel() for n,p in model.named_parameters() if classifiers or not n.startswith('classifier'))
 
 def n_flops(
     model:nn.Module,    # In evaluation mode or not
