@@ -20,8 +20,8 @@ from .models.tmpa import TMPANet
 def later(module, name, what):
     "A name of a module that only some recipes need."
     try: return getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as e:
-        if getattr(e, 'name', None) not in (module, name): raise
+    except (ImportError, AttributeError) as e:
+        if isinstance(e, ImportError) and not (e.name or '').startswith('tmpa'): raise
         raise ConfigError(f'{what} needs {module}, which this installation of tmpa does not have: update tmpa') from None
 
 def mix_class(kind): # 'pedmix', another name of `tmpa.callback.mix.MIXES`, or a class of your own

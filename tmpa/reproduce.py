@@ -277,22 +277,28 @@ def _alone(out):
         except OSError: raise ConfigError(f'{out} is in use by another run of tmpa_reproduce: wait for it, or choose another --out') from None
         yield
 
-def _todo(cfgs, budget):
-    "Those that are not finished, each once; what a cut-off or failed run left is removed."
+def _distinct(cfgs):
+    "Each run once: the same under another name is the same."
     out = {}
+    for c in cfgs: out.setdefault(tuple(Path(c.out).name.split('-')[-4:]), c)
+    return list(out.values())
+
+def _todo(cfgs, budget):
+    "Those that are not finished; what a cut-off or failed run left is removed."
+    out = []
     for cfg in cfgs:
-        end = Path(cfg.out).name.split('-')[-4:]  # the same under another name is the same
         status,d = run_state(cfg.out)
         if status == 'done' or (status == 'over budget' and budget is not None and budget <= d['budget']): continue
         shutil.rmtree(cfg.out, ignore_errors=True)
-        out.setdefault(tuple(end), cfg)
-    return list(out.values())
+        out.append(cfg)
+    return out
 
 def _score_again(row, cfg):
     "Score a finished run's network with the switches of `row`, once."
     f = Path(cfg.out)/f'scores-{row_key(row)}.json'
     if f.exists() or run_state(cfg.out)[0] != 'done': return
-    write_json(f, dict(score=row.score, scores=evaluate_run(Path(cfg.out)/'last.pth', path=cfg.spec.path, trial=str(cfg.spec.trial), switches=row.score)[0]))
+    write_json(f, dict(score=row.score, scores=evaluate_run(Path(cfg.out)/'last.pth', path=cfg.spec.path, trial=str(cfg.spec.trial), switches=row.score,
+        num_workers=cfg.num_workers, ir_range=cfg.ir_range)[0]))
 
 # %% ../nbs/18aa_reproduce.ipynb #8d2640ed
 def reproduce(
@@ -314,13 +320,13 @@ def reproduce(
     if direction and direction not in settings: raise ConfigError(f"direction {direction!r}: {setup.specs[0].data} has {', '.join(settings)}")
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
-        per_row = [(r, setup.configs(r, out)) for r in rows]
-        todo = [] if show else _todo([c for i in range(len(per_row[0][1])) for _,cs in per_row for c in cs[i:i+1]], setup.budget)  # a seed of every row before the next seed
-        if not quiet: print(f'{len({c.out for _,cs in per_row for c in cs})} runs, {len(todo)} to do', flush=True)
+        cfgs = _distinct(itertools.chain(*zip(*[setup.configs(r, out) for r in rows])))  # a seed of every row before the next seed
+        todo = [] if show else _todo(cfgs, setup.budget)
+        if not quiet: print(f'{len(cfgs)} runs, {len(todo)} to do', flush=True)
         errors = _train(todo, out, setup, workers, quiet)
         if errors and len(errors) == len(todo) and isinstance(errors[0], TMPAError): raise errors[0]
-        for r,cs in per_row:
-            for c in cs if r.score else []: _score_again(r, c)
+        for r in rows:
+            for c in setup.configs(r, out) if r.score else []: _score_again(r, c)
         lines = collect(out)
         files = [save_table(out, name, t, lines, setup, direction or (t.setting if t.setting in settings else settings[0])) for name,t in tables.items()]
         if 'fig4' in tables: _save(out/'fig4_strip.png', ratio_strip(data[0][0], setup.specs[0].size, setup.run.get('patch') or 12))
