@@ -105,7 +105,7 @@ def make_setup(
     data,size,seeds = data or 'synthetic',tuple(size or s['size']),tuple(range(seeds) if isinstance(seeds, int) else seeds)
     if not seeds: raise ConfigError('seeds: at least one is needed')
     patch = dict(patch=demo_patch(size)) if scale == 'small' else {}
-    given = dict(data=data if data != 'synthetic' else None, path=path, trial=trial, epochs=epochs, ids=ids if ids != 400 else None)
+    given = dict(data=data if data != 'synthetic' else None, path=path, trial=trial, epochs=epochs if epochs != s['epochs'] else None, ids=ids if ids != 400 else None)
     args = [f'--{k} {shlex.quote(str(v))}' for k,v in given.items() if v is not None] + [f"--seeds {len(seeds) if seeds == tuple(range(len(seeds))) else ','.join(map(str, seeds))}"]
     return Setup(tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial)), {**s['run'], **patch, 'epochs': epochs or s['epochs'], **run}, seeds, budget or s['budget'], scale,
         None if run or size != s['size'] else ' '.join(args))
