@@ -48,11 +48,11 @@ def one_line(result, *words):
     for w in words: assert str(w) in lines[0], lines[0]
 
 
-@pytest.mark.parametrize('command', ['tmpa_demo', 'tmpa_train', 'tmpa_evaluate'])
+@pytest.mark.parametrize('command', ['tmpa_demo', 'tmpa_train', 'tmpa_evaluate', 'tmpa_reproduce'])
 def test_help_is_complete(run, command):
     status, out, _ = run(command, '--help')
     assert not status and '--out' in out
-    for name in inspect.signature(getattr(cli, command)).parameters: assert f'--{name}' in out
+    for name, p in inspect.signature(getattr(cli, command)).parameters.items(): assert (name if p.default is p.empty else f'--{name}') in out
     cfg = ConfigParser(delimiters=['=']); cfg.read(Path(__file__).parents[1]/'settings.ini')
     assert f'{command}=tmpa.cli:{command}' in cfg['DEFAULT']['console_scripts']
 

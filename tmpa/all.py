@@ -42,4 +42,5 @@ from .report import *
 from .experiment import *
 from .demo import *
 from .search import *
+from .reproduce import *
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -7,18 +7,15 @@ __all__ = ['FIELDS', 'train_flops', 'Row', 'demo_rows', 'demo_patch', 'as_line',
 
 # %% ../nbs/18a_demo.ipynb #58444c43
 import csv, json, shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-import numpy as np, torch
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .core import ConfigError, atomic_write
 from .data.synthetic import GENERATOR_VERSION
-from .models.tmpa import TMPANet
-from .experiment import ARCHS, DataSpec, RunConfig, environment, mean_map, read_data, train_run, write_json
+from .experiment import ARCHS, DataSpec, RunConfig, environment, mean_map, read_data, train_runs, write_json
 from .recipes import Recipe, get_recipe
-from .report import markdown_table, text_table, write_report
+from .report import markdown_table, mean_std, text_table, write_report
 
 # %% ../nbs/18a_demo.ipynb #eed716e1
 def train_flops(
@@ -28,7 +25,7 @@ def train_flops(
 )->float: # Operations (two a multiply-add) for one image
     "Forward operations for one training image, of the originals and the mixed images together."
     r = get_recipe(recipe)
-    model = TMPANet(8, ARCHS[arch], pretrained=False, mfe=r.mfe, mft=r.mft, **r.model).train()
+    model = r.make_net(8, ARCHS[arch], pretrained=False).train()
     x,m = torch.zeros(4, 3, *size),torch.tensor([0,1,0,1])
     with FlopCounterMode(display=False) as f, torch.no_grad(): model(x, m, *([x] if r.mix is not None else []))
     return f.get_total_flops()/4
@@ -74,19 +71,17 @@ def as_line(row, metrics):
     d = dict(row=row.name, recipe=get_recipe(row.recipe).name, seed=metrics['seed'], epochs=row.epochs, cost=row.cost, train_seconds=metrics['train_seconds'], generator=metrics['generator'])
     return {**d, **{f'{k}_{n}': round(s[n][k], 5) for n in ('v2t','t2v') for k in ('rank1','rank10','rank20','mAP','mINP')}, 'mAP': round(mean_map(s), 5)}
 
-def write_lines(path, lines):
-    "Records as CSV, whole or not at all."
+def write_lines(path, lines, fields=FIELDS):
+    "Records as CSV, whole or not at all; a field that one does not have is empty there."
     with atomic_write(path) as tmp, open(tmp, 'w', newline='') as f:
-        w = csv.DictWriter(f, FIELDS); w.writeheader(); w.writerows(lines)
+        w = csv.DictWriter(f, fields); w.writeheader(); w.writerows(lines)
 
 # %% ../nbs/18a_demo.ipynb #6f04bf21
 def summarise(
     lines:list, # Records as in the CSV
 )->list: # Header row and one row a method, per cent, mean and standard deviation over seeds
     "Mean and deviation over seeds, in the order in which methods first appear."
-    def cell(ls, k):
-        v = 100*np.array([float(l[k]) for l in ls])
-        return f'{v.mean():.1f}' + (f' ± {v.std(ddof=1):.1f}' if len(v) > 1 else '')
+    cell = lambda ls, k: mean_std([100*float(l[k]) for l in ls])
     rows = [['method','epochs','cost','seeds','Rank-1 v2t','Rank-10 v2t','Rank-20 v2t','mAP v2t','mINP v2t','Rank-1 t2v','Rank-10 t2v','Rank-20 t2v','mAP t2v','mINP t2v','mAP']]
     for name in dict.fromkeys(l['row'] for l in lines):
         ls = [l for l in lines if l['row'] == name]
@@ -94,10 +89,6 @@ def summarise(
     return rows
 
 # %% ../nbs/18a_demo.ipynb #5c6e2faf
-def _run(cfg, quiet, one_thread=False):
-    if one_thread: torch.set_num_threads(1)  # two processes with two threads each on two cores are many times slower
-    return train_run(cfg, quiet=quiet)
-
 def _finished(folder, row):
     metrics = json.loads((folder/'metrics.json').read_text())
     if metrics['epochs'] != row.epochs: raise ConfigError(f"{folder} was trained for {metrics['epochs']} epochs, not {row.epochs}: choose another --out")
@@ -138,17 +129,11 @@ def compare(
             if (folder/'metrics.json').exists(): done(row, _finished(folder, row)); continue
             if folder.exists(): shutil.rmtree(folder)  # a run of ours that was cut off: no scores, nothing of the user's
             todo.append((row, RunConfig(get_recipe(row.recipe), spec, str(folder), epochs=row.epochs, seed=seed, **kwargs)))
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-            jobs = {pool.submit(_run, cfg, True, True): (row, cfg.seed) for row,cfg in todo}
-            for job in as_completed(jobs):
-                row,seed = jobs[job]
-                done(row, job.result())
-                print(f"{row.name}, seed {seed}: mAP {100*next(l['mAP'] for l in lines if (l['row'], l['seed']) == (row.name, seed)):.1f}", flush=True)
-    else:
-        for row,cfg in todo:
-            print(f'\n{row.name}, seed {cfg.seed}: {row.epochs} epochs', flush=True)
-            done(row, _run(cfg, quiet))
+    for i,result in train_runs([cfg for _,cfg in todo], workers, quiet):
+        if isinstance(result, Exception): raise result
+        row,cfg = todo[i]
+        done(row, result)
+        print(f"{row.name}, seed {cfg.seed}: mAP {100*mean_map(result['scores']):.1f}", flush=True)
     return lines
 
 # %% ../nbs/18a_demo.ipynb #ed618d6b

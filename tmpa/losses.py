@@ -126,10 +126,14 @@ class TMPALoss(nn.Module):
         lam1:float=0.2,   # Weight of MSS within it
         margin:float=0.65, # rho of MSS
         label_smoothing:float=0., # Of the ID loss alone
-        normalize:bool=True # L2-normalise the features of MSS
+        normalize:bool=True, # L2-normalise the features of MSS
+        w_wrt:float=1., # Weight of WRT beside ID
+        w_msi:float=1., # Weight of MSI beside MSS and MFT
+        w_mft:float=1., # Weight of MFT beside them
     ):
         super().__init__()
         self.alpha,self.beta,self.lam1,self.margin,self.label_smoothing,self.normalize = alpha,beta,lam1,margin,label_smoothing,normalize
+        self.w_wrt,self.w_msi,self.w_mft = w_wrt,w_msi,w_mft
         self.beta_scale = 1.
         self._forget()
 
@@ -155,24 +159,24 @@ class TMPALoss(nn.Module):
         y = y[p['index']] if 'index' in p else y
         i,w = id_loss(p['logits'], y, self.label_smoothing),wrt_loss(p['feat'], y)
         self._keep(loss_id=i, loss_wrt=w)
-        return i + w
+        return i + self.w_wrt*w
 
     def _feature(self, p, y):
         "MSI + lam1 MSS + MFT, of those that the network has; None when it has none."
         parts = []
         at = lambda k,default='slot_index': y[p[k] if k in p else p[default]]
         if 'logits_vis' in p:
-            self._keep(loss_msi=(l := msi_loss(p['logits_vis'], p['logits_ir'], at('slot_index'), at('ir_index')))); parts.append(l)
+            self._keep(loss_msi=(l := msi_loss(p['logits_vis'], p['logits_ir'], at('slot_index'), at('ir_index')))); parts.append(self.w_msi*l)
         if 'f_vis' in p:
             l,active = mss_loss(p['f_sh'], p['f_vis'], p['f_ir'], at('slot_index'), self.margin, self.normalize, return_active=True)
             self._keep(loss_mss=l, mss_active=active); parts.append(self.lam1*l)
         if 'logits_vis_gen' in p:
-            self._keep(loss_mft=(l := mft_loss(p['logits_vis_gen'], p['logits_ir_gen'], at('gen_vis_index'), at('gen_ir_index', 'slot_index')))); parts.append(l)
+            self._keep(loss_mft=(l := mft_loss(p['logits_vis_gen'], p['logits_ir_gen'], at('gen_vis_index'), at('gen_ir_index', 'slot_index')))); parts.append(self.w_mft*l)
         return sum(parts) if parts else None
 
     def activation(self, x): return x
     def decodes(self, x): return x
-    def extra_repr(self): return ', '.join(f'{k}={getattr(self, k)}' for k in ('alpha', 'beta', 'lam1', 'margin', 'label_smoothing', 'normalize'))
+    def extra_repr(self): return ', '.join(f'{k}={getattr(self, k)}' for k in ('alpha', 'beta', 'lam1', 'margin', 'label_smoothing', 'normalize', 'w_wrt', 'w_msi', 'w_mft'))
 
 # %% ../nbs/13_losses.ipynb #452de0a2
 class BetaWarmup(Callback):

@@ -42,6 +42,7 @@ class TMPANet(nn.Module):
         pool_p:float=3.,              # GeM exponent for F_C
         pool_trainable:bool=False,    # Learn it?
         feature:str='bn',             # Evaluation feature: after the neck ('bn') or before ('pool')
+        part:str='both',              # Of F_C in evaluation: 'both', the 'shared' map alone, or the 'specific' ones alone
         weights:str='IMAGENET1K_V1',  # Which torchvision weights
         same_start:bool=True,         # Without weights: extractors begin as copies of one random trunk, as they do with weights
         attention=None,               # Module for F_sh before layer 4, one trunk only: 'se', 'stn', 'cbam', or a function of a channel count that returns one
@@ -51,7 +52,7 @@ class TMPANet(nn.Module):
         self._fixed = dict(arch=arch_name(arch), n_classes=n_classes, mfe=mfe, mft=mft, heads=heads, pool_p=pool_p, pool_trainable=pool_trainable,
                            attention=attention and arch_name(attention))
         self.complete,self.eval_complete,self.mix_into_complete,self.keep_originals = complete,eval_complete,mix_into_complete,keep_originals
-        self.gen_rows,self.lams,self.feature,self.mix_stats = gen_rows,lams,feature,mix_stats
+        self.gen_rows,self.lams,self.feature,self.mix_stats,self.part = gen_rows,lams,feature,mix_stats,part
         self.pretrained = pretrained is not False  # `fit_tmpa` gives such a trunk a tenth of the rate
         self._build(n_classes, arch, pretrained, weights, mfe, mft, heads, attention, same_start)
         self.pool,self.neck,self.classifier = GeM(pool_p, pool_trainable), BNNeck(self.dim), Classifier(self.dim, n_classes)
@@ -72,10 +73,11 @@ def _build(self:TMPANet, n_classes, arch, pretrained, weights, mfe, mft, heads, 
 # %% ../../nbs/12_models.tmpa.ipynb #964edd82
 def _check(a):
     allowed = dict(complete=('single', 'pair'), eval_complete=('self', 'own', 'miss'), gen_rows=(None, 'match', 'miss', 'all'), feature=('bn', 'pool'),
-                   mix_stats=('own', 'shared'))
+                   mix_stats=('own', 'shared'), part=('both', 'shared', 'specific'))
     for k,ok in allowed.items():
         if a[k] not in ok: raise ConfigError(f'{k}={a[k]!r}: use one of {", ".join(map(repr, ok))}')
     if a['mft'] and not a['mfe']: raise ConfigError('mft=True needs mfe=True: for the baseline pass mfe=False, mft=False')
+    if a['part'] == 'specific' and not a['mfe']: raise ConfigError("part='specific' needs mfe=True: one trunk has no specific features")
     if a['attention'] and a['mfe']: raise ConfigError('attention= belongs to the model with one trunk: pass mfe=False, mft=False')
     if not a['n_classes'] >= 1: raise ConfigError(f'n_classes={a["n_classes"]}: at least one training identity is needed')
 
@@ -101,7 +103,7 @@ def forward(self:TMPANet,
 @patch(as_prop=True)
 def meta(self:TMPANet):
     "The arguments that describe this model, as plain values; switches that were changed since count as they are now."
-    now = {k: getattr(self, k) for k in ('complete', 'eval_complete', 'mix_into_complete', 'keep_originals', 'gen_rows', 'mix_stats', 'feature')}
+    now = {k: getattr(self, k) for k in ('complete', 'eval_complete', 'mix_into_complete', 'keep_originals', 'gen_rows', 'mix_stats', 'feature', 'part')}
     return {**self._fixed, **now, 'lams': list(self.lams)}
 
 # %% ../../nbs/12_models.tmpa.ipynb #4394582d
@@ -124,7 +126,10 @@ def _complete(self:TMPANet, sh, vis, ir, missing=None):
     else: conv,gen_vis,gen_ir = sh, *(cross_attention(rep(o), sh, sh) for o in (vis, ir))
     vis,ir = rep(vis),rep(ir)
     if missing is not None: vis,ir = torch.where(missing == 0, gen_vis, vis), torch.where(missing == 1, gen_ir, ir)
-    return complete_feature(gen_vis, gen_ir, vis, ir, conv, *self.lams, cat=self.mft is not None), gen_vis, gen_ir
+    part = 'both' if self.training else self.part
+    lams = (0., 0.) if part == 'shared' else self.lams
+    if part == 'specific': conv = torch.zeros_like(conv)
+    return complete_feature(gen_vis, gen_ir, vis, ir, conv, *lams, cat=self.mft is not None), gen_vis, gen_ir
 
 @patch
 def _specific(self:TMPANet, x, modality):

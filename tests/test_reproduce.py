@@ -1,0 +1,172 @@
+"""Tables of the paper over seeds: shared rows, budgets, kills, other settings, and runs that are equal bit for bit."""
+import json, os, re, runpy, signal, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tmpa import reproduce as rp
+from tmpa.core import ConfigError
+from tmpa.experiment import train_run
+from tmpa.recipes import RECIPES, TABLES, Recipe, RecipeTable, TableRow, content, get_recipe, published_methods, short_hash
+
+TOY = dict(ids=16, epochs=1, seeds=1, size=(48, 24), arch='tiny_resnet', P=4, K=2)
+
+
+@pytest.fixture(scope='module')
+def people(tmp_path_factory): return str(tmp_path_factory.mktemp('data')/'people')
+
+
+@pytest.fixture
+def toy(people): return rp.make_setup('small', path=people, **TOY)
+
+
+def states(out): return {f.name.split('-')[0]: rp.run_state(f)[0] for f in (out/'runs').iterdir()}
+
+
+def run_cli(monkeypatch, capsys, tmp_path, *args):
+    "Status, output and errors of `tmpa_reproduce ARGS`."
+    script = tmp_path/'tmpa_reproduce.py'
+    script.write_text('from tmpa.cli import tmpa_reproduce\ntmpa_reproduce()\n')
+    monkeypatch.setattr(sys, 'argv', ['tmpa_reproduce', *map(str, args)])
+    status = 0
+    try: runpy.run_path(str(script), run_name='__main__')
+    except SystemExit as e: status = e.code
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def test_two_runs_are_equal_bit_for_bit(toy, tmp_path):
+    cfg = toy.config('TMPA', toy.specs[0], 0, tmp_path)
+    for name, seed in (('a', 0), ('b', 0), ('c', 1)): train_run(replace(cfg, out=str(tmp_path/name), seed=seed, epochs=2), quiet=True)
+    a, b, c = (torch.load(tmp_path/o/'last.pth', weights_only=True)['model'] for o in 'abc')
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+    same = lambda f: (tmp_path/'a'/f).read_bytes() == (tmp_path/'b'/f).read_bytes()
+    assert same('queries.csv')
+    strip = lambda o: re.sub(r',\d\d:\d\d$', '', (tmp_path/o/'history.csv').read_text(), flags=re.M)  # the time of an epoch
+    assert strip('a') == strip('b')
+    scores = [json.loads((tmp_path/o/'metrics.json').read_text())['scores'] for o in 'ab']
+    assert scores[0] == scores[1]
+    assert {'config.json', 'environment.json', 'history.csv', 'last.pth', 'metrics.json', 'queries.csv'} <= {p.name for p in (tmp_path/'a').iterdir()}
+    env = json.loads((tmp_path/'a'/'environment.json').read_text())
+    assert 'git' in env and env['versions']['torch']
+
+
+def test_tables_share_runs_and_never_repeat_them(toy, tmp_path, capsys):
+    rp.reproduce(rp.pick_tables('table2,table3'), toy, tmp_path, only=['B+CA', 'none', 'all'])
+    assert capsys.readouterr().out.startswith('2 runs, 2 to do')
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.glob('runs/*/metrics.json')}
+    assert len(before) == 2
+    rp.reproduce(rp.pick_tables('table3,table7'), toy, tmp_path, only=['Baseline', '12×12', 'all'])
+    assert capsys.readouterr().out == '2 runs, 0 to do\n'
+    assert before == {f: f.stat().st_mtime_ns for f in tmp_path.glob('runs/*/metrics.json')}
+    lines = rp.read_lines(tmp_path/'results.csv')
+    assert [l['recipe'] for l in lines] == ['B+CA', 'B+CA+PedMix'] and all(0 <= float(l['mAP_t2v']) <= 1 and l['mINP_v2t'] for l in lines)
+    for name in ('table2', 'table3', 'table7'):
+        for end in ('md', 'csv', 'png'): assert (tmp_path/f'{name}-synthetic-t2v.{end}').exists()
+    text = (tmp_path/'table7-synthetic-t2v.md').read_text()
+    assert '76.83' in text and '8×8: not run yet. `reproduce(...)' in text  # the command line cannot say this toy setup
+
+
+def test_a_killed_command_goes_on(toy, people, tmp_path):
+    code = f"""from tmpa.reproduce import *
+if __name__ == '__main__': reproduce(pick_tables('table2'), make_setup('small', path={people!r}, **{TOY!r}), {str(tmp_path/'out')!r}, only=['B', 'B+CA'])"""
+    (tmp_path/'go.py').write_text(code)
+    p = subprocess.Popen([sys.executable, str(tmp_path/'go.py')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    runs, t = tmp_path/'out'/'runs', time.time()
+    while not (list(runs.glob('*/metrics.json')) and list(runs.glob('b_ca-*/config.json'))) and p.poll() is None and time.time()-t < 120: time.sleep(.005)
+    os.kill(p.pid, signal.SIGKILL); p.wait()
+    assert states(tmp_path/'out')['b'] == 'done'
+    finished = next(runs.glob('b-*/metrics.json')).stat().st_mtime_ns
+    for f in runs.glob('b_ca-*/metrics.json'): f.unlink()  # should it have been that fast
+    stray = next(runs.glob('b_ca-*'))/'stray.txt'; stray.write_text('of the run that was cut off')
+    rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B', 'B+CA'], quiet=True)
+    assert states(tmp_path/'out') == {'b': 'done', 'b_ca': 'done'} and not stray.exists()
+    assert next(runs.glob('b-*/metrics.json')).stat().st_mtime_ns == finished
+    assert [l['recipe'] for l in rp.read_lines(tmp_path/'out'/'results.csv')] == ['B', 'B+CA']
+
+
+def test_other_settings_are_kept_apart(toy, people, tmp_path):
+    more = rp.make_setup('small', path=people, **{**TOY, 'epochs': 2})
+    for s in (toy, more): rp.reproduce(rp.pick_tables('table2'), s, tmp_path, only=['B'], quiet=True)
+    lines = rp.read_lines(tmp_path/'results.csv')
+    assert sorted(l['epochs'] for l in lines) == ['1', '2'] and len({l['setup'] for l in lines}) == 2
+    for s in (toy, more):
+        one, = (float(l['mAP_t2v']) for l in lines if l['setup'] == s.key)
+        assert rp.fill(TABLES['table2'], lines, s, 't2v')[0].values['mAP'] == [100*one]
+    assert rp.fill(TABLES['table2'], lines, replace(toy, seeds=(5,)), 't2v')[0].n == 0
+
+
+def test_one_command_at_a_time(toy, tmp_path):
+    with rp._alone(tmp_path), pytest.raises(ConfigError, match='in use'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path, quiet=True)
+
+
+def test_budget(toy, tmp_path, capsys):
+    short = replace(toy, budget=1e-3)
+    for _ in range(2): rp.reproduce(rp.pick_tables('table2'), short, tmp_path, only=['B'])
+    out = capsys.readouterr().out
+    assert '1 runs, 1 to do' in out and '0.001 minutes of one core were over in epoch 1 of 1' in out and '1 runs, 0 to do' in out
+    line, = rp.read_lines(tmp_path/'results.csv')
+    assert (line['status'], line['budget'], line['mAP_t2v'] if 'mAP_t2v' in line else '') == ('over budget', '0.001', '')
+    text = (tmp_path/'table2-synthetic-t2v.md').read_text()
+    assert 'budget 0.001 minutes of one core a run' in text and 'B: more than 0.001 minutes. `reproduce(...) with this table and setup, and a larger budget' in text
+    rp.reproduce(rp.pick_tables('table2'), toy, tmp_path, only=['B'], quiet=True, show=True)
+    assert states(tmp_path) == {'b': 'over budget'}
+    rp.reproduce(rp.pick_tables('table2'), toy, tmp_path, only=['B'], quiet=True)
+    assert states(tmp_path) == {'b': 'done'}
+
+
+def test_a_row_that_fails_does_not_stop_the_others(toy, tmp_path, capsys):
+    rows = [TableRow('odd', Recipe('odd', mfe=False, mft=False, mix=dict(partner='nobody'))), TableRow('B', 'B')]
+    rp.reproduce(dict(mine=RecipeTable('Mine', rows)), toy, tmp_path)
+    assert states(tmp_path) == {'odd': 'failed', 'b': 'done'}
+    assert "failed: ConfigError: PedMix: partner='nobody'" in (tmp_path/'mine-synthetic-t2v.md').read_text()
+    with pytest.raises(ConfigError, match='nobody'): rp.reproduce(dict(mine=RecipeTable('Mine', rows[:1])), toy, tmp_path, quiet=True)
+
+
+def test_workers_and_parts(toy, tmp_path):
+    "Two processes give what one gives, and a finished network can be scored by its parts."
+    rp.reproduce(rp.pick_tables('table2,parts'), toy, tmp_path/'two', only=['B+CA', 'TMPA'], workers=2, quiet=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'one', only=['B+CA'], quiet=True)
+    torch.set_num_threads(threads)
+    one, two = (next((tmp_path/o/'runs').glob('b_ca-*/queries.csv')).read_text() for o in ('one', 'two'))
+    assert one == two
+    lines = rp.read_lines(tmp_path/'two'/'results.csv')
+    assert len(lines) == 5 and sum('part=' in l['recipe'] for l in lines) == 2
+    filled = rp.fill(TABLES['parts'], lines, toy, 't2v')
+    assert [f.n for f in filled] == [1]*4 and len({f.values['mAP'][0] for f in filled}) > 2
+
+
+def test_errors_are_one_line(monkeypatch, capsys, tmp_path):
+    small = '--scale', 'small', '--ids', 10, '--path', tmp_path/'people', '--out', tmp_path/'out'
+    for args, words in ((('table8',), ('table8', 'table2', 'all')), (('table2',), ('--data', '--scale small')),
+                        (('table2', *small, '--rows', 'X'), ("'X'", 'B+CA')), (('table2', *small, '--direction', 'up'), ("'up'", 't2v')), (('table2', '--data', 'regdb', '--path', tmp_path/'nowhere'), ('nowhere',)),
+                        (('table2', *small, '--seeds', 'many'), ('many',)), (('table2', *small, '--trial', 11), ('11',))):
+        status, out, err = run_cli(monkeypatch, capsys, tmp_path, *args)
+        assert status == 2 and err.count('\n') == 1 and 'error:' in err, err
+        for w in words: assert w in err
+    assert not (tmp_path/'out').exists()
+
+
+def test_command_line(monkeypatch, capsys, tmp_path):
+    args = 'table3', '--scale', 'small', '--ids', 16, '--epochs', 1, '--seeds', 1, '--rows', 'none', '--out', tmp_path/'out', '--path', tmp_path/'people'
+    status, out, err = run_cli(monkeypatch, capsys, tmp_path, *args)
+    assert status == 0, err
+    assert '1 runs, 1 to do' in out and '| none | 76.83 |' in out and 'results.csv' in out and 'centre, sub-centre: not run yet' in out
+    assert (tmp_path/'out'/'table3-synthetic-t2v.png').stat().st_size > 2000
+    missing = next(l for l in out.splitlines() if l.startswith('- centre:')).split('`')[1]
+    assert missing == f'tmpa_reproduce table3 --rows "centre" --scale small --path {tmp_path/"people"} --epochs 1 --ids 16 --seeds 1 --out {tmp_path/"out"}'
+
+
+def test_recipes_of_all_tables():
+    "Every row that is not only a published number has a recipe, and table I is the paper's."
+    assert {r.label for t in TABLES.values() for r in t.rows if r.recipe is None} == {'AlignGAN', 'JSIA'}
+    for t in TABLES.values():
+        for r in t.rows:
+            if r.recipe: assert Recipe.from_dict(json.loads(json.dumps(get_recipe(r.recipe).asdict()))).name
+    assert len(published_methods()) == 20
+    assert short_hash(content(RECIPES['b+ca'])) == rp.row_key(TABLES['table7'].rows[0]) == rp.row_key(TABLES['table3'].rows[0])
