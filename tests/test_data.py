@@ -484,7 +484,7 @@ def test_bad_items(people, tmp_path):
     with pytest.warns(UserWarning, match='10 validation identities'): mk(people, people)
     with pytest.raises(ConfigError): split_by_pid(people, 1.)
     with pytest.raises(ProtocolError) as e: cross_settings([o for o in people if o.modality==0])
-    one_line(e, 'v2t')
+    one_line(e, '50 test images', 'both modalities')
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_bad_image_is_one_line_from_any_process(people, tmp_path, workers):
