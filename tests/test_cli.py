@@ -124,7 +124,7 @@ def test_arguments(run, regdb, tmp_path):
     one_line(run(*train, '--workers', -1), 'num_workers=-1')
     one_line(run(*train, '--select', 'held_out', '--p', 2, '--eval_every', 0), 'eval_every=0')
     for r in ('5', '9,1'): one_line(run(*train, '--ir_range', r), 'ir_range', '0,65535')
-    one_line(run(*train, '--recipe', 'agw'), 'agw', 'TMPA')
+    one_line(run(*train, '--recipe', 'vit'), 'vit', 'TMPA')
     one_line(run('tmpa_evaluate'), '--weights')
     assert not (tmp_path/'r').exists()
 
