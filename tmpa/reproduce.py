@@ -27,7 +27,7 @@ from .report import COLUMNS, markdown_table, mean_std
 
 # %% ../nbs/18aa_reproduce.ipynb #c92472e6
 SCALES = dict(paper=dict(size=(288,144), epochs=80, run={}, budget=None),
-              small=dict(size=(96,48), epochs=5, run=dict(arch='micro_resnet', pretrained=False, lr=.03, warmup=.3, decay=(.6,.85), cache=True), budget=5.))
+              small=dict(size=(96,48), epochs=12, run=dict(arch='micro_resnet', pretrained=False, lr=.03, warmup=.3, decay=(.6,.85), cache=True), budget=5.))
 
 def fit_patch(
     patch:int, # Pixels in the paper
