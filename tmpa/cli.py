@@ -55,7 +55,7 @@ def tmpa_demo(
     ablation:store_true=False, # All four rows of table II: B, B+CA, B+CA+PedMix, TMPA (default: B and TMPA)
     equal_compute:store_true=False, # Also train the cheaper rows for as many operations as TMPA
     seeds:str='0', # Seeds, with commas; every row runs once for each
-    epochs:int=20, # Epochs of a row
+    epochs:int=16, # Epochs of a row
     ids:int=400, # Rendered identities, three quarters of them for training
     world:int=0, # Seed of the renderer: other numbers are other people
     size:str='96x48', # Image height x width
