@@ -103,7 +103,7 @@ def tmpa_train(
     path:str=None, # Folder that holds the data set
     out:str='runs/train', # Folder to make
     trial:str=None, # RegDB: split 1 to 10, or all (ten models); SYSU-MM01, LLCM: gallery trial 0 to 9, or all (default)
-    recipe:str='TMPA', # B, B+CA, B+CA+PedMix, TMPA, "TMPA w/o MFT", "TMPA pair"
+    recipe:str='TMPA', # B, B+CA, B+CA+PedMix, TMPA, "TMPA w/o MFT", AGW, DART or any other name of tmpa.recipes.RECIPES
     arch:Param('Backbone', str, choices=tuple(ARCHS))='resnet50',
     scratch:store_true=False, # Start from random weights instead of ImageNet's
     size:str='288x144', # Image height x width
