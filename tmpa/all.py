@@ -33,6 +33,7 @@ from .metrics import *
 from .learner import *
 from .robust import *
 from .dart import *
+from .callback.resume import *
 from .recipes import *
 from .interpret import *
 from .vis.architecture import *

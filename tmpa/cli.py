@@ -121,7 +121,7 @@ def tmpa_train(
     workers:int=None, # Loader processes
     log:Param('Logger besides history.csv', str, choices=('csv','tensorboard','wandb'))='csv',
     ids:int=400, # Synthetic data: rendered identities
-    resume:store_true=False, # Go on in a folder that exists: finished models are kept, one that was cut off while training begins again
+    resume:store_true=False, # Go on in a folder that exists: finished models are kept, one that was cut off while training goes on after its last whole epoch
     quiet:store_true=False, # No progress bars
 ):
     "Train a recipe and score it by the data set's own protocol; everything goes into one folder."

@@ -6,14 +6,14 @@
 __all__ = ['FIELDS', 'train_flops', 'Row', 'demo_rows', 'demo_patch', 'as_line', 'write_lines', 'summarise', 'compare']
 
 # %% ../nbs/18a_demo.ipynb #58444c43
-import csv, json, shutil
+import csv, json, re
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .core import ConfigError, atomic_write
 from .data.synthetic import GENERATOR_VERSION
-from .experiment import ARCHS, DataSpec, RunConfig, environment, mean_map, read_data, train_runs, write_json
+from .experiment import ARCHS, DataSpec, RunConfig, earlier_run, environment, mean_map, read_data, train_runs, write_json
 from .recipes import Recipe, get_recipe
 from .report import markdown_table, mean_std, text_table, write_report
 
@@ -40,7 +40,7 @@ class Row:
     cost:float = 1. # Training operations, the cheapest row at equal epochs being 1
 
     @property
-    def slug(self): return self.name.lower().replace('+','_').replace(' ','_').replace('/','').replace('=','')
+    def slug(self): return re.sub('[^a-z0-9.]+', '_', self.name.lower()).strip('_.')
 
 def demo_rows(
     recipes:list, # Names
@@ -89,11 +89,6 @@ def summarise(
     return rows
 
 # %% ../nbs/18a_demo.ipynb #5c6e2faf
-def _finished(folder, row):
-    metrics = json.loads((folder/'metrics.json').read_text())
-    if metrics['epochs'] != row.epochs: raise ConfigError(f"{folder} was trained for {metrics['epochs']} epochs, not {row.epochs}: choose another --out")
-    return metrics
-
 def _setup(out, what, resume):
     "Make or re-open the folder of a comparison; settings of an earlier start must be the same."
     if out.exists() and not resume: raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
@@ -125,11 +120,10 @@ def compare(
         _write_summary(out, lines, what)
     for seed in seeds:
         for row in rows:
-            folder = out/f'{row.slug}-seed{seed}'
-            if (folder/'metrics.json').exists(): done(row, _finished(folder, row)); continue
-            if folder.exists(): shutil.rmtree(folder)  # a run of ours that was cut off: no scores, nothing of the user's
-            todo.append((row, RunConfig(get_recipe(row.recipe), spec, str(folder), epochs=row.epochs, seed=seed, **kwargs)))
-    for i,result in train_runs([cfg for _,cfg in todo], workers, quiet):
+            cfg = RunConfig(get_recipe(row.recipe), spec, str(out/f'{row.slug}-seed{seed}'), epochs=row.epochs, seed=seed, **kwargs)
+            if before := earlier_run(cfg): done(row, before)
+            else: todo.append((row, cfg))
+    for i,result in train_runs([cfg for _,cfg in todo], workers, quiet, resume=True):
         if isinstance(result, Exception): raise result
         row,cfg = todo[i]
         done(row, result)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DATA', 'ARCHS', 'DataSpec', 'read_data', 'synthetic_path', 'as_scores', 'score_feats', 'score_model', 'save_queries',
-           'environment', 'RunConfig', 'SaveWeights', 'write_json', 'OverBudget', 'Watch', 'new_folder', 'make_learner',
-           'earlier_run', 'train_run', 'held_out_split', 'mean_map', 'save_report', 'train_runs', 'evaluate_run']
+           'write_json', 'environment', 'save_environment', 'RunConfig', 'SaveWeights', 'OverBudget', 'Watch',
+           'new_folder', 'make_learner', 'earlier_run', 'train_run', 'held_out_split', 'mean_map', 'save_report',
+           'train_runs', 'evaluate_run']
 
 # %% ../nbs/18_experiment.ipynb #a60ac506
 import csv, json, os, platform, shutil, subprocess, time
@@ -19,6 +20,7 @@ import numpy as np, torch, torchvision
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
+from .callback.resume import ResumeFit
 from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic_write
 from .data.external import csv_items, llcm_items, regdb_items, sysu_items, cross_settings, llcm_settings, regdb_settings, sysu_settings
 from .data.load import ReIDDataLoaders, split_by_pid
@@ -133,6 +135,10 @@ def save_queries(
                 w.writerows([s.name, t, *q, *((repr(float(ap)), repr(float(inp)), int(hit)) if ok else ('', '', ''))] for q,ap,inp,hit,ok in zip(who, r.ap, r.inp, r.first_hit, r.valid))
 
 # %% ../nbs/18_experiment.ipynb #0f24d248
+def write_json(path, obj):
+    "JSON, whole or not at all."
+    with atomic_write(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + '\n', encoding='utf8')
+
 def environment():
     "Versions, machine kind and git state, for the run folder."
     def git(*a):
@@ -142,6 +148,15 @@ def environment():
     return dict(python=platform.python_version(), platform=platform.platform(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', generator=GENERATOR_VERSION,
         versions={p: version(p) for p in ('tmpa','torch','torchvision','fastai','numpy')}, git=git('rev-parse', 'HEAD'), git_clean=None if dirty is None else dirty == '')
+
+def save_environment(
+    path, # JSON file; one that is there keeps what a run was begun with, and gets what it goes on with where that is something else
+):
+    "Write `environment()`."
+    now,f = environment(),Path(path)
+    first = json.loads(f.read_text(encoding='utf8')) if f.exists() else {}
+    other = first and any(first.get(k) != v for k,v in json.loads(json.dumps(now)).items())
+    write_json(f, {**first, 'resumed_with': [*first.get('resumed_with', []), now]} if other else first or now)
 
 # %% ../nbs/18_experiment.ipynb #5f8fdadb
 ARCHS = {'micro_resnet': micro_resnet, 'tiny_resnet': tiny_resnet, **{n: getattr(torchvision.models, n) for n in ('resnet18','resnet34','resnet50','resnet101')}}
@@ -186,6 +201,8 @@ class SaveWeights(Callback):
         if mAP > self.best:
             self.best = mAP
             save_weights(self.model, self.folder/'best.pth', **meta, held_out_mAP=mAP)
+    def resume_state(self): "For `ResumeFit`."; return self.best
+    def set_resume_state(self, best): "The best score before a fit was cut off."; self.best = best
 
 # %% ../nbs/18_experiment.ipynb #f24e75ff
 class _FinishWandb(Callback):
@@ -213,20 +230,19 @@ def _log_cbs(log, out):
         return [WandbCallback(log_preds=False, log_model=False)] + [_FinishWandb()]*mine
     raise ConfigError(f"log {log!r}: choose 'csv', 'tensorboard' or 'wandb'")
 
-def write_json(path, obj):
-    "JSON, whole or not at all."
-    with atomic_write(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + '\n', encoding='utf8')
-
 # %% ../nbs/18_experiment.ipynb #ac5c65d5
 class OverBudget(TMPAError): "A run that took more than its minutes of one core."
 
 class Watch(Callback):
-    "Stop a fit that exceeds its budget, or whose parent process is gone."
+    "Stop a fit that exceeds its budget, or whose parent process is gone; what was spent before the fit was cut off counts."
     run_valid = False
-    def __init__(self, minutes:float|None=None): self.minutes,self.start,self.over = minutes,time.process_time(),False
+    def __init__(self, minutes:float|None=None): self.minutes,self.cpu,self.wall,self.over = minutes,-time.process_time(),-time.time(),False
+    def resume_state(self): "Seconds computed, and passed, for `ResumeFit`."; return self.cpu+time.process_time(), self.wall+time.time()
+    def set_resume_state(self, s): "Add them."; self.cpu,self.wall = self.cpu+s[0], self.wall+s[1]
+    def before_fit(self): self.wall = -time.time()
     def after_batch(self):
         if (p := parent_process()) is not None and not p.is_alive(): raise SystemExit('the program that started this run is gone')
-        self.over = self.minutes is not None and time.process_time()-self.start > 60*self.minutes
+        self.over = self.minutes is not None and self.resume_state()[0] > 60*self.minutes
         if self.over: raise CancelFitException
 
 # %% ../nbs/18_experiment.ipynb #77231284
@@ -269,7 +285,7 @@ _how = ('out', 'num_workers', 'log', 'cache')  # fields that do not change a res
 def earlier_run(
     cfg:RunConfig,
 )->dict|None: # What its `metrics.json` holds; None when the run is still to be done
-    "An earlier run of the same configuration. One that was cut off while training is removed, one that only lacks its scores is kept; anything else in its place is an error."
+    "An earlier run of the same configuration, which `train_run` goes on with. One that was cut off in its first epoch is removed; anything else in its place is an error."
     out = Path(cfg.out)
     if not out.exists(): return None
     if not out.is_dir(): raise ConfigError(f'{out} is a file: choose another --out')
@@ -281,48 +297,52 @@ def earlier_run(
     other = [k for k in now if was and k not in _how and was.get(k) != now[k]]
     if other: raise ConfigError(f'{out} was begun with another {other[0]} ({was.get(other[0])}, now {now[other[0]]}): choose another --out, or the old settings')
     if (f := out/'metrics.json').exists(): return json.loads(f.read_text())
-    try: trained = read_meta(out/'last.pth').get('epoch') == cfg.epochs
-    except CheckpointError: trained = False
-    if not trained: shutil.rmtree(out)
+    if not (_trained(cfg) or (out/'resume.pth').exists()): shutil.rmtree(out)
+
+def _trained(cfg):
+    try: return read_meta(Path(cfg.out)/'last.pth').get('epoch') == cfg.epochs
+    except CheckpointError: return False
 
 # %% ../nbs/18_experiment.ipynb #0bbaf9ba
 def train_run(
     cfg:RunConfig,
     quiet:bool=False, # No progress bar
     rank_figure:bool=True, # Ranked lists in the report
-    resume:bool=False, # Where this very run is finished already, give its scores; where it was cut off, begin it again
+    resume:bool=False, # Where this very run is finished already, give its scores; where it was cut off, go on after its last whole epoch
     budget:float|None=None, # Minutes of one core; a run that exceeds them writes `over_budget.json` and raises OverBudget
 )->dict: # What `metrics.json` holds
     "Train and score one recipe; the folder gets configuration, environment, log, weights, scores and a report. `metrics.json` comes last."
     if resume and (before := earlier_run(cfg)): return before
     watch,out,spec = Watch(budget),Path(cfg.out),cfg.spec
-    trained = resume and out.exists()  # all epochs, but no scores
-    if not trained: new_folder(out)
+    going_on = resume and out.exists()
+    trained = going_on and _trained(cfg)  # but not scored
+    if not going_on: new_folder(out)
     try:
         train,test,settings = read_data(spec)
         learn = make_learner(cfg, train)
         loggers = [] if trained else _log_cbs(cfg.log, out)
     except Exception:
-        if not trained: shutil.rmtree(out)  # made above, and holds nothing yet
+        if not going_on: shutil.rmtree(out)  # made above, and holds nothing yet
         raise
-    write_json(out/'config.json', cfg.asdict()); write_json(out/'environment.json', environment())
+    write_json(out/'config.json', cfg.asdict()); save_environment(out/'environment.json')
     meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids, data_seed=spec.seed)
     learn.path = out
-    cbs = [CSVLogger('history.csv'), SaveWeights(out, meta), watch] + loggers
-    t0 = time.time()
+    going = ResumeFit(out/'resume.pth', quiet)
+    cbs = [CSVLogger('history.csv'), SaveWeights(out, meta), watch, going] + loggers
     with ExitStack() as silence:
         if quiet: silence.enter_context(learn.no_bar()); silence.enter_context(learn.no_logging())
         if trained: load_weights(learn.model.to(learn.dls.device), out/'last.pth')
         else: learn.fit_tmpa(cfg.epochs, lr=cfg.lr, warmup=cfg.warmup, decay=cfg.decay, beta_warmup=cfg.beta_warmup, cbs=cbs)
-    seconds = None if trained else round(time.time()-t0, 1)
+    seconds = None if trained else round(watch.resume_state()[1], 1)
     if watch.over:
         write_json(out/'over_budget.json', dict(budget=budget, epochs_done=learn.epoch, epochs=cfg.epochs, seconds=seconds))
         raise OverBudget(f'{cfg.recipe.name}, seed {cfg.seed}: {budget:g} minutes of one core were over in epoch {learn.epoch+1} of {cfg.epochs}')
     try: feats = extract_features(learn.model, test, spec.size, ir_range=cfg.ir_range, num_workers=cfg.num_workers)
     except TMPAError as e: raise type(e)(f'{e}; the trained weights are kept: score them with the same command and --resume') from None
+    for f in ('over_budget.json','resume.pth'): (out/f).unlink(missing_ok=True)  # of an earlier try with less, or one that was cut off in the very end
     scores,results = score_feats(feats, test, settings)
     metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=seconds, budget=budget,
-        n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores)
+        n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores, **({'resumed_after': going.resumed} if going.resumed else {}))
     save_report(out, cfg, learn, metrics, test, settings, feats if rank_figure else None)
     save_queries(out/'queries.csv', results, test, settings)
     write_json(out/'metrics.json', metrics)
@@ -351,15 +371,16 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
         [('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
 # %% ../nbs/18_experiment.ipynb #e69931fe
-def _run(cfg, quiet, budget, one_thread=False):
+def _run(cfg, quiet, budget, resume, one_thread=False):
     if one_thread: torch.set_num_threads(1)
-    return train_run(cfg, quiet=quiet, budget=budget)
+    return train_run(cfg, quiet=quiet, budget=budget, resume=resume)
 
 def train_runs(
     cfgs:list, # RunConfigs
     workers:int=1, # Runs at a time
     quiet:bool=False, # No progress bars; with several workers there are none
     budget:float|None=None, # Minutes of one core for each
+    resume:bool=False, # As in train_run
 ):  # Yields (index in cfgs, metrics or exception) as runs end
     "Train all, one after the other or in processes."
     def result(f):
@@ -368,11 +389,11 @@ def train_runs(
     if workers <= 1:
         for i,cfg in enumerate(cfgs):
             if not quiet: print(f'\n{cfg.recipe.name}, seed {cfg.seed}: {cfg.epochs} epochs', flush=True)
-            yield i,result(lambda: _run(cfg, quiet, budget))
+            yield i,result(lambda: _run(cfg, quiet, budget, resume))
         return
     pool = ProcessPoolExecutor(workers, mp_context=get_context('spawn'))
     try:
-        jobs = {pool.submit(_run, cfg, True, budget, True): i for i,cfg in enumerate(cfgs)}
+        jobs = {pool.submit(_run, cfg, True, budget, resume, True): i for i,cfg in enumerate(cfgs)}
         for job in as_completed(jobs): yield jobs[job],result(job.result)
     finally: pool.shutdown(cancel_futures=True)  # an interruption or an error of the caller starts no further run
 

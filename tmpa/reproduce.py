@@ -19,7 +19,7 @@ from .callback.pedmix import pedmix
 from .data.external import load_resized
 from .data.synthetic import GENERATOR_VERSION
 from .demo import Row, demo_patch, write_lines
-from .experiment import DataSpec, RunConfig, evaluate_run, read_data, train_runs, write_json
+from .experiment import DataSpec, RunConfig, earlier_run, evaluate_run, read_data, train_runs, write_json
 from .models.tmpa import n_flops, n_params
 from .recipes import RECIPES, TABLE1_SETTINGS, TABLES, Recipe, RecipeTable, TableRow, content, get_recipe, get_table, published_methods, short_hash
 from .regions import region_mask
@@ -284,12 +284,14 @@ def _distinct(cfgs):
     return list(out.values())
 
 def _todo(cfgs, budget):
-    "Those that are not finished; what a cut-off or failed run left is removed."
+    "Those that are not finished. A run that was cut off is gone on with; what a failed one, or one that another version began in another way, left is removed."
     out = []
     for cfg in cfgs:
         status,d = run_state(cfg.out)
         if status == 'done' or (status == 'over budget' and budget is not None and budget <= d['budget']): continue
-        shutil.rmtree(cfg.out, ignore_errors=True)
+        try: keep = status != 'failed' and earlier_run(cfg) is None
+        except ConfigError: keep = False
+        if not keep: shutil.rmtree(cfg.out, ignore_errors=True)
         out.append(cfg)
     return out
 
@@ -339,7 +341,7 @@ def _save(path, fig):
 def _train(todo, out, setup, workers, quiet):
     "Run all, write each; the failures other than budgets."
     errors = []
-    for i,result in train_runs(todo, workers, True, setup.budget):
+    for i,result in train_runs(todo, workers, True, setup.budget, resume=True):
         cfg = todo[i]
         if isinstance(result, Exception):
             if run_state(cfg.out)[0] != 'over budget':

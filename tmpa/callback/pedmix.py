@@ -102,6 +102,10 @@ class SlotMix(Callback):
         self.learn.xb = images, modality, self.mix(images, modality, self.yb[0] if len(self.yb) else None)
 
     def after_fit(self): self.rng = None  # generators do not belong in an exported Learner
+    def resume_state(self): "For `ResumeFit`."; return None if self.rng is None else self.rng.get_state()
+    def set_resume_state(self, s):
+        "Go on with the masks where a fit was cut off."
+        if s is not None: self.rng.set_state(s)
 
 # %% ../../nbs/05_callback.pedmix.ipynb #3c71d7a9
 @patch
