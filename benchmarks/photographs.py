@@ -13,7 +13,7 @@ from fastcore.script import call_parse
 from PIL import Image, ImageFilter
 
 from tmpa.demo import compare, demo_patch, demo_rows, summarise
-from tmpa.experiment import DataSpec
+from tmpa.scoring import DataSpec
 from tmpa.report import text_table
 
 

@@ -203,4 +203,4 @@ def test_wrong_company(folder):
 
 def test_pickles(folder):
     learn = fit(folder)
-    assert pickle.loads(pickle.dumps(learn.dart)).warmup == 1 and len(pickle.dumps(learn.loss_func)) < 5000
+    assert pickle.loads(pickle.dumps(learn.dart)).warmup is None and len(pickle.dumps(learn.loss_func)) < 5000

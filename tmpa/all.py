@@ -40,8 +40,11 @@ from .vis.architecture import *
 from .vis.tsne import *
 from .vis.gradcam import *
 from .report import *
+from .scoring import *
 from .experiment import *
 from .demo import *
 from .search import *
+from .setup import *
+from .tables import *
 from .reproduce import *
 __all__ = [o for o in globals() if not o.startswith('_')]

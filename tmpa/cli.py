@@ -13,10 +13,12 @@ import numpy as np
 from fastcore.script import call_parse, Param, store_true
 from .core import ConfigError, TMPAError
 from .demo import compare, demo_patch, demo_rows, summarise
-from .experiment import ARCHS, DATA, DataSpec, RunConfig, as_scores, evaluate_run, new_folder, train_run, write_json
+from .experiment import ARCHS, RunConfig, evaluate_run, new_folder, train_run, write_json
+from .scoring import DATA, DataSpec, as_scores
 from .recipes import get_recipe
 from .report import score_rows, text_table
-from .reproduce import SCALES, make_setup, pick_tables, reproduce
+from .reproduce import pick_tables, reproduce
+from .setup import SCALES, make_setup
 
 # %% ../nbs/18b_cli.ipynb #fbaf09f6
 def _one_line_errors(f):

@@ -125,9 +125,15 @@ class DART(Callback):
     "Find out before each epoch which labels to trust, and tell the loss before each batch; `losses` and `conf` are (2, training images), for A and B."
     run_valid = False
     def __init__(self,
-        warmup:int=1, # First epochs of a fit on the identification loss alone
+        warmup:float|None=None, # First epochs of a fit, or below 1 a share of them, on the identification loss alone; default 1 with a pretrained trunk, else half of the fit
         seed:int=0,   # Of the mixtures
     ): self.warmup,self.seed,self.losses,self.conf,self.rows = warmup,seed,None,None,None
+
+    @property
+    def n_warmup(self):
+        "Epochs of warm-up in this fit."
+        w = (1 if self.learn.model.pretrained else .5) if self.warmup is None else self.warmup
+        return max(1, round(w*self.n_epoch)) if 0 < w < 1 else w
 
     def before_fit(self):
         if not (isinstance(self.learn.model, TwinNet) and isinstance(self.loss_func, DARTLoss)): raise ConfigError('DART needs a TwinNet and a DARTLoss: make the learner with dart_learner')
@@ -137,7 +143,7 @@ class DART(Callback):
     def before_train(self):
         dl = self.dls.train
         self.rows = torch.as_tensor(identity_batches(dl.dataset.items, dl.P, dl.K, dl.seed, dl.epoch)).flatten(1)
-        if self.epoch < self.warmup: return
+        if self.epoch < self.n_warmup: return
         self.losses = sample_losses(self.learn.model, self.dls, self.seed + self.epoch)
         modality = [int(o.modality) for o in dl.dataset.items]
         self.conf = torch.stack([torch.as_tensor(group_confidence(l, modality, seed=self.seed)) for l in self.losses]).float()
@@ -159,7 +165,7 @@ def dart_learner(dls, # ReIDDataLoaders
     arch=resnet50, # torchvision ResNet builder, or any function that returns a torchvision ResNet
     pretrained:bool=True, # ImageNet weights from torchvision
     mix=None, # A mix callback, or 'pedmix' for the paper's
-    warmup:int=1, # Epochs on the identification loss alone
+    warmup:float|None=None, # Epochs, or a share of them, on the identification loss alone, see DART
     loss_func=None, # Default DARTLoss()
     model_kw:dict|None=None, # More arguments of TwinNet: `evaluate`, `keep_originals` ...
     precision:str='auto', # 'auto': fp16 where there is CUDA, fp32 elsewhere; or 'fp32', 'fp16', 'bf16'

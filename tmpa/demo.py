@@ -13,9 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .core import ConfigError, atomic_write
 from .data.synthetic import GENERATOR_VERSION
-from .experiment import ARCHS, DataSpec, RunConfig, earlier_run, environment, mean_map, read_data, train_runs, write_json
+from .experiment import ARCHS, RunConfig, earlier_run, environment, mean_map, train_runs, write_json
 from .recipes import Recipe, get_recipe
 from .report import markdown_table, mean_std, text_table, write_report
+from .scoring import DataSpec, read_data
 
 # %% ../nbs/18a_demo.ipynb #eed716e1
 def train_flops(
