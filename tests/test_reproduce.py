@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tmpa import reproduce as rp
+import tmpa.all as rp
+from tmpa.cli import parse_ints
 from tmpa.core import ConfigError
 from tmpa.experiment import train_run
 from tmpa.recipes import RECIPES, TABLES, Recipe, RecipeTable, TableRow, content, get_recipe, published_methods, short_hash
@@ -71,7 +72,7 @@ def test_tables_share_runs_and_never_repeat_them(toy, tmp_path, capsys):
 
 
 def test_a_killed_command_goes_on(toy, people, tmp_path):
-    code = f"""from tmpa.reproduce import *
+    code = f"""from tmpa.all import *
 if __name__ == '__main__': reproduce(pick_tables('table2'), make_setup('small', path={people!r}, **{TOY!r}), {str(tmp_path/'out')!r}, only=['B', 'B+CA'])"""
     (tmp_path/'go.py').write_text(code)
     p = subprocess.Popen([sys.executable, str(tmp_path/'go.py')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -100,7 +101,7 @@ def test_other_settings_are_kept_apart(toy, people, tmp_path):
 
 
 def test_one_command_at_a_time(toy, tmp_path):
-    with rp._alone(tmp_path), pytest.raises(ConfigError, match='in use'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path, quiet=True)
+    with rp.alone(tmp_path), pytest.raises(ConfigError, match='in use'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path, quiet=True)
 
 
 def test_budget(toy, tmp_path, capsys):
@@ -120,10 +121,79 @@ def test_budget(toy, tmp_path, capsys):
 
 def test_a_row_that_fails_does_not_stop_the_others(toy, tmp_path, capsys):
     rows = [TableRow('odd', Recipe('odd', mfe=False, mft=False, mix=dict(partner='nobody'))), TableRow('B', 'B')]
-    rp.reproduce(dict(mine=RecipeTable('Mine', rows)), toy, tmp_path)
+    with pytest.raises(rp.TMPAError, match='1 of 2 runs failed, the first with ConfigError'): rp.reproduce(dict(mine=RecipeTable('Mine', rows)), toy, tmp_path)
     assert states(tmp_path) == {'odd': 'failed', 'b': 'done'}
     assert "failed: ConfigError: PedMix: partner='nobody'" in (tmp_path/'mine-synthetic-t2v.md').read_text()
     with pytest.raises(ConfigError, match='nobody'): rp.reproduce(dict(mine=RecipeTable('Mine', rows[:1])), toy, tmp_path, quiet=True)
+
+
+def test_what_was_trained_is_not_lost(toy, tmp_path, monkeypatch):
+    "Scoring that failed, and an interruption in the second epoch: the next command only does the rest."
+    from tmpa import experiment as ex
+    score,epochs = ex.score_feats,[]
+    def fail(*a, **k): raise RuntimeError('the disk is full\nreally')
+    monkeypatch.setattr(ex, 'score_feats', fail)
+    with pytest.raises(rp.TMPAError, match='1 of 1 runs failed, the first with RuntimeError: the disk is full really'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path, only=['B'], quiet=True)
+    weights = next(tmp_path.glob('runs/b-*/last.pth')); was = weights.stat().st_mtime_ns
+    assert states(tmp_path) == {'b': 'failed'}
+    monkeypatch.setattr(ex, 'score_feats', score)
+    rp.reproduce(rp.pick_tables('table2'), toy, tmp_path, only=['B'], quiet=True)
+    assert states(tmp_path) == {'b': 'done'} and weights.stat().st_mtime_ns == was
+    two = replace(toy, run={**toy.run, 'epochs': 2})
+    batch = ex.Watch.after_batch
+    def stop(self):
+        epochs.append(self.epoch)
+        if self.epoch == 1: raise KeyboardInterrupt
+    monkeypatch.setattr(ex.Watch, 'after_batch', stop)
+    with pytest.raises(KeyboardInterrupt): rp.reproduce(rp.pick_tables('table2'), two, tmp_path, only=['B'], quiet=True)
+    monkeypatch.setattr(ex.Watch, 'after_batch', lambda self: (epochs.append(self.epoch), batch(self)))
+    epochs.clear()
+    rp.reproduce(rp.pick_tables('table2'), two, tmp_path, only=['B'], quiet=True)
+    assert set(epochs) == {1} and not list(tmp_path.glob('runs/*/resume.pth'))
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='looks for processes as Linux has them')
+def test_a_killed_worker_fails_nothing(toy, people, tmp_path):
+    code = f"""from tmpa.all import *
+if __name__ == '__main__':
+    try: reproduce(pick_tables('table2'), make_setup('small', path={people!r}, **{ {**TOY, 'epochs': 30}!r}), {str(tmp_path/'out')!r}, only=['B', 'B+CA', 'B+CA+PedMix'], workers=2, quiet=True)
+    except TMPAError as e: print(e)"""
+    (tmp_path/'go.py').write_text(code)
+    p = subprocess.Popen([sys.executable, str(tmp_path/'go.py')], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    t = time.time()
+    while len(list(tmp_path.glob('out/runs/*/resume.pth'))) < 2 and p.poll() is None and time.time()-t < 120: time.sleep(.05)
+    children = [int(c) for f in Path(f'/proc/{p.pid}/task').glob('*/children') for c in f.read_text().split()]
+    worker = next(c for c in children if b'spawn_main' in Path(f'/proc/{c}/cmdline').read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    out,_ = p.communicate(timeout=60)
+    assert 'a training process was killed' in out and out.count('\n') == 1
+    assert not list(tmp_path.glob('out/runs/*/failed.json')) and len(list(tmp_path.glob('out/runs/*/resume.pth'))) == 2
+
+
+def test_other_images_and_foreign_folders(toy, people, tmp_path):
+    import shutil
+    from tmpa.experiment import earlier_run
+    rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B'], quiet=True)
+    cfg = toy.config('B', toy.specs[0], 0, tmp_path/'out')
+    assert earlier_run(cfg) and earlier_run(replace(cfg, spec=replace(cfg.spec, path='elsewhere'), recipe=replace(cfg.recipe, name='other name')))
+    with pytest.raises(rp.ConfigError, match='other images'): earlier_run(cfg, 'generator 99')
+    for name,files in (('a', {'config.json': '{}', 'thesis.tex': 'x'}), ('b', {'.profile': 'x'}), ('c', {'config.json': '[1]'}), ('d', {'config.json': 'half'})):
+        (d := tmp_path/name).mkdir()
+        for f,text in files.items(): (d/f).write_text(text)
+        with pytest.raises(rp.ConfigError, match='holds no run|cannot be read'): earlier_run(replace(cfg, out=str(d)))
+        assert {f.name for f in d.iterdir()} == set(files)
+    (next((tmp_path/'out'/'runs').iterdir())/'metrics.json').write_text('half')
+    with pytest.raises(rp.ConfigError, match='metrics.json cannot be read'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B'], quiet=True)
+
+
+def test_the_papers_numbers_stand_beside_their_own_kind(toy):
+    t = TABLES['table3']
+    papers = lambda setup, setting: [c for c in rp.cells(t, rp.fill(t, [], setup, setting))[0] if 'paper' in c]
+    assert papers(toy, 't2v') and not papers(toy, 'v2t')
+    assert not papers(rp.make_setup('paper', 'sysu', 'x'), 'all_single')
+    line = lambda trial, v: dict(recipe_key=short_hash({}), setup='a', status='done', data='sysu', arch='resnet50', epochs='80', trial=trial, rank1_all_single=v)
+    rows = [r for r in rp.table1([line('all', .6), line('3', .5)]) if r[0] == 'TMPA here, sysu']
+    assert len(rows) == 2 and all('±' not in c for r in rows for c in r)
 
 
 def test_workers_and_parts(toy, tmp_path):
@@ -145,7 +215,8 @@ def test_errors_are_one_line(monkeypatch, capsys, tmp_path):
     small = '--scale', 'small', '--ids', 10, '--path', tmp_path/'people', '--out', tmp_path/'out'
     for args, words in ((('table8',), ('table8', 'table2', 'all')), (('table2',), ('--data', '--scale small')),
                         (('table2', *small, '--rows', 'X'), ("'X'", 'B+CA')), (('table2', *small, '--direction', 'up'), ("'up'", 't2v')), (('table2', '--data', 'regdb', '--path', tmp_path/'nowhere'), ('nowhere',)),
-                        (('table2', *small, '--seeds', 'many'), ('many',)), (('table2', *small, '--trial', 11), ('11',))):
+                        (('table2', *small, '--seeds', 'many'), ('many',)), (('table2', *small, '--rows', 'B;TPMA'), ('TPMA', 'B+CA')), (('table2', *small, '--rows', ''), ('rows',)), (('table2', *small, '--budget', 0), ('budget', 'above 0')),
+                        (('table2', *small, '--epochs', 0), ('epochs', '1 or more')), (('table2', *small, '--seeds=-1,2',), ('below 0',)), (('table2', *small, '--trial', '1;2'), ('1;2',)), (('table2', *small[:-1], tmp_path/'tmpa_reproduce.py'/'x'), ('tmpa_reproduce.py',)), (('table2', *small, '--trial', 11), ('11',))):
         status, out, err = run_cli(monkeypatch, capsys, tmp_path, *args)
         assert status == 2 and err.count('\n') == 1 and 'error:' in err, err
         for w in words: assert w in err
@@ -160,6 +231,12 @@ def test_command_line(monkeypatch, capsys, tmp_path):
     assert (tmp_path/'out'/'table3-synthetic-t2v.png').stat().st_size > 2000
     missing = next(l for l in out.splitlines() if l.startswith('- centre:')).split('`')[1]
     assert missing == f'tmpa_reproduce table3 --rows "centre" --scale small --path {tmp_path/"people"} --epochs 1 --ids 16 --seeds 1 --out {tmp_path/"out"}'
+
+
+def test_one_seed_and_all_tables_in_capitals(people):
+    assert rp.make_setup('small', path=people, seeds=[5]).args.endswith('--seeds 5,') and parse_ints('5,', 'seeds') == [5]
+    assert rp.pick_tables('ALL').keys() == rp.pick_tables('all').keys()
+    with pytest.raises(rp.ConfigError, match='below 0'): rp.make_setup('small', path=people, seeds=[-1])
 
 
 def test_recipes_of_all_tables():

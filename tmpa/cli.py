@@ -26,6 +26,7 @@ def _one_line_errors(f):
     def _f(*args, **kwargs):
         try: return f(*args, **kwargs)
         except TMPAError as e: print(f'{f.__name__}: error: {e}', file=sys.stderr)
+        except OSError as e: print(f'{f.__name__}: error: {e.filename}: {e.strerror}: choose a place that can be read and written', file=sys.stderr)
         except KeyboardInterrupt: print(f'{f.__name__}: interrupted; what was finished is on disk', file=sys.stderr)
         sys.exit(2)
     return _f
@@ -38,8 +39,8 @@ def parse_size(s):
     return h,w
 
 def parse_ints(s, what):
-    "'0,1,2' -> [0, 1, 2]"
-    try: return [int(o) for o in str(s).split(',')]
+    "'0,1,2' -> [0, 1, 2]; '5,' -> [5]"
+    try: return [int(o) for o in str(s).removesuffix(',').split(',')]
     except ValueError: raise ConfigError(f'{what} {s!r}: give whole numbers with commas, for instance 0,1,2') from None
 
 def parse_range(s):
@@ -187,7 +188,7 @@ def tmpa_reproduce(
     path:str=None, # Folder that holds the data set
     trial:str=None, # RegDB: splits 1 to 10 with commas, or all (default 1); SYSU-MM01, LLCM: gallery trial 0 to 9, or all (default)
     direction:str=None, # What is scored, for instance t2v (infrared to visible), v2t, all_single; default the table's own
-    seeds:str='3', # How many seeds, or which, with commas
+    seeds:str='3', # How many seeds, or which, with commas (5, is seed 5 alone)
     rows:str=None, # Only these rows: labels or recipes, with semicolons
     budget:float=None, # Minutes of one core for a run; default 5 at the small scale, none at the paper's
     epochs:int=None, # Default the scale's
@@ -197,8 +198,8 @@ def tmpa_reproduce(
     out:str='runs/tables', # Folder; may hold the runs of other tables and settings
 ):
     "Run the rows of a table of the paper over seeds, those that are not finished, and write it with the paper's numbers beside yours."
-    tables,seeds = pick_tables(table),parse_ints(seeds, 'seeds')
-    setup = make_setup(scale, data, path, trial, epochs, ids, seeds[0] if len(seeds) == 1 else seeds, budget)
-    files = reproduce(tables, setup, out, direction, [o.strip() for o in rows.split(';')] if rows else None, workers, show=show)
+    tables,given,seeds = pick_tables(table),str(seeds),parse_ints(seeds, 'seeds')
+    setup = make_setup(scale, data, path, trial, epochs, ids, int(n) if (n := given.strip()).isdigit() else seeds, budget)
+    files = reproduce(tables, setup, out, direction, None if rows is None else [o.strip() for o in rows.split(';')], workers, show=show)
     for f in files: print(f'\n{f.read_text(encoding="utf8").strip()}')
     print(f'\nRuns: {Path(out)/"results.csv"}; tables: {", ".join(str(f) for f in files)}')

@@ -56,5 +56,6 @@ def atomic_write(
         yield tmp
         umask = os.umask(0); os.umask(umask)
         tmp.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        with open(tmp, 'rb') as f: os.fsync(f.fileno())  # or a power cut could leave the new name and none of the content
         tmp.replace(path)
     finally: tmp.unlink(missing_ok=True)

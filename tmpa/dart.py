@@ -40,7 +40,11 @@ class TwinNet(nn.Module):
     @property
     def pretrained(self): return self.a.pretrained
     @property
-    def meta(self): return {**self.a.meta, 'net': 'TwinNet', 'evaluate': self.evaluate}
+    def meta(self): return {**{k: v for k,v in self.a.meta.items() if k not in ('part', 'complete', 'eval_complete', 'mix_into_complete', 'gen_rows')}, 'net': 'TwinNet', 'evaluate': self.evaluate}
+    @property
+    def feature(self): "Before or after the neck, see TMPANet."; return self.a.feature
+    @feature.setter
+    def feature(self, v): self.a.feature = self.b.feature = v
 
     def forward(self,
         images,     # (B, 3, H, W), normalised

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'write_json', 'environment', 'save_environment', 'RunConfig', 'SaveWeights', 'OverBudget', 'Watch',
-           'new_folder', 'make_learner', 'earlier_run', 'train_run', 'held_out_split', 'mean_map', 'save_report',
-           'train_runs', 'evaluate_run']
+           'new_folder', 'alone', 'make_learner', 'OtherImages', 'images_key', 'earlier_run', 'train_run',
+           'held_out_split', 'mean_map', 'save_report', 'train_runs', 'evaluate_run']
 
 # %% ../nbs/18_experiment.ipynb #a60ac506
-import json, os, platform, shutil, subprocess, time
+import hashlib, json, os, platform, shutil, subprocess, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from contextlib import ExitStack
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from fastcore.xtras import modified_env
 import numpy as np, torch, torchvision
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger
@@ -28,7 +30,7 @@ from .models.backbone import micro_resnet, tiny_resnet
 from .models.tmpa import TMPANet, load_tmpa, load_weights, read_meta, save_weights
 from .dart import dart_learner
 from .learner import tmpa_learner, reid_learner, extract_features
-from .recipes import Recipe, net_class
+from .recipes import Recipe, content, named, net_class
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
 from .scoring import DataSpec, read_data, save_queries, score_feats, score_model
@@ -85,7 +87,7 @@ class RunConfig:
     ir_range:tuple|None = None
     log:str = 'csv' # 'csv', 'tensorboard' or 'wandb'
 
-    def asdict(self): "As plain data for JSON."; return {**asdict(self), 'recipe': self.recipe.asdict()}
+    def asdict(self): "As plain data for JSON."; return json.loads(json.dumps({**asdict(self), 'recipe': self.recipe.asdict()}, default=named))
 
 # %% ../nbs/18_experiment.ipynb #8ef61d1d
 class SaveWeights(Callback):
@@ -135,12 +137,12 @@ class OverBudget(TMPAError): "A run that took more than its minutes of one core.
 class Watch(Callback):
     "Stop a fit that exceeds its budget, or whose parent process is gone; what was spent before the fit was cut off counts."
     run_valid = False
-    def __init__(self, minutes:float|None=None): self.minutes,self.cpu,self.wall,self.over = minutes,-time.process_time(),-time.time(),False
-    def resume_state(self): "Seconds computed, and passed, for `ResumeFit`."; return self.cpu+time.process_time(), self.wall+time.time()
-    def set_resume_state(self, s): "Add them."; self.cpu,self.wall = self.cpu+s[0], self.wall+s[1]
-    def before_fit(self): self.wall = -time.time()
+    def __init__(self, minutes:float|None=None): self.minutes,self.busy,self.passed,self.over = minutes,-time.process_time(),-time.time(),False
+    def resume_state(self): "Seconds computed, and passed, for `ResumeFit`."; return self.busy+time.process_time(), self.passed+time.time()
+    def set_resume_state(self, s): "Add them."; self.busy,self.passed = self.busy+s[0], self.passed+s[1]
+    def before_fit(self): self.passed = -time.time()
     def after_batch(self):
-        if (p := parent_process()) is not None and not p.is_alive(): raise SystemExit('the program that started this run is gone')
+        if (p := parent_process()) is not None and not p.is_alive(): os._exit(1)  # the program that started this run is gone; an exception would only make the process take the next run
         self.over = self.minutes is not None and self.resume_state()[0] > 60*self.minutes
         if self.over: raise CancelFitException
 
@@ -153,13 +155,28 @@ def new_folder(out):
     except OSError as e: raise ConfigError(f'cannot make the folder {out}: {e.strerror}') from None
     return out
 
+@contextmanager
+def alone(
+    folder, # A folder that exists
+):
+    "Two commands in one folder would take each other's unfinished runs for cut-off ones; the second is refused."
+    try: import fcntl
+    except ImportError: yield; return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise ConfigError(f'{folder} is in use by another command: wait for it, or choose another --out') from None
+        except OSError: pass  # a file system without locks
+        yield
+    finally: os.close(fd)
+
 def make_learner(
     cfg:RunConfig,
     train:list, # Training items
 ):
     "Loaders and learner of a run, seeded."
     if cfg.arch not in ARCHS: raise ConfigError(f"arch {cfg.arch!r}: choose one of {', '.join(ARCHS)}")
-    for k,low in (('epochs', 1), ('eval_every', 1), ('num_workers', 0)):
+    for k,low in (('epochs', 1), ('eval_every', 1), ('num_workers', 0), ('seed', 0), ('patch', 1)):
         if (v := getattr(cfg, k)) is not None and v < low: raise ConfigError(f'{k}={v}: give {low} or more')
     if cfg.select not in ('published','held_out'): raise ConfigError(f"select {cfg.select!r}: choose 'published' or 'held_out'")
     mix = cfg.recipe.make_mix(cfg.patch)
@@ -181,21 +198,43 @@ def _learner(cfg, dls, mix):
 # %% ../nbs/18_experiment.ipynb #50f9b1e3
 _how = ('out', 'num_workers', 'log', 'cache')  # fields that do not change a result
 
+class OtherImages(ConfigError): "A run folder that was begun on other images."
+
+def images_key(
+    spec:DataSpec,
+    train:list, test:list, # Of read_data
+)->str: # Of rendered people: what their pixels depend on beside the spec
+    "Differs when a run would see other images; where they lie does not count."
+    if spec.data == 'synthetic': return f'generator {GENERATOR_VERSION}'
+    return hashlib.sha1(repr([[(o.pid, o.cam, int(o.modality), Path(o.path).name) for o in items] for items in (train, test)]).encode()).hexdigest()[:12]
+
+def _plain_config(d): # what counts of `config.json`, and of a RunConfig as such
+    r = json.loads(json.dumps(content(Recipe.from_dict(d['recipe'])), default=named))
+    defaults = {f.name: f.default for f in fields(RunConfig)}
+    return {**defaults, **d, 'recipe': r, 'spec': {k: v for k,v in d['spec'].items() if k != 'path'}}
+
 def earlier_run(
     cfg:RunConfig,
+    images:str|None=None, # `images_key`, to be compared with the run's
 )->dict|None: # What its `metrics.json` holds; None when the run is still to be done
     "An earlier run of the same configuration, which `train_run` goes on with. One that was cut off in its first epoch is removed; anything else in its place is an error."
     out = Path(cfg.out)
     if not out.exists(): return None
     if not out.is_dir(): raise ConfigError(f'{out} is a file: choose another --out')
-    now = json.loads(json.dumps(cfg.asdict(), default=str))
-    try: was = json.loads((out/'config.json').read_text())
-    except FileNotFoundError: was = None
-    except (OSError, ValueError) as e: raise ConfigError(f'{out}/config.json cannot be read ({type(e).__name__}): choose another --out') from None
-    if was is None and any(not o.name.startswith('.') for o in out.iterdir()): raise ConfigError(f'{out} holds no run of tmpa: choose another --out')
-    other = [k for k in now if was and k not in _how and was.get(k) != now[k]]
-    if other: raise ConfigError(f'{out} was begun with another {other[0]} ({was.get(other[0])}, now {now[other[0]]}): choose another --out, or the old settings')
-    if (f := out/'metrics.json').exists(): return json.loads(f.read_text())
+    if not (out/'config.json').exists():
+        if any(not o.name.startswith('.config-') for o in out.iterdir()): raise ConfigError(f'{out} holds no run of tmpa: choose another --out')
+        shutil.rmtree(out)  # killed while it wrote its first file
+        return None
+    def read(f):
+        try: return json.loads((out/f).read_text(encoding='utf8'))
+        except (OSError, ValueError) as e: raise ConfigError(f'{out}/{f} cannot be read ({type(e).__name__}): choose another --out, or remove the folder to run it again') from None
+    stored,now = read('config.json'),_plain_config(cfg.asdict())
+    if not (isinstance(stored, dict) and isinstance(stored.get('recipe'), dict) and isinstance(stored.get('spec'), dict)): raise ConfigError(f'{out} holds no run of tmpa: choose another --out')
+    was = _plain_config(stored)
+    other = next((k for k in now if k not in _how and was[k] != now[k]), None)
+    if other: raise ConfigError(f'{out} was begun with another {other} ({was[other]}, now {now[other]}): choose another --out, or the old settings')
+    if images and images != stored.get('images', images): raise OtherImages(f'{out} was run on other images than {cfg.spec.path or cfg.spec.data} holds now: choose another --out')
+    if (out/'metrics.json').exists(): return read('metrics.json')
     if not (_trained(cfg) or (out/'resume.pth').exists()): shutil.rmtree(out)
 
 def _trained(cfg):
@@ -211,19 +250,26 @@ def train_run(
     budget:float|None=None, # Minutes of one core; a run that exceeds them writes `over_budget.json` and raises OverBudget
 )->dict: # What `metrics.json` holds
     "Train and score one recipe; the folder gets configuration, environment, log, weights, scores and a report. `metrics.json` comes last."
-    if resume and (before := earlier_run(cfg)): return before
     watch,out,spec = Watch(budget),Path(cfg.out),cfg.spec
-    going_on = resume and out.exists()
+    if out.exists() and not resume: new_folder(out)  # says what to do
+    train,test,settings = read_data(spec)
+    images = images_key(spec, train, test)
+    with ExitStack() as held:
+        if out.is_dir(): held.enter_context(alone(out))
+        if before := earlier_run(cfg, images): return before
+        if not (going_on := out.exists()): held.enter_context(alone(new_folder(out)))
+        return _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure, watch, budget)
+
+def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure, watch, budget):
+    out,spec = Path(cfg.out),cfg.spec
     trained = going_on and _trained(cfg)  # but not scored
-    if not going_on: new_folder(out)
     try:
-        train,test,settings = read_data(spec)
         learn = make_learner(cfg, train)
         loggers = [] if trained else _log_cbs(cfg.log, out)
     except Exception:
         if not going_on: shutil.rmtree(out)  # made above, and holds nothing yet
         raise
-    write_json(out/'config.json', cfg.asdict()); save_environment(out/'environment.json')
+    write_json(out/'config.json', {**cfg.asdict(), 'images': images}); save_environment(out/'environment.json')
     meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids, data_seed=spec.seed)
     learn.path = out
     going = ResumeFit(out/'resume.pth', quiet)
@@ -237,7 +283,7 @@ def train_run(
         write_json(out/'over_budget.json', dict(budget=budget, epochs_done=learn.epoch, epochs=cfg.epochs, seconds=seconds))
         raise OverBudget(f'{cfg.recipe.name}, seed {cfg.seed}: {budget:g} minutes of one core were over in epoch {learn.epoch+1} of {cfg.epochs}')
     try: feats = extract_features(learn.model, test, spec.size, ir_range=cfg.ir_range, num_workers=cfg.num_workers)
-    except TMPAError as e: raise type(e)(f'{e}; the trained weights are kept: score them with the same command and --resume') from None
+    except TMPAError as e: raise type(e)(f'{e}; the trained weights are kept, and the same command (tmpa_train: with --resume) only scores them') from None
     for f in ('over_budget.json','resume.pth'): (out/f).unlink(missing_ok=True)  # of an earlier try with less, or one that was cut off in the very end
     scores,results = score_feats(feats, test, settings)
     metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=seconds, budget=budget,
@@ -270,9 +316,15 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
         [('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
 # %% ../nbs/18_experiment.ipynb #e69931fe
+# glibc gives memory back to the system after every batch and asks for it again, page by page: an eighth of a CPU training, unless told to keep it
+_KEEP_MEMORY = dict(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**32), MALLOC_TOP_PAD_=str(2**28))
+
 def _run(cfg, quiet, budget, resume, one_thread=False):
     if one_thread: torch.set_num_threads(1)
-    return train_run(cfg, quiet=quiet, budget=budget, resume=resume)
+    try: return train_run(cfg, quiet=quiet, budget=budget, resume=resume)
+    except KeyboardInterrupt:
+        if one_thread: os._exit(130)  # a process of a pool would return the interruption as a result and take the next run
+        raise
 
 def train_runs(
     cfgs:list, # RunConfigs
@@ -284,7 +336,8 @@ def train_runs(
     "Train all, one after the other or in processes."
     def result(f):
         try: return f()
-        except Exception as e: return e
+        except BrokenProcessPool: raise TMPAError('a training process was killed, perhaps for want of memory: the same command goes on (with --resume); give it fewer --workers') from None
+        except Exception as e: return e.with_traceback(None)  # which would keep the network in memory
     if workers <= 1:
         for i,cfg in enumerate(cfgs):
             if not quiet: print(f'\n{cfg.recipe.name}, seed {cfg.seed}: {cfg.epochs} epochs', flush=True)
@@ -292,7 +345,7 @@ def train_runs(
         return
     pool = ProcessPoolExecutor(workers, mp_context=get_context('spawn'))
     try:
-        jobs = {pool.submit(_run, cfg, True, budget, resume, True): i for i,cfg in enumerate(cfgs)}
+        with modified_env(**{k: os.environ.get(k, v) for k,v in _KEEP_MEMORY.items()}): jobs = {pool.submit(_run, cfg, True, budget, resume, True): i for i,cfg in enumerate(cfgs)}  # starts the processes
         for job in as_completed(jobs): yield jobs[job],result(job.result)
     finally: pool.shutdown(cancel_futures=True)  # an interruption or an error of the caller starts no further run
 

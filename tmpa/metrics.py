@@ -7,6 +7,7 @@ __all__ = ['ReIDMetrics', 'LossTerms']
 
 # %% ../nbs/15_metrics.ipynb #0fabfd68
 from functools import partial
+from types import SimpleNamespace
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import ValueMetric
@@ -38,6 +39,8 @@ class ReIDMetrics(Callback):
         kind,name = column.split('_', 1)
         if name not in self.results: return float('nan')
         return float(self.results[name].mAP if kind == 'mAP' else self.results[name].cmc[int(kind[4:])-1])
+    def resume_state(self): "For `ResumeFit`: what the columns show until the next evaluation."; return {k: dict(mAP=float(r.mAP), cmc=[float(v) for v in r.cmc]) for k,r in self.results.items()}
+    def set_resume_state(self, s): "Show it again."; self.results = {k: SimpleNamespace(**v) for k,v in s.items()}
     def _skip(self): return hasattr(self, 'gather_preds') or hasattr(self, 'lr_finder')
     def before_validate(self):
         self._feats,self._meta = [],[]

@@ -7,42 +7,36 @@ __all__ = ['reproduce', 'pick_tables', 'with_fields', 'sweep']
 
 # %% ../nbs/18ac_reproduce.ipynb #18f47e66
 import itertools, shutil
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from .core import ConfigError, TMPAError
-from .experiment import earlier_run, evaluate_run, train_runs, write_json
+from .experiment import OtherImages, OverBudget, alone, earlier_run, evaluate_run, images_key, new_folder, train_runs, write_json
 from .recipes import TABLES, Recipe, RecipeTable, TableRow, get_recipe, get_table
 from .scoring import read_data
-from .setup import Setup, collect, read_lines, row_key, run_state
+from .demo import read_lines
+from .setup import Setup, collect, row_key, run_state
 from .tables import fill, ratio_strip, save_figure, save_table
 
 # %% ../nbs/18ac_reproduce.ipynb #c8fa82cc
-@contextmanager
-def _alone(out):
-    "Two commands in one folder would take each other's unfinished runs for cut-off ones."
-    try: import fcntl
-    except ImportError: yield; return
-    with open(out/'.lock', 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise ConfigError(f'{out} is in use by another run of tmpa_reproduce: wait for it, or choose another --out') from None
-        yield
-
 def _distinct(cfgs):
     "Each run once: the same under another name is the same."
     out = {}
     for c in cfgs: out.setdefault(tuple(Path(c.out).name.split('-')[-4:]), c)
     return list(out.values())
 
-def _todo(cfgs, budget):
-    "Those that are not finished. A run that was cut off is gone on with; what a failed one, or one that another version began in another way, left is removed."
+def _todo(cfgs, budget, images):
+    "Those that are not finished; `images` (trial -> images_key) are what they must have been run on. What failed or was cut off is gone on with where it can be."
     out = []
     for cfg in cfgs:
         status,d = run_state(cfg.out)
-        if status == 'done' or (status == 'over budget' and budget is not None and budget <= d['budget']): continue
-        try: keep = status != 'failed' and earlier_run(cfg) is None
-        except ConfigError: keep = False
-        if not keep: shutil.rmtree(cfg.out, ignore_errors=True)
+        if status == 'over budget' and budget is not None and budget <= d['budget']: continue
+        (Path(cfg.out)/'failed.json').unlink(missing_ok=True)
+        try:
+            if earlier_run(cfg, images[cfg.spec.trial]): continue
+        except OtherImages: raise
+        except ConfigError as e:
+            if Path(cfg.out, 'config.json').exists(): print(f'{e}; it begins again', flush=True)
+            shutil.rmtree(cfg.out)
         out.append(cfg)
     return out
 
@@ -67,22 +61,23 @@ def reproduce(
     "Run what is not finished, write `results.csv` after each run, then every table as Markdown, CSV and a plot."
     out = Path(out)
     rows = [r for t in tables.values() for r in t.rows if r.recipe and (only is None or {r.label.lower(), get_recipe(r.recipe).name.lower()} & {o.lower() for o in only})]
-    if not rows: raise ConfigError(f"rows {only}: choose from {', '.join(dict.fromkeys(r.label for t in tables.values() for r in t.rows if r.recipe))}")
+    labels = {o for r in rows for o in (r.label.lower(), get_recipe(r.recipe).name.lower())}
+    if unknown := [o for o in only or [] if o.lower() not in labels] or (['none'] if not rows else []): raise ConfigError(f"rows {unknown}: choose from {', '.join(dict.fromkeys(r.label for t in tables.values() for r in t.rows if r.recipe))}")
     data = [read_data(s) for s in setup.specs]  # finds what is wrong with the data, and renders, before anything is started
     settings = [s.name for s in data[0][2]]
     if direction and direction not in settings: raise ConfigError(f"direction {direction!r}: {setup.specs[0].data} has {', '.join(settings)}")
-    out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    if not out.is_dir(): new_folder(out)
+    with alone(out):
         cfgs = _distinct(itertools.chain(*zip(*[setup.configs(r, out) for r in rows])))  # a seed of every row before the next seed
-        todo = [] if show else _todo(cfgs, setup.budget)
+        todo = [] if show else _todo(cfgs, setup.budget, {s.trial: images_key(s, d[0], d[1]) for s,d in zip(setup.specs, data)})
         if not quiet: print(f'{len(cfgs)} runs, {len(todo)} to do', flush=True)
         errors = _train(todo, out, setup, workers, quiet)
-        if errors and len(errors) == len(todo) and isinstance(errors[0], TMPAError): raise errors[0]
         for r in rows:
             for c in setup.configs(r, out) if r.score else []: _score_again(r, c)
         lines = collect(out)
         files = [save_table(out, name, t, lines, setup, direction or (t.setting if t.setting in settings else settings[0])) for name,t in tables.items()]
         if 'fig4' in tables: save_figure(out/'fig4_strip.png', ratio_strip(data[0][0], setup.specs[0].size, setup.run.get('patch') or 12))
+    if errors: raise errors[0] if len(errors) == len(todo) and isinstance(errors[0], TMPAError) else TMPAError(f'{len(errors)} of {len(todo)} runs failed, the first with {type(errors[0]).__name__}: {errors[0]}')
     return files
 
 # %% ../nbs/18ac_reproduce.ipynb #0d85d39f
@@ -92,10 +87,10 @@ def _train(todo, out, setup, workers, quiet):
     for i,result in train_runs(todo, workers, True, setup.budget, resume=True):
         cfg = todo[i]
         if isinstance(result, Exception):
-            if run_state(cfg.out)[0] != 'over budget':
+            if not isinstance(result, OverBudget):
                 errors.append(result)
-                write_json(Path(cfg.out)/'failed.json', dict(error=f'{type(result).__name__}: {result}', config=cfg.asdict()))
-            said = str(result)
+                write_json(Path(cfg.out)/'failed.json', dict(error=' '.join(f'{type(result).__name__}: {result}'.split()), config=cfg.asdict()))
+            said = ' '.join(str(result).split())
         else: said = ', '.join(f"mAP {100*s['mAP']:.1f} {k}" for k,s in result['scores'].items())
         collect(out)
         if not quiet: print(f'{i+1}/{len(todo)} {cfg.recipe.name}, trial {cfg.spec.trial}, seed {cfg.seed}: {said}', flush=True)
@@ -106,7 +101,7 @@ def pick_tables(names:str)->dict: # Name -> RecipeTable
     "Tables by name, with commas; 'all' for every one."
     own = RecipeTable('Table I: published methods', [TableRow('TMPA', 'TMPA')], 'v2t')
     known = dict(table1=own, **TABLES)
-    if names == 'all': return known
+    if names.lower() == 'all': return known
     return {n: known[n] if n in known else get_table(n) for n in names.lower().split(',')}
 
 # %% ../nbs/18ac_reproduce.ipynb #6d2ef0fb

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'RUN_FIELDS', 'fit_patch', 'scaled', 'setup_content', 'Setup', 'row_key', 'make_setup', 'run_state',
-           'run_lines', 'collect', 'read_lines']
+           'run_lines', 'collect']
 
 # %% ../nbs/18aa_setup.ipynb #5e700003
 import csv, itertools, json, math, shlex
@@ -78,7 +78,9 @@ def row_key(row:TableRow)->str:
 # %% ../nbs/18aa_setup.ipynb #ab5de726
 def _trials(data, trial):
     if data not in ('regdb','synthetic'): return [trial or 'all']  # one model for all galleries
-    return [str(i) for i in range(1, 11)] if trial == 'all' else str(trial or 1).split(',')
+    if trial == 'all': return [str(i) for i in range(1, 11)]
+    try: return list(dict.fromkeys(str(int(t)) for t in str(1 if trial is None else trial).split(',')))
+    except ValueError: raise ConfigError(f"trial {trial!r}: give numbers from 1 to 10 with commas, or 'all'") from None
 
 def make_setup(
     scale:str='paper', # A name of `SCALES`
@@ -96,17 +98,22 @@ def make_setup(
     s = SCALES[scale]
     if data is None and scale == 'paper': raise ConfigError('--scale paper needs --data and --path; for the built-in data on a CPU pass --scale small')
     data,size,seeds = data or 'synthetic',tuple(size or s['size']),tuple(range(seeds) if isinstance(seeds, int) else seeds)
-    if not seeds: raise ConfigError('seeds: at least one is needed')
+    if not seeds or min(seeds) < 0: raise ConfigError(f'seeds {list(seeds)}: give at least one, none below 0')
+    if epochs is not None and epochs < 1: raise ConfigError(f'epochs={epochs}: give 1 or more')
+    if budget is not None and not budget > 0: raise ConfigError(f'budget={budget}: give minutes above 0')
     patch = dict(patch=demo_patch(size)) if scale == 'small' else {}
     given = dict(data=data if data != 'synthetic' else None, path=path, trial=trial, epochs=epochs if epochs != s['epochs'] else None, ids=ids if ids != 400 else None)
-    args = [f'--{k} {shlex.quote(str(v))}' for k,v in given.items() if v is not None] + [f"--seeds {len(seeds) if seeds == tuple(range(len(seeds))) else ','.join(map(str, seeds))}"]
-    return Setup(tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial)), {**s['run'], **patch, 'epochs': epochs or s['epochs'], **run}, seeds, budget or s['budget'], scale,
+    args = [f'--{k} {shlex.quote(str(v))}' for k,v in given.items() if v is not None] + [f"--seeds {len(seeds) if seeds == tuple(range(len(seeds))) else ','.join(map(str, seeds)) + ','*(len(seeds) == 1)}"]
+    return Setup(tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial)), {**s['run'], **patch, 'epochs': s['epochs'] if epochs is None else epochs, **run}, seeds, s['budget'] if budget is None else budget, scale,
         None if run or size != s['size'] else ' '.join(args))
 
 # %% ../nbs/18aa_setup.ipynb #ec7a657d
-RUN_FIELDS = ['recipe','recipe_key','setup','data','n_ids','size','arch','epochs','trial','seed','status','budget','seconds','note']
+RUN_FIELDS = ['recipe','recipe_key','setup','data','n_ids','size','arch','epochs','trial','seed','status','budget','seconds','tmpa','note']
 
-def _read(f): return json.loads(f.read_text(encoding='utf8')) if f.exists() else None
+def _read(f):
+    if not f.exists(): return None
+    try: return json.loads(f.read_text(encoding='utf8'))
+    except (OSError, ValueError) as e: raise ConfigError(f'{f} cannot be read ({type(e).__name__}): remove {f.parent} to run it again') from None
 
 def run_state(folder)->tuple: # 'done', 'over budget', 'failed' or 'cut off', and what the folder says about it
     "How far a run folder came."
@@ -120,9 +127,10 @@ def run_lines(folder)->list: # None of a run that was cut off; more than one whe
     (status,d),cfg = run_state(folder),_read(folder/'config.json')
     if status == 'cut off': return []
     cfg,(_,rkey,setup,_,_) = cfg or d['config'],folder.name.rsplit('-', 4)
+    env = _read(folder/'environment.json') or {}
     s,first = cfg['spec'],dict(recipe=cfg['recipe']['name'], recipe_key=rkey, setup=setup)
     rest = dict(data=s['data'], n_ids=s['n_ids'] if s['data'] == 'synthetic' else '', size='x'.join(map(str, s['size'])), arch=cfg['arch'], epochs=cfg['epochs'], trial=s['trial'], seed=cfg['seed'],
-                status=status, budget=d.get('budget') or '', seconds=d.get('train_seconds', d.get('seconds', '')), note=d.get('error', ''))
+                status=status, budget=d.get('budget') or '', seconds=d.get('train_seconds', d.get('seconds', '')), tmpa=env.get('versions', {}).get('tmpa', ''), note=d.get('error', ''))
     lines = [{**first, **rest, **_flat(d.get('scores', {}))}]
     for f in sorted(folder.glob('scores-*.json')):
         e = _read(f)
@@ -138,8 +146,3 @@ def collect(out)->list:
     lines = [l for f in sorted((Path(out)/'runs').glob('*-trial*-seed*')) for l in run_lines(f)]
     write_lines(Path(out)/'results.csv', lines, list(dict.fromkeys([*RUN_FIELDS, *itertools.chain(*lines)])))
     return lines
-
-def read_lines(path)->list:
-    "Records of `results.csv`; none if there is no such file yet."
-    if not Path(path).exists(): return []
-    with open(path, newline='', encoding='utf8') as f: return list(csv.DictReader(f))

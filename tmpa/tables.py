@@ -8,7 +8,7 @@ __all__ = ['FilledRow', 'fill', 'cells', 'command', 'markdown', 'plot_table', 'n
 
 # %% ../nbs/18ab_tables.ipynb #7ab10003
 import csv, shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import matplotlib.pyplot as plt, torch
 from torchvision.models import resnet50
@@ -30,12 +30,15 @@ class FilledRow:
     n:int # Finished runs
     wanted:int # One a seed and trial
     why:str = '' # Why runs are missing
+    versions:tuple = () # Of tmpa that made them
 
 def fill(table:RecipeTable, lines:list, setup:Setup, setting:str)->list: # FilledRows
     "Find the runs of each row."
+    shown = setup.specs[0].data in ('regdb','synthetic') and setting == table.setting
     trials,seeds,out = {str(s.trial) for s in setup.specs},{str(s) for s in setup.seeds},[]
     mine = [l for l in lines if l['setup'] == setup.key and str(l['trial']) in trials and str(l['seed']) in seeds]
     for row in table.rows:
+        if not shown: row = replace(row, paper={k: v for k,v in row.paper.items() if k == 'params'})  # RegDB's numbers do not belong beside those of other data, or of the other direction
         if row.recipe is None: out.append(FilledRow(row, {}, 0, 0)); continue
         ls = [l for l in mine if l['recipe_key'] == row_key(row)]
         base = [l for l in mine if l['recipe_key'] == short_hash(content(get_recipe(row.recipe)))]
@@ -43,7 +46,7 @@ def fill(table:RecipeTable, lines:list, setup:Setup, setting:str)->list: # Fille
         over,failed = ([l for l in base if l['status'] == s] for s in ('over budget','failed'))
         why = f"more than {float(over[0]['budget']):g} minutes" if over else f"failed: {failed[0]['note']}" if failed else 'not run yet'
         wanted = len(trials)*len(seeds)
-        out.append(FilledRow(row, {m: [100*float(l[f'{m}_{setting}']) for l in done] for m in table.metrics} if done else {}, len(done), wanted, why if len(done) < wanted else ''))
+        out.append(FilledRow(row, {m: [100*float(l[f'{m}_{setting}']) for l in done] for m in table.metrics} if done else {}, len(done), wanted, why if len(done) < wanted else '', tuple({l.get('tmpa') for l in done} - {None, ''})))
     return out
 
 # %% ../nbs/18ab_tables.ipynb #0487019c
@@ -67,6 +70,8 @@ def command(name:str, f:FilledRow, setup:Setup, out='')->str:
 def markdown(name:str, table:RecipeTable, filled:list, setup:Setup, setting:str, sizes=None, out='')->str:
     "Title, setup, table, and what is missing."
     text = [f'## {table.title}', f'{setup.text}; {setting}. Per cent' + '; mean ± deviation over runs'*(len(setup.seeds)*len(setup.specs) > 1) + '.' + (f' {table.note}' if table.note else ''), markdown_table(cells(table, filled, sizes))]
+    versions = sorted({v for f in filled for v in f.versions})
+    if len(versions) > 1: text.append(f"The runs were made by different versions of tmpa: {', '.join(versions)}.")
     gone = [f'- {f.row.label}: {f.why}. `{command(name, f, setup, out)}`' for f in filled if f.n < f.wanted]
     return '\n\n'.join(text + (['Missing:\n\n' + '\n'.join(gone)] if gone else [])) + '\n'
 
@@ -107,8 +112,9 @@ def table1(lines:list)->list: # Header row and rows, as text
     head = ['method', 'venue', *[f'{COLUMNS[m]}, {n}' for n in TABLE1_SETTINGS.values() for m in ms]]
     rows = [[o['method'], o['venue'], *[f"{o['scores'][s][m]:.2f}" if m in o['scores'].get(s, {}) else '' for s in TABLE1_SETTINGS for m in ms]] for o in published_methods()]
     tmpa = [l for l in lines if l['recipe_key'] == short_hash(content(RECIPES['tmpa'])) and l['status'] == 'done' and l['data'] in ('sysu','regdb','synthetic')]
-    for k in dict.fromkeys(l['setup'] for l in tmpa):
-        ls = [l for l in tmpa if l['setup'] == k]
+    group = lambda l: (l['setup'], str(l['trial']) if l['data'] == 'sysu' else '')  # SYSU-MM01's trial is a gallery, not a split
+    for k in dict.fromkeys(map(group, tmpa)):
+        ls = [l for l in tmpa if group(l) == k]
         own = lambda s, m: [100*float(l[f'{m}_{s}']) for l in ls if l.get(f'{m}_{s}') not in (None, '')]
         where = 'rendered people' if ls[0]['data'] == 'synthetic' else ls[0]['data']
         rows.append([f"TMPA here, {where}", f"{ls[0]['arch']}, {ls[0]['epochs']} epochs, {len(ls)} run{'s'*(len(ls) > 1)}", *[mean_std(v) if (v := own(s, m)) else '' for s in TABLE1_SETTINGS for m in ms]])
