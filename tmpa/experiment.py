@@ -21,6 +21,7 @@ import numpy as np, torch, torchvision
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
+from . import __version__
 from .callback.resume import ResumeFit
 from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic_write
 from .data.external import sysu_items
@@ -48,7 +49,7 @@ def environment():
     dirty = git('status', '--porcelain', '--untracked-files=no')
     return dict(python=platform.python_version(), platform=platform.platform(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', generator=GENERATOR_VERSION,
-        versions={p: version(p) for p in ('tmpa','torch','torchvision','fastai','numpy')}, git=git('rev-parse', 'HEAD'), git_clean=None if dirty is None else dirty == '')
+        versions={'tmpa': __version__, **{p: version(p) for p in ('torch','torchvision','fastai','numpy')}}, git=git('rev-parse', 'HEAD'), git_clean=None if dirty is None else dirty == '')
 
 def save_environment(
     path, # JSON file; one that is there keeps what a run was begun with, and gets what it goes on with where that is something else
