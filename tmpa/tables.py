@@ -44,8 +44,8 @@ def fill(table:RecipeTable, lines:list, setup:Setup, setting:str)->list: # Fille
         base = [l for l in mine if l['recipe_key'] == short_hash(content(get_recipe(row.recipe)))]
         done = [l for l in ls if l['status'] == 'done' and l.get(f'mAP_{setting}') not in (None, '')]
         over,failed = ([l for l in base if l['status'] == s] for s in ('over budget','failed'))
-        why = f"more than {float(over[0]['budget']):g} minutes" if over else f"failed: {failed[0]['note']}" if failed else 'not run yet'
         wanted = len(trials)*len(seeds)
+        why = f"more than {float(over[0]['budget']):g} minutes" if over else f"failed: {failed[0]['note']}" if failed else f'{len(done)} of {wanted} runs' if done else 'not run yet'
         out.append(FilledRow(row, {m: [100*float(l[f'{m}_{setting}']) for l in done] for m in table.metrics} if done else {}, len(done), wanted, why if len(done) < wanted else '', tuple({l.get('tmpa') for l in done} - {None, ''})))
     return out
 
@@ -60,19 +60,22 @@ def cells(table:RecipeTable, filled:list, sizes:dict|None=None)->list: # Header 
         rows.append([f.row.label, *[number(f, m, p) for m,p in columns], f'{f.n}/{f.wanted}' if f.wanted else '', *more])
     return rows
 
-def command(name:str, f:FilledRow, setup:Setup, out='')->str:
-    "What makes a missing row, with a larger budget where the last one was too small."
+def command(name:str, f:FilledRow, setup:Setup, out='', all_rows:bool=False)->str:
+    "What makes a missing row (or all of its table), with a larger budget where the last one was too small."
     if setup.args is None or name not in (*TABLES, 'table1'): return 'reproduce(...) with this table and setup' + ', and a larger budget'*f.why.startswith('more than')
     budget = 2*setup.budget if setup.budget and f.why.startswith('more than') else setup.budget
     more = f' --budget {budget:g}' if budget and budget != SCALES[setup.scale]['budget'] else ''
-    return f'tmpa_reproduce {name} --rows "{f.row.label}" --scale {setup.scale} {setup.args}{more}' + (f' --out {shlex.quote(str(out))}' if out else '')
+    rows = '' if all_rows else f' --rows "{f.row.label}"'
+    return f'tmpa_reproduce {name}{rows} --scale {setup.scale} {setup.args}{more}' + (f' --out {shlex.quote(str(out))}' if out else '')
 
 def markdown(name:str, table:RecipeTable, filled:list, setup:Setup, setting:str, sizes=None, out='')->str:
     "Title, setup, table, and what is missing."
     text = [f'## {table.title}', f'{setup.text}; {setting}. Per cent' + '; mean ± deviation over runs'*(len(setup.seeds)*len(setup.specs) > 1) + '.' + (f' {table.note}' if table.note else ''), markdown_table(cells(table, filled, sizes))]
     versions = sorted({v for f in filled for v in f.versions})
     if len(versions) > 1: text.append(f"The runs were made by different versions of tmpa: {', '.join(versions)}.")
-    gone = [f'- {f.row.label}: {f.why}. `{command(name, f, setup, out)}`' for f in filled if f.n < f.wanted]
+    short = [f for f in filled if f.n < f.wanted]
+    alike = len(short) > 1 and len(short) == sum(f.wanted > 0 for f in filled) and len({f.why for f in short}) == 1  # one command does it
+    gone = [f"- {'all rows' if alike else f.row.label}: {f.why}. `{command(name, f, setup, out, alike)}`" for f in short[:1 if alike else None]]
     return '\n\n'.join(text + (['Missing:\n\n' + '\n'.join(gone)] if gone else [])) + '\n'
 
 # %% ../nbs/18ab_tables.ipynb #55526740
