@@ -317,7 +317,7 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
         [('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
 # %% ../nbs/18_experiment.ipynb #e69931fe
-# glibc gives memory back to the system after every batch and asks for it again, page by page: an eighth of a CPU training, unless told to keep it
+# glibc gives memory back to the system after every batch and asks for it again, page by page: a tenth of a CPU training, unless told to keep it
 _KEEP_MEMORY = dict(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**32), MALLOC_TOP_PAD_=str(2**28))
 
 def _run(cfg, quiet, budget, resume, one_thread=False):
