@@ -53,9 +53,13 @@ class ResumeFit(Callback):
         self.file,self.quiet,self.muted = Path(file),quiet,{}
         self._reset()
 
-    def _reset(self):
+    def _unmute(self):
         for c,run in self.muted.items(): c.run = run
-        self.start,self.state,self.resumed,self.muted,self.inside,self.cut = None,None,[],{},False,False  # start: None until an epoch of training begins
+        self.muted = {}
+
+    def _reset(self):
+        self._unmute()
+        self.start,self.state,self.resumed,self.inside,self.cut = None,None,[],False,False  # start: None until an epoch of training begins
 
     def before_fit(self):
         self._reset()
@@ -64,9 +68,7 @@ class ResumeFit(Callback):
         if num_distrib() > 1: raise ConfigError('ResumeFit keeps the random numbers of one process: leave it out when training on several GPUs')
 
     def before_epoch(self):
-        if self.muted and self.epoch >= self.start:
-            for c,run in self.muted.items(): c.run = run
-            self.muted = {}
+        if self.muted and self.epoch >= self.start: self._unmute()
 
     def before_train(self):  # nothing but a fit comes here: no validation, no predictions
         if hasattr(self, 'lr_finder'): return
