@@ -170,7 +170,7 @@ if __name__ == '__main__':
     assert not list(tmp_path.glob('out/runs/*/failed.json')) and len(list(tmp_path.glob('out/runs/*/resume.pth'))) == 2
 
 
-def test_other_images_and_foreign_folders(toy, people, tmp_path):
+def test_other_images_and_foreign_folders(toy, people, tmp_path, capsys):
     import shutil
     from tmpa.experiment import earlier_run
     rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B'], quiet=True)
@@ -182,7 +182,13 @@ def test_other_images_and_foreign_folders(toy, people, tmp_path):
         for f,text in files.items(): (d/f).write_text(text)
         with pytest.raises(rp.ConfigError, match='holds no run|cannot be read'): earlier_run(replace(cfg, out=str(d)))
         assert {f.name for f in d.iterdir()} == set(files)
-    (next((tmp_path/'out'/'runs').iterdir())/'metrics.json').write_text('half')
+    run = next((tmp_path/'out'/'runs').iterdir())
+    (run/'config.json').write_text('half')
+    capsys.readouterr()
+    rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B'])  # an unreadable folder may hold weights: it is kept
+    assert f'config.json cannot be read (JSONDecodeError); it is kept in {tmp_path}/out/set_aside/{run.name}-1, and the run begins again' in capsys.readouterr().out
+    assert (tmp_path/'out'/'set_aside'/f'{run.name}-1'/'last.pth').exists() and states(tmp_path/'out') == {'b': 'done'}
+    (run/'metrics.json').write_text('half')
     with pytest.raises(rp.ConfigError, match='metrics.json cannot be read'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B'], quiet=True)
 
 

@@ -24,6 +24,13 @@ def _distinct(cfgs):
     for c in cfgs: out.setdefault(tuple(Path(c.out).name.split('-')[-4:]), c)
     return list(out.values())
 
+def _set_aside(folder):
+    "A folder that cannot be gone on with may hold weights all the same: it is moved out of the way, not removed."
+    base = folder.parent.parent/'set_aside'
+    base.mkdir(exist_ok=True)
+    to = next(t for i in itertools.count(1) if not (t := base/f'{folder.name}-{i}').exists())
+    return shutil.move(folder, to)
+
 def _todo(cfgs, budget, images):
     "Those that are not finished; `images` (trial -> images_key) are what they must have been run on. What failed or was cut off is gone on with where it can be."
     out = []
@@ -35,8 +42,7 @@ def _todo(cfgs, budget, images):
             if earlier_run(cfg, images[cfg.spec.trial]): continue
         except OtherImages: raise
         except ConfigError as e:
-            if Path(cfg.out, 'config.json').exists(): print(f'{e}; it begins again', flush=True)
-            shutil.rmtree(cfg.out)
+            print(f"{str(e).partition(': ')[0]}; it is kept in {_set_aside(Path(cfg.out))}, and the run begins again", flush=True)
         out.append(cfg)
     return out
 
