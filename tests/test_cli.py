@@ -183,16 +183,16 @@ def test_ten_trials_go_on_where_they_were_cut_off(run, regdb, tmp_path, monkeypa
     args = ('tmpa_train', '--data', 'regdb', '--path', regdb, '--trial', 'all', '--out', tmp_path/'all', '--recipe', 'B', *SMALL)
     one_line(run(*args, '--patch', 7, '--recipe', 'TMPA'), '7')
     assert not (tmp_path/'all').exists()
-    from tmpa import experiment
+    from tmpa import run as folder
     seen = []
     def train(cfg, quiet, resume):
         "Stands in for the training."
-        if resume and (before := experiment.earlier_run(cfg)): return before
+        if resume and (before := folder.earlier_run(cfg)): return before
         if cfg.spec.trial == '3' and len(seen) == 2: raise KeyboardInterrupt
         seen.append(cfg.spec.trial)
-        experiment.write_json(experiment.new_folder(cfg.out)/'config.json', cfg.asdict())
+        folder.write_json(folder.new_folder(cfg.out)/'config.json', cfg.asdict())
         m = dict(scores={'v2t': dict(n_queries=9, n_valid=9, n_gallery=9, n_trials=1, **{k: int(cfg.spec.trial)/10 for k in ('rank1', 'rank10', 'rank20', 'mAP', 'mINP')})})
-        experiment.write_json(Path(cfg.out)/'metrics.json', m)
+        folder.write_json(Path(cfg.out)/'metrics.json', m)
         return m
     monkeypatch.setattr(cli, 'train_run', train)
     assert run(*args)[0] == 2 and seen == ['1', '2']

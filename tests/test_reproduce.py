@@ -172,7 +172,7 @@ if __name__ == '__main__':
 
 def test_other_images_and_foreign_folders(toy, people, tmp_path, capsys):
     import shutil
-    from tmpa.experiment import earlier_run
+    from tmpa.run import earlier_run
     rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B'], quiet=True)
     cfg = toy.config('B', toy.specs[0], 0, tmp_path/'out')
     assert earlier_run(cfg) and earlier_run(replace(cfg, spec=replace(cfg.spec, path='elsewhere'), recipe=replace(cfg.recipe, name='other name')))

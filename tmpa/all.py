@@ -41,6 +41,7 @@ from .vis.tsne import *
 from .vis.gradcam import *
 from .report import *
 from .scoring import *
+from .run import *
 from .experiment import *
 from .demo import *
 from .search import *

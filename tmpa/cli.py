@@ -13,7 +13,8 @@ import numpy as np
 from fastcore.script import call_parse, Param, store_true
 from .core import ConfigError, TMPAError
 from .demo import compare, demo_patch, demo_rows, summarise
-from .experiment import ARCHS, RunConfig, evaluate_run, new_folder, train_run, write_json
+from .experiment import evaluate_run, train_run
+from .run import ARCHS, RunConfig, new_folder, write_json
 from .scoring import DATA, DataSpec, as_scores
 from .recipes import get_recipe
 from .report import score_rows, text_table

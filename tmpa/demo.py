@@ -14,9 +14,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .core import ConfigError, atomic_write
 from .data.synthetic import GENERATOR_VERSION
-from .experiment import ARCHS, RunConfig, alone, earlier_run, environment, images_key, mean_map, new_folder, train_runs, write_json
+from .experiment import mean_map, train_runs
+from .run import ARCHS, RunConfig, alone, earlier_run, environment, images_key, new_folder, read_json, write_json
 from .recipes import Recipe, get_recipe
-from .report import markdown_table, mean_std, text_table, write_report
+from .report import markdown_table, mean_std, write_report
 from .scoring import DataSpec, read_data
 
 # %% ../nbs/18a_demo.ipynb #eed716e1
@@ -103,7 +104,7 @@ def _setup(out, what, resume):
     if out.exists() and not resume: raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
     if not out.is_dir(): new_folder(out)
     what,f = json.loads(json.dumps(what, default=str)),out/'setup.json'
-    before = json.loads(f.read_text())['setup'] if f.exists() else what
+    before = read_json(f)['setup'] if f.exists() else what
     if what != before: raise ConfigError(f'{out} was begun with other settings ({before}): choose another --out')
     write_json(f, dict(setup=what, environment=environment()))
     return what

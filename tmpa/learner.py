@@ -7,7 +7,6 @@ __all__ = ['sgd', 'step_factor', 'scaled_schedule', 'TorchOptim', 'n_identities'
            'extract_features']
 
 # %% ../nbs/16_learner.ipynb #bebb1e37
-import inspect
 from functools import partial
 import torch
 from torchvision.models import resnet50

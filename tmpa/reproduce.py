@@ -10,7 +10,8 @@ import itertools, shutil
 from dataclasses import fields
 from pathlib import Path
 from .core import ConfigError, TMPAError
-from .experiment import OtherImages, OverBudget, alone, earlier_run, evaluate_run, images_key, new_folder, train_runs, write_json
+from .experiment import OverBudget, evaluate_run, train_runs
+from .run import OtherImages, alone, earlier_run, images_key, new_folder, write_json
 from .recipes import TABLES, Recipe, RecipeTable, TableRow, get_recipe, get_table
 from .scoring import read_data
 from .demo import read_lines

@@ -7,13 +7,13 @@ __all__ = ['SCALES', 'RUN_FIELDS', 'fit_patch', 'scaled', 'setup_content', 'Setu
            'run_lines', 'collect']
 
 # %% ../nbs/18aa_setup.ipynb #5e700003
-import csv, itertools, json, math, shlex
+import itertools, math, shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from .core import ConfigError
 from .data.synthetic import GENERATOR_VERSION
 from .demo import Row, demo_patch, write_lines
-from .experiment import RunConfig
+from .run import RunConfig, read_json
 from .recipes import Recipe, TableRow, content, get_recipe, short_hash
 from .report import COLUMNS
 from .scoring import DataSpec
@@ -111,9 +111,7 @@ def make_setup(
 RUN_FIELDS = ['recipe','recipe_key','setup','data','n_ids','size','arch','epochs','trial','seed','status','budget','seconds','tmpa','note']
 
 def _read(f):
-    if not f.exists(): return None
-    try: return json.loads(f.read_text(encoding='utf8'))
-    except (OSError, ValueError) as e: raise ConfigError(f'{f} cannot be read ({type(e).__name__}): remove {f.parent} to run it again') from None
+    return read_json(f) if f.exists() else None
 
 def run_state(folder)->tuple: # 'done', 'over budget', 'failed' or 'cut off', and what the folder says about it
     "How far a run folder came."

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core import CheckpointError, ConfigError
 from ..regions import grid_size
-from .pedmix import PedMix, SlotMix, _mixed, _shown, other_partner, pedmix, slots
+from .pedmix import PedMix, SlotMix, _mixed, _shown, pedmix, slots
 from ..models.backbone import Extractor, make_resnet
 
 # %% ../../nbs/06_callback.mix.ipynb #3e603bfc

@@ -7,7 +7,7 @@ __all__ = ['get_layer', 'grad_cam', 'load_pair', 'overlay', 'plot_gradcam', 'att
            'plot_attention']
 
 # %% ../../nbs/21_vis.gradcam.ipynb #1ebba8d8
-import numpy as np, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 import matplotlib.pyplot as plt
 from contextlib import contextmanager
 from fastai.learner import Learner
