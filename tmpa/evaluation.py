@@ -13,7 +13,7 @@ from math import nan
 from fastcore.basics import patch
 from .core import Modality, ProtocolError, ReIDImage
 from .features import load_features
-from .ranking import EvalResult, RULES, Rule, as_matrix, check_finite, check_label, check_labels, cmc_map, cmc_map_slow, get_rule, run_rule
+from .ranking import EvalResult, RULES, Rule, as_matrix, check_chunk, check_finite, check_label, check_labels, cmc_map, cmc_map_slow, get_rule, run_rule
 from .rerank import rerank as k_reciprocal
 
 _all_ = ['cmc_map', 'cmc_map_slow', 'EvalResult', 'RULES', 'Rule']
@@ -40,6 +40,7 @@ def _prepare(q_feats, g_feats, metric):
     dtype = torch.promote_types(q.dtype, g.dtype)
     def rows_of(x):
         x = x.to(q.device, dtype)
+        if metric == 'cosine' and ((odd := x.norm(dim=1, keepdim=True)).isinf() | (odd < 1e-12)).any(): x = x/x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)  # squares out of range
         scale = 1/x.norm(dim=1, keepdim=True).clamp_min(1e-12) if metric == 'cosine' else None
         def f(i):
             i = torch.as_tensor(i, device=x.device)
@@ -62,9 +63,12 @@ def evaluate(
     device, q, g = _prepare(q_feats, g_feats, metric)
     n_q, n_g = len(q_feats), len(g_feats)
     labels = check_labels(n_q, n_g, q_pids, g_pids, q_cams, g_cams, rule)
+    check_chunk(chunk)
     step = chunk if chunk and chunk < _BLOCK else (chunk or max(2**24//n_g, _BLOCK))//_BLOCK*_BLOCK
     if rerank is not False and rerank is not None:
         how = dict(k1=20, k2=6, lam=.3) | ({} if rerank is True else rerank)
+        if unknown := set(how) - {'k1','k2','lam','chunk'}: raise ProtocolError(f'rerank has no argument {sorted(unknown)[0]!r}: it takes k1, k2, lam and chunk')
+        if metric != 'cosine': raise ProtocolError(f'metric={metric!r}: re-ranking normalises the features, leave the metric out')
         r = cmc_map(k_reciprocal(q_feats, g_feats, **how), *labels, rule, max_rank, chunk)
         r.note = f"re-ranked (k1={how['k1']}, k2={how['k2']}, lambda={how['lam']})"
         return r

@@ -17,6 +17,7 @@ _names = dict(feats=('feats', 'feat', 'features', 'feature', 'f', 'x', 'embeddin
               cams=('cams', 'cam', 'camids', 'camid', 'cam_ids', 'cam_id', 'cameras', 'camera', 'c'),
               modality=('modality', 'modalities', 'modal', 'modals'))
 _sides = ('query_', 'gallery_', 'gall_', 'test_', 'train_', 'q_', 'g_')
+_other = dict(query=('gallery_', 'gall_', 'g_'), gallery=('query_', 'q_'))
 
 def _plain(name):
     name = name.lower()
@@ -24,7 +25,7 @@ def _plain(name):
 
 def _pick(arrays, kind, path, side=None):
     "The array of that kind; None if there is none. `side` decides between 'query' and 'gallery' where a file holds both."
-    hits = [k for k in arrays if _plain(k) in _names[kind]]
+    hits = [k for k in arrays if _plain(k) in _names[kind] and not (side and _plain(k) != k.lower() and k.lower().startswith(_other[side]))]
     if len(hits) > 1 and side: hits = [k for k in hits if k.lower().startswith(side[0])] or hits
     if len(hits) > 1: raise DataError(f"{path} holds several arrays that could be the {kind} ({', '.join(hits)}): keep one kind of feature in a file, and say side='query' or side='gallery' where it holds both")
     return arrays[hits[0]] if hits else None
@@ -52,7 +53,7 @@ def _arrays(path):
     except DataError: raise
     except Exception as e: raise DataError(f"{path} cannot be read as {kind} ({type(e).__name__}): write it again, with plain arrays only") from None
     if not isinstance(d, dict): raise DataError(f"{path} holds a {type(d).__name__}: a dictionary with features and identities is needed")
-    return d
+    return {str(k): v for k,v in d.items()}
 
 # %% ../nbs/13c_features.ipynb #977729e8
 def _numbers(x, kind, path, n=None):

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from functools import cached_property
 from .core import ConfigError, Modality
-from .data.external import cross_settings, read_image
+from .data.external import cross_settings, item_range, read_image
 from .evaluation import Setting, evaluate_settings, get_rule
 
 # %% ../nbs/17a_interpret.ipynb #06b53f75
@@ -30,13 +30,13 @@ def top_matches(
     if remove == 'place': keep = ~((cams[query] == 3) & (cams[g] == 2))
     if remove == 'same_cam': keep = ~((pids[g] == pids[query]) & (cams[g] == cams[query]))
     g = g[keep]
-    d = torch.cdist(feats[query][None].float(), feats[torch.as_tensor(g)].float())[0].cpu().numpy()
+    d = torch.cdist(feats[query][None].float(), feats[torch.as_tensor(g)].float(), compute_mode='donot_use_mm_for_euclid_dist')[0].cpu().numpy()  # equal images, equal distances
     order = np.argsort(d, kind='stable')[:k]
     return g[order],d[order]
 
 # %% ../nbs/17a_interpret.ipynb #7b5ce265
-def _show(ax, path, title='', right=None, ir_range=None):
-    ax.imshow(read_image(path, ir_range=ir_range).permute(1,2,0).numpy()); ax.set_xticks([]); ax.set_yticks([])
+def _show(ax, o, title='', right=None, ir_range=None):
+    ax.imshow(read_image(o.path, ir_range=item_range(o, ir_range)).permute(1,2,0).numpy()); ax.set_xticks([]); ax.set_yticks([])
     ax.set_title(title, fontsize=9, pad=3)
     for s in ax.spines.values(): s.set_visible(right is not None)
     if right is not None:
@@ -50,7 +50,7 @@ def plot_ranks(
     queries:list|int=6, # Rows of the queries, or how many to draw at random
     k:int=10, # Gallery images a query
     seed:int=0, # Which random queries
-    ir_range:tuple|None=None, # As in read_image, for 16-bit files
+    ir_range:tuple|None=None, # As in read_image, for 16-bit infrared files
     title:str='', # Figure title
     trial:int=0, # Gallery draw of the setting
     labels:list|None=None, # A line for each query, under its camera
@@ -61,15 +61,16 @@ def plot_ranks(
     if not len(setting.q_idx) or not len(gallery): raise ConfigError(f'setting {setting.name}: nothing to plot without queries and gallery')
     if isinstance(queries, int):
         rng = np.random.default_rng(seed)
-        queries = rng.choice(np.asarray(setting.q_idx), min(queries, len(setting.q_idx)), replace=False)
+        queries = rng.choice(np.asarray(setting.q_idx), min(max(queries, 0), len(setting.q_idx)), replace=False)
+    if not len(queries) or k < 1: raise ConfigError(f'{len(queries)} queries, k={k}: plot 1 or more of each')
     pids,cams = np.array([o.pid for o in items]),np.array([o.cam for o in items])
     fig,axs = plt.subplots(len(queries), k+1, figsize=(1.1*(k+1), 2.4*len(queries)+.4), dpi=80, squeeze=False, layout='constrained')
     for i,(row,q) in enumerate(zip(axs, queries)):
         for ax in row: ax.axis('off')
-        row[0].axis('on'); _show(row[0], items[q].path, f'query cam {items[q].cam}' + (f'\n{labels[i]}' if labels else ''), ir_range=ir_range)
+        row[0].axis('on'); _show(row[0], items[q], f'query cam {items[q].cam}' + (f'\n{labels[i]}' if labels else ''), ir_range=ir_range)
         for ax,g,d in zip(row[1:], *top_matches(feats, pids, cams, q, gallery, setting.rule, k)):
             right = pids[g] == pids[q]
-            ax.axis('on'); _show(ax, items[g].path, f'{"" if right else "✗ "}{d:.2f} cam {items[g].cam}', right, ir_range)
+            ax.axis('on'); _show(ax, items[g], f'{"" if right else "✗ "}{d:.2f} cam {items[g].cam}', right, ir_range)
     fig.suptitle(title or f'{setting.name}: distance and camera of the {k} nearest', fontsize=11)
     return fig
 
@@ -80,7 +81,7 @@ class ReIDInterpretation:
         items:list, # ReIDImages
         feats, # (n, D) features, one row an item; normalised here
         settings:list|None=None, # Settings over `items`; default: each modality searches the other
-        ir_range:tuple|None=None, # As in read_image, for 16-bit files
+        ir_range:tuple|None=None, # As in read_image, for 16-bit infrared files
     ):
         feats = torch.as_tensor(feats).detach().float().cpu()
         if len(items) != len(feats): raise ConfigError(f'{len(items)} items but {len(feats)} rows of features: give one row for each item')
@@ -143,7 +144,8 @@ def plot_worst_queries(self:ReIDInterpretation,
     trial:int=0, # Gallery draw to show
 ):
     "Ranked lists of the queries with the lowest average precision, the worst first, with the place of the first right match."
-    s,worst = self.setting(setting),self.queries(setting).sort_values('AP', kind='stable')[:n]
+    s,worst = self.setting(setting),self.queries(setting).sort_values('AP', kind='stable')[:max(n, 0)]
+    if not 0 <= trial < len(s.g_idxs): raise ConfigError(f'trial={trial}: setting {s.name} has the trials 0 to {len(s.g_idxs)-1}')
     def first(q):
         g = top_matches(self.feats, self.pids, self.cams, q, s.g_idxs[trial], s.rule, None)[0]
         hits = np.flatnonzero(self.pids[g] == self.pids[q])

@@ -21,8 +21,8 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.core import imagenet_stats
-from .core import ConfigError, DataError, Modality
-from .data.external import load_resized
+from .core import ConfigError, DataError
+from .data.external import item_range, load_resized
 from .callback.pedmix import PedMix
 from .losses import TMPALoss, BetaWarmup
 from .metrics import LossTerms, ReIDMetrics
@@ -142,7 +142,7 @@ class _Images(torch.utils.data.Dataset):
     def __len__(self): return len(self.items)
     def __getitem__(self, i):
         o = self.items[i]
-        return torch.as_tensor(load_resized(o.path, self.size, ir_range=self.ir_range if o.modality == Modality.INFRARED else None)), int(o.modality)
+        return torch.as_tensor(load_resized(o.path, self.size, ir_range=item_range(o, self.ir_range))), int(o.modality)
 
 def extract_features(
     model, # A network with `model(images, modality) -> features`
@@ -162,11 +162,12 @@ def extract_features(
     mean,std = (torch.tensor(o, device=device).view(3,1,1) for o in imagenet_stats)
     was_training,out = model.training,[]
     model.eval()
-    with torch.inference_mode():
-        for x,m in dl:
-            x,m = (x.as_subclass(torch.Tensor).to(device) - mean)/std, m.to(device)
-            f = model(x, m)
-            if flip: f = F.normalize(f + model(x.flip(-1), m), dim=1)
-            out.append(f.float().cpu())
-    model.train(was_training)
+    try:
+        with torch.inference_mode():
+            for x,m in dl:
+                x,m = (x.as_subclass(torch.Tensor).to(device) - mean)/std, m.to(device)
+                f = model(x, m)
+                if flip: f = F.normalize(f + model(x.flip(-1), m), dim=1)
+                out.append(f.float().cpu())
+    finally: model.train(was_training)
     return torch.cat(out).clone()

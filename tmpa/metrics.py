@@ -24,7 +24,7 @@ class ReIDMetrics(Callback):
         ranks:tuple=(1,), # CMC ranks that get a column
     ):
         if every < 1: raise ConfigError(f'every={every}: evaluate every 1 or more epochs')
-        self.settings,self.every,self.ranks,self.results,self._names = settings,every,ranks,{},()
+        self.settings,self.every,self.ranks,self.results,self._names,self._trained = settings,every,ranks,{},(),False
     def after_create(self): self._add_columns()
     def before_fit(self): self._add_columns()
     def _add_columns(self):
@@ -42,10 +42,14 @@ class ReIDMetrics(Callback):
     def resume_state(self): "For `ResumeFit`: what the columns show until the next evaluation."; return {k: dict(mAP=float(r.mAP), cmc=[float(v) for v in r.cmc]) for k,r in self.results.items()}
     def set_resume_state(self, s): "Show it again."; self.results = {k: SimpleNamespace(**v) for k,v in s.items()}
     def _skip(self): return hasattr(self, 'gather_preds') or hasattr(self, 'lr_finder')
+    def after_train(self): self._trained = True
     def before_validate(self):
         self._feats,self._meta = [],[]
-        due = (self.epoch+1) % self.every == 0 or self.epoch+1 == self.n_epoch if hasattr(self.learn, 'n_epoch') and hasattr(self.learn, 'epoch') else True
-        if not due and not self._skip(): self.learn.dl = []  # an empty loader keeps the recorder's columns aligned; cancelling would not
+        due = not self._trained or (self.epoch+1) % self.every == 0 or self.epoch+1 == self.n_epoch  # `learn.validate()` has no epoch of its own, only that of a fit long ago
+        self._trained = False
+        if self._skip(): return
+        if due: self.results = {}
+        else: self.learn.dl = []  # an empty loader keeps the recorder's columns aligned; cancelling would not
     def after_pred(self):
         if self._skip(): return
         _,pid,cam = self.yb

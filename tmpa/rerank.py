@@ -102,7 +102,7 @@ def rerank(
     "k-reciprocal re-ranking of Zhong et al., in blocks of rows."
     q, g = (check_finite(as_matrix(f, k), k) for f,k in ((q_feats, 'q_feats'), (g_feats, 'g_feats')))
     if q.shape[1] != g.shape[1]: raise ProtocolError(f"q_feats have {q.shape[1]} columns and g_feats {g.shape[1]}: both must come from one model")
-    if not 0 < k2 <= k1 or k1 >= len(q) + len(g): raise ProtocolError(f"k1={k1}, k2={k2}: re-ranking needs 0 < k2 <= k1 < {len(q) + len(g)}, the number of images")
+    if not all(isinstance(k, (int, np.integer)) for k in (k1, k2)) or not 0 < k2 <= k1 or k1 >= len(q) + len(g): raise ProtocolError(f"k1={k1}, k2={k2}: re-ranking needs whole numbers 0 < k2 <= k1 < {len(q) + len(g)}, the number of images")
     x = F.normalize(torch.cat([q.to(g), g]), dim=1)
     near, top = _neighbours(x, k1+1, chunk)
     v = _encode(x, near, top, k1, chunk)

@@ -6,15 +6,15 @@
 __all__ = ['BLOCK', 'top_columns', 'fingerprint', 'Hit', 'Hits', 'Gallery']
 
 # %% ../nbs/22_search.ipynb #6f3e78b0
-import hashlib, json
+import hashlib, json, os
 from contextlib import contextmanager
 import matplotlib.pyplot as plt, numpy as np, torch
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 from PIL import Image
-from .core import CheckpointError, ConfigError, DataError, Modality, ProtocolError, ReIDImage, TMPAError, atomic_write
-from .data.external import read_image
+from .core import CheckpointError, ConfigError, DataError, ProtocolError, ReIDImage, TMPAError, atomic_write, check_record
+from .data.external import item_range, read_image
 from .learner import extract_features
 from .ranking import as_matrix, check_finite, get_rule
 
@@ -26,7 +26,7 @@ def top_columns(
     "`topk` with a defined order of equals."
     n = sim.shape[1]
     v,i = sim.topk(min(k+1, n), dim=1)
-    tied = (v[:, k-1] == v[:, k]).nonzero()[:, 0] if k < n else v.new_zeros(0, dtype=torch.long)
+    tied = ((v[:, k-1] == v[:, k]) & (v[:, k] > -torch.inf)).nonzero()[:, 0] if k < n else v.new_zeros(0, dtype=torch.long)  # what is hidden needs no order
     i,o = i[:, :k].sort(1)
     v,o = v[:, :k].gather(1, o).sort(dim=1, descending=True, stable=True)
     i = i.gather(1, o)
@@ -50,8 +50,10 @@ def fingerprint(
     return h.hexdigest()
 
 def _changes(model):
-    "What differs after any weight has been changed or replaced."
-    return [getattr(model, o, None) for o in _switches], [(v.data_ptr(), v._version) for v in (*model.parameters(), *model.buffers())]
+    "What differs after any weight has been changed or replaced; also through `.data`, as fastai's optimisers do, which leaves `_version` as it was."
+    ws = [*model.parameters(), *model.buffers()]
+    some = torch.cat([v.detach().reshape(-1)[::max(1, v.numel()//16)].float() for v in ws]) if ws else torch.zeros(0)
+    return [getattr(model, o, None) for o in _switches], [(v.data_ptr(), v._version) for v in ws], some.cpu().numpy().tobytes()
 
 # %% ../nbs/22_search.ipynb #91f19366
 class Hit(NamedTuple):
@@ -76,7 +78,7 @@ class Hits(list):
         if not todo: raise ConfigError('nothing to show: no query image and no hits')
         fig,axs = plt.subplots(1, len(todo), figsize=figsize or (.9*len(todo), 2.1), dpi=dpi, squeeze=False, layout='constrained')
         for ax,(o,title,right) in zip(axs[0], todo):
-            ax.imshow(read_image(o.path, ir_range=self.ir_range if o.modality == Modality.INFRARED else None).permute(1, 2, 0).numpy())
+            ax.imshow(read_image(o.path, ir_range=item_range(o, self.ir_range)).permute(1, 2, 0).numpy())
             ax.set(xticks=[], yticks=[]); ax.set_title(title if right in (None, True) else f'✗ {title}', fontsize=9, pad=3); ax.set_xlabel(f'cam {o.cam}' if o.cam else '', fontsize=8)
             for s in ax.spines.values(): s.set(visible=right is not None, color='#117733' if right else '#CC3311', linewidth=2.5, linestyle='-' if right else '--')
         plt.close(fig)
@@ -162,8 +164,8 @@ def _put(self:Gallery, start, x):
 # %% ../nbs/22_search.ipynb #9d9bdd08
 def _record(o, modality=None):
     "A ReIDImage of a path, picture or record; identity -1 and camera 0 mean unknown."
-    if isinstance(o, ReIDImage): return o
-    if isinstance(o, np.ndarray) and o.dtype == np.uint8: o = Image.fromarray(o)
+    if isinstance(o, ReIDImage): return check_record(o)
+    if isinstance(o, np.ndarray) and o.dtype == np.uint8 and (o.ndim == 2 or o.ndim == 3 and o.shape[2] in (3, 4)): o = Image.fromarray(o)
     if not isinstance(o, (str, Path, Image.Image)): raise ConfigError(f'{type(o).__name__} is no image: give a path, a PIL image, a uint8 array (H, W, 3) or a ReIDImage')
     if modality not in (0, 1): raise ConfigError(f"modality={modality!r}: a path or picture does not say by what camera it was taken, pass modality=0 (visible) or 1 (infrared)")
     return ReIDImage(Path(o) if isinstance(o, str) else o, -1, 0, int(modality))
@@ -175,21 +177,21 @@ def add(self:Gallery,
     feats=None, # (n, D) features of the images, made elsewhere; default: the model makes them
 )->int: # How many were added
     "Add images; those that are there already are passed over."
-    items = [_record(o, modality) for o in ([images] if isinstance(images, (str, Path, ReIDImage)) else images)]
+    items = [_record(o, modality) for o in ([images] if isinstance(images, (str, Path, Image.Image, ReIDImage)) else images)]
     if any(isinstance(o.path, Image.Image) for o in items): raise ConfigError('a gallery keeps paths, not pictures: write the pictures to files first')
     if self.model is not None or feats is None: self._own()
     if feats is not None: feats = self._features(feats, len(items))
-    there,todo = {str(o.path) for o in self.items},[]
+    key = lambda o: os.path.abspath(o.path)  # one file, whether or not it is named from the working folder
+    there,todo = {key(o) for o in self.items},[]
     for i,o in enumerate(items):
-        if str(o.path) not in there: there.add(str(o.path)); todo.append(i)
-    step = max(self.bs, 512)
+        if key(o) not in there: there.add(key(o)); todo.append(i)
+    step,self._labels = max(self.bs, 512),None  # forgotten first: an image that cannot be read ends this after others were added
     for s in range(0, len(todo), step):
         part = todo[s:s+step]
         x = feats[part] if feats is not None else self._features(self._extract([items[i] for i in part]))
         self.dim = x.shape[1]
         self._put(len(self), x)
         self.items += [items[i] for i in part]
-    self._labels = None
     return len(todo)
 
 @patch
@@ -203,12 +205,19 @@ def _numbers(self:Gallery):
         self._labels = torch.tensor([(o.pid, o.cam, int(o.modality)) for o in self.items], dtype=torch.long, device=self.device).view(-1, 3).T.contiguous()
     return self._labels
 
+def _ints(x, name):
+    "Whole numbers from one or several, in whatever they come."
+    a = np.atleast_1d(np.asarray(x.detach().cpu() if torch.is_tensor(x) else list(x) if hasattr(x, '__iter__') and not isinstance(x, np.ndarray) else x))
+    if a.size and a.dtype.kind not in 'iu': raise ConfigError(f'{name}={x!r}: give whole numbers')
+    return a.astype(np.int64).ravel()
+
 @patch
 def _hidden(self:Gallery, queries, cams, only, rule):
     "A function from a slice of the gallery to what is hidden there, (n, ) or (n_q, n); None hides nothing."
     pid,cam,mod = self._numbers()
     allowed = torch.ones_like(pid, dtype=torch.bool)
-    if cams is not None: allowed &= torch.isin(cam, torch.as_tensor([cams] if isinstance(cams, int) else list(cams), device=self.device))
+    if cams is not None: allowed &= torch.isin(cam, torch.as_tensor(_ints(cams, 'cams'), device=self.device))
+    if only not in (None, 0, 1): raise ConfigError(f'only={only!r}: give 0 (visible), 1 (infrared) or None')
     if only is not None: allowed &= mod == int(only)
     if not allowed.any(): raise ConfigError(f'no image of the gallery fits cams={cams}, only={only}: it has cameras {sorted(set(cam.tolist()))} and modalities {sorted(set(mod.tolist()))}')
     remove = get_rule(rule).remove
@@ -225,16 +234,19 @@ def nearest(self:Gallery,
     k:int=10, # How many
     hidden=None, # Function from a slice of the gallery to a mask of what must not be found
 )->tuple: # Similarities (-inf where there are no `k`) and places (n_q, k), nearest first
-    "The exact `k` nearest of each query, block by block; equals in the order of the gallery."
+    "The exact `k` nearest of each query, block by block; equal similarities in the order of the gallery."
     if not len(self): raise ProtocolError('the gallery is empty: add images first')
-    if k < 1: raise ConfigError(f'k={k}: ask for 1 or more')
+    if not isinstance(k, (int, np.integer)) or k < 1: raise ConfigError(f'k={k}: ask for 1 or more')
     q,v,i = self._features(feats),None,None
-    for b,block in enumerate(self.blocks):
-        s = slice(b*BLOCK, min((b+1)*BLOCK, len(self)))
-        sim = q@block[:s.stop-s.start].to(q.dtype).T
-        if hidden is not None: sim.masked_fill_(hidden(s), -torch.inf)
+    many = 1 + 2*k//BLOCK  # for long lists several blocks together: each is merged with the list so far
+    for b in range(0, len(self.blocks), many):
+        s = slice(b*BLOCK, min((b+many)*BLOCK, len(self)))
+        h = None if hidden is None else hidden(s)
+        if h is not None and h.all() and (v is not None or s.stop < len(self)): continue
+        sim = torch.cat([q@x[:s.stop-n*BLOCK].to(q.dtype).T for n,x in enumerate(self.blocks[b:b+many], b)], 1)
+        if h is not None: sim.masked_fill_(h, -torch.inf)
         w,j = top_columns(sim, min(k, sim.shape[1]))
-        if v is None: v,i = w,j
+        if v is None: v,i = w,j+s.start
         else:  # what came before stands first among equals
             v,o = torch.cat([v, w], 1).sort(dim=1, descending=True, stable=True)
             v,i = v[:, :k],torch.cat([i, j+s.start], 1).gather(1, o[:, :k])
@@ -242,7 +254,8 @@ def nearest(self:Gallery,
 
 # %% ../nbs/22_search.ipynb #64eccab1
 def _alone(query):
-    "Is it one query, or a list of them?"
+    "Is it one image or feature, or a list of them?"
+    if query is None: raise ConfigError('None is no image: give a path, a PIL image, a uint8 array (H, W, 3) or a ReIDImage')
     if isinstance(query, np.ndarray) and query.dtype == np.uint8: return query.ndim in (2, 3)
     return isinstance(query, (str, Path, Image.Image, ReIDImage)) or getattr(query, 'ndim', 0) == 1
 
@@ -269,6 +282,7 @@ def search(self:Gallery,
         self._own()
         records = [_record(o, modality) for o in qs]
         feats = self._extract(records)
+    if step < 1: raise ConfigError(f'step={step}: give 1 or more queries at a time')
     hits = []
     for s in range(0, len(records), step):
         part = records[s:s+step]
@@ -280,14 +294,20 @@ def search(self:Gallery,
 # %% ../nbs/22_search.ipynb #13993d55
 @patch
 def remove(self:Gallery,
-    which, # Places in the gallery, or a function of a ReIDImage that says which
+    which, # Places in the gallery, a mask (n,) of it, or a function of a ReIDImage that says which
 )->int: # How many were removed
     "Take images out; the others keep their order and move up."
-    gone = {i for i,o in enumerate(self.items) if which(o)} if callable(which) else {int(i) for i in which}
+    if callable(which): which = [which(o) for o in self.items]
+    elif not isinstance(which, (int, np.integer)): which = which.cpu().numpy() if torch.is_tensor(which) else np.asarray(which if isinstance(which, np.ndarray) else list(which))
+    if len(self) and np.asarray(which).dtype == bool:
+        if np.shape(which) != (len(self),): raise ConfigError(f'a mask of shape {np.shape(which)} for a gallery of {len(self)} images: give places, or one truth value for each image')
+        which = np.flatnonzero(which)
+    gone = set(_ints(which, 'which').tolist())
     if bad := [i for i in gone if not 0 <= i < len(self)]: raise ConfigError(f'place {bad[0]} is not in a gallery of {len(self)} images: give places from 0 to {len(self)-1}')
     keep = [i for i in range(len(self)) if i not in gone]
     for s in range(0, len(keep), BLOCK): self._put(s, self.rows(keep[s:s+BLOCK]))  # a row only ever moves up, so none is overwritten before it is read
     self.items,self.blocks,self._labels = [self.items[i] for i in keep],self.blocks[:-(-len(keep)//BLOCK)],None
+    if not keep: self.dim = None  # free for another model
     return len(gone)
 
 # %% ../nbs/22_search.ipynb #b775bbc8

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['sysu_items', 'load_perms', 'sysu_gallery', 'regdb_items', 'llcm_items', 'llcm_gallery', 'csv_items', 'sysu_settings',
-           'cross_settings', 'regdb_settings', 'llcm_settings', 'read_image', 'load_resized']
+           'cross_settings', 'regdb_settings', 'llcm_settings', 'item_range', 'read_image', 'load_resized']
 
 # %% ../../nbs/01_data.external.ipynb #76c44ba0
-import csv, os, random, re, sys
+import csv, io, os, random, re, sys
 from contextlib import nullcontext
 import numpy as np, torch
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from warnings import warn
 from PIL import Image, ImageFile
@@ -57,7 +57,12 @@ def sysu_items(
     if missing: warn(f"{path} has no {', '.join(missing)}: numbers will not be comparable to published ones")
     res = [ReIDImage(f, p, c, int(c in _sysu_ir)) for p in pids for c in range(1, 7) for f in _images(path/f'cam{c}'/f'{p:04d}')]
     if not res: raise DataError(f'no image of the {split} identities in {path}: images should be cam1/0001/0001.jpg and so on')
+    _all_there(pids, res, path)
     return res
+
+def _all_there(pids, items, path):
+    if gone := sorted(set(pids)-{o.pid for o in items}):
+        warn(f"{path} has no image of {len(gone)} of {len(pids)} listed identities ({', '.join(map(str, gone[:10]))}{' ...' if len(gone)>10 else ''}): numbers will not be comparable to published ones")
 
 # %% ../../nbs/01_data.external.ipynb #3015f8d1
 def load_perms(
@@ -124,10 +129,17 @@ def _read_index(root, f):
         if not name or not label.isdigit(): raise DataError(f"{f}, line {n}: '{line.strip()}' should be 'relative/path label': correct the line")
         img = root/name.strip()
         if img.parent not in listing: listing[img.parent] = set(os.listdir(img.parent)) if img.parent.is_dir() else set()
-        if img.name not in listing[img.parent]: raise DataError(f'{f}, line {n}: no image {img}: restore the image, or delete the line')
+        if img.name not in listing[img.parent] or img.suffix=='' and img.is_dir(): raise DataError(f'{f}, line {n}: no image {img}: restore the image, or delete the line')
         rows.append((img, int(label), int(img.parent.name) if img.parent.name.isdigit() else None))
     if not rows: raise DataError(f'index file {f} is empty: copy it from the data set again')
+    _once([r[0] for r in rows], f)
     return rows
+
+def _once(files, f):
+    "Published code takes an image as often as its list names it, and so do we, but not in silence."
+    if len(files)>len(set(files)):
+        twice = next(o for o, n in Counter(files).items() if n>1)
+        warn(f'{f} names {len(files)-len(set(files))} images again, the first of them {twice}: they count twice in every score')
 
 def _pid_is_folder(rows):
     pairs = {(l, d) for _, l, d in rows}
@@ -166,6 +178,7 @@ def llcm_items(
         for o in mods: _root(path/f'test_{o}', 'cam1 ... cam9 of LLCM')
         res = [ReIDImage(f, p, c, m) for m in range(2) for p in pids for c in range(1, 10) for f in _images(path/f'test_{mods[m]}'/f'cam{c}'/f'{p:04d}')]
         if not res: raise DataError(f'no image of the test identities in {path}: images should be test_vis/cam1/0001/*.jpg and so on')
+        _all_there(pids, res, path)
     return sorted(res, key=lambda o: (o.modality, o.pid, o.cam, str(o.path)))
 
 def llcm_gallery(
@@ -187,25 +200,27 @@ def csv_items(
     "Images listed in a CSV file; `DataError` names the line that cannot be used."
     path,res,mods = Path(path),[],{'visible': 0, 'infrared': 1, '0': 0, '1': 1}
     if not path.is_file(): raise DataError(f'no file {path}: pass a CSV file with the columns file, pid, cam, modality and split')
-    with open(path, newline='', encoding='utf-8-sig') as f:
-        rows = csv.DictReader(f)
-        missing = {'file', 'pid', 'cam', 'modality', 'split'} - set(rows.fieldnames or ())
-        if missing: raise DataError(f'{path} has no column {", ".join(sorted(missing))}: the first line should be file,pid,cam,modality,split')
-        for r in rows:
-            try: o = ReIDImage(path.parent/r['file'], int(r['pid']), int(r['cam']), mods[r['modality'].strip().lower()])
-            except (AttributeError, KeyError, TypeError, ValueError): raise DataError(f'{path}, line {rows.line_num}: pid and cam should be whole numbers, modality visible or infrared') from None
-            if not o.path.is_file(): raise DataError(f'{path}, line {rows.line_num} names {o.path}, which does not exist: restore the image, or delete the line')
-            if r['split'] == split: res.append(o)
+    try: text = path.read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as e: raise DataError(f'{path} cannot be read ({type(e).__name__}): save it as CSV in UTF-8') from None
+    rows = csv.DictReader(io.StringIO(text, newline=''))
+    missing = {'file', 'pid', 'cam', 'modality', 'split'} - set(rows.fieldnames or ())
+    if missing: raise DataError(f'{path} has no column {", ".join(sorted(missing))}: the first line should be file,pid,cam,modality,split')
+    for r in rows:
+        try: o,of = ReIDImage(path.parent/r['file'], int(r['pid']), int(r['cam']), mods[r['modality'].strip().lower()]),r['split'].strip().lower()
+        except (AttributeError, KeyError, TypeError, ValueError): raise DataError(f'{path}, line {rows.line_num}: pid and cam should be whole numbers, modality visible or infrared') from None
+        if not o.path.is_file(): raise DataError(f'{path}, line {rows.line_num} names {o.path}, which does not exist: restore the image, or delete the line')
+        if of == split.lower(): res.append(o)
     if not res: raise DataError(f"{path} has no line of split '{split}'")
+    _once([o.path for o in res], path)
     return res
 
 # %% ../../nbs/01_data.external.ipynb #59b64ab4
 def _where(items, modality): return np.array([i for i, o in enumerate(items) if o.modality==modality], dtype=np.int64)
 
-def _setting(name, q_idx, g_idxs, rule, note=''):
+def _setting(name, q_idx, g_idxs, rule, note='', need='test items of both modalities'):
     g_idxs = [np.asarray(g, dtype=np.int64) for g in g_idxs]
     if not len(q_idx) or not all(len(g) for g in g_idxs):
-        raise ProtocolError(f"setting '{name}' has {len(q_idx)} queries and {min(map(len, g_idxs), default=0)} gallery images: give test items of both modalities")
+        raise ProtocolError(f"setting '{name}' has {len(q_idx)} queries and {min(map(len, g_idxs), default=0)} gallery images: give {need}")
     return Setting(name=name, q_idx=q_idx, g_idxs=g_idxs, rule=rule, note=note)
 
 def sysu_settings(
@@ -217,7 +232,8 @@ def sysu_settings(
     "All-search and indoor-search of SYSU-MM01, single- and multi-shot; the note names the gallery convention."
     convention,perms = _sysu_perms(items, convention, perms)
     note = 'official gallery (rand_perm_cam.mat)' if convention=='official' else 'seeded gallery (Python random, seed = trial)'
-    return [_setting(f'{mode}_{name}', _where(items, 1), [sysu_gallery(items, mode, shots, t, convention, perms) for t in range(trials)], 'sysu', note)
+    return [_setting(f'{mode}_{name}', _where(items, 1), [sysu_gallery(items, mode, shots, t, convention, perms) for t in range(trials)], 'sysu', note,
+                     'infrared images of cameras 3 and 6, and visible ones of cameras 1 and 2, where indoor-search looks')
             for mode in ('all', 'indoor') for name, shots in (('single', 1), ('multi', 10))]
 
 def cross_settings(
@@ -298,6 +314,13 @@ def _to_tensor(a):
     x = torch.from_numpy(a.copy() if a.dtype==np.uint8 else a.astype(np.float32))
     x = x.float().div_(255) if x.dtype==torch.uint8 else x
     return x.expand(3, *x.shape).contiguous() if x.ndim==2 else x.permute(2, 0, 1).contiguous()
+
+def item_range(
+    o, # A ReIDImage
+    ir_range, # (lowest, highest) raw value, or None
+)->tuple|None: # What counts for this image
+    "A fixed range is the infrared camera's: visible files of more than 8 bits use the full range of their numbers."
+    return ir_range if o.modality==Modality.INFRARED else None
 
 def read_image(
     path:str|Path, # An image file that Pillow can read, or a Pillow image

@@ -19,8 +19,8 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage, default_device
 from fastai.vision.core import imagenet_stats
-from ..core import ConfigError, DataError, ReIDImage
-from .external import (cross_settings, llcm_items, llcm_settings, regdb_items, regdb_settings, sysu_items, sysu_settings, _pixels, _to_tensor)
+from ..core import ConfigError, DataError, check_record
+from .external import (cross_settings, llcm_items, llcm_settings, item_range, regdb_items, regdb_settings, sysu_items, sysu_settings, _pixels, _to_tensor)
 from .synthetic import GENERATOR_VERSION, make_regdb
 from .transforms import ReIDAug
 
@@ -32,7 +32,7 @@ class ReIDDataset:
         items:list, # ReIDImage
         vocab:list=(), # Training identities in the order of their labels
         size:tuple=(288, 144), # (height, width)
-        ir_range:tuple|None=None, # Raw values that mean 0 and 1 in files of more than 8 bits
+        ir_range:tuple|None=None, # Raw values that mean 0 and 1 in infrared files of more than 8 bits
         split_idx:int=1, # 0 training, 1 validation
         cache:bool=False, # Keep decoded images in memory
         cache_gb:float=2., # But not more than this
@@ -49,7 +49,8 @@ class ReIDDataset:
 
     def _load(self, i):
         if i in self._kept: return self._kept[i]
-        a = _pixels(self.items[i].path, self.size, self.ir_range)
+        o = self.items[i]
+        a = _pixels(o.path, self.size, item_range(o, self.ir_range))
         if self.cache and self._bytes+a.nbytes<=self.cache_gb*2**30:
             self._kept[i] = a.copy()
             self._bytes += a.nbytes
@@ -59,6 +60,7 @@ class ReIDDataset:
         "Other items, with labels and sizes as here."
         return type(self)(items, self.vocab, self.size, self.ir_range, split_idx)
     def new_empty(self): return self.new((), self.split_idx)
+    def set_split_idx(self, i): raise ConfigError('learn.tta() averages predictions of classes, which nobody here has: extract_features(flip=True) averages features with those of the mirrored images')
     def __getstate__(self): return {**self.__dict__, '_kept': {}, '_bytes': 0}
 
 # %% ../../nbs/03_data.load.ipynb #b91880f4
@@ -215,11 +217,7 @@ def _checked(items, P, K):
     if len(both)<P: raise ConfigError(f'{len(both)} training identities, but a batch takes P={P}: pass P={len(both)} or less, or give more identities')
     return [o for o in items if o.pid in both],list(both)
 
-def _records(items):
-    items = list(items)
-    bad = next((o for o in items if not isinstance(o, ReIDImage)), None)
-    if bad is not None: raise ConfigError(f'items must be ReIDImage(path, pid, cam, modality), not {type(bad).__name__}: build them with a reader of tmpa.data.external or by hand')
-    return items
+def _records(items): return [check_record(o) for o in items]
 
 # %% ../../nbs/03_data.load.ipynb #64fb3dfc
 class ReIDDataLoaders(DataLoaders):
@@ -271,7 +269,7 @@ def from_items(cls:ReIDDataLoaders,
     bs_valid:int=128, # Batch size of validation and test
     channel_exchange:bool|float=True, # Whether visible images exchange channels, or the chance that they do
     aug=True, # False: no augmentation; or a transform in place of ReIDAug
-    ir_range:tuple|None=None, # Raw values that mean 0 and 1 in files of more than 8 bits
+    ir_range:tuple|None=None, # Raw values that mean 0 and 1 in infrared files of more than 8 bits
     cache:bool=False, # Keep decoded images in memory, for small sets; needs `num_workers=0`, since each worker would keep its own
     cache_gb:float=2., # Limit of each cache in GB
     settings_fn=cross_settings, # Function from validation items to evaluation settings
@@ -280,11 +278,12 @@ def from_items(cls:ReIDDataLoaders,
     **kwargs
 ):
     "Loaders from lists of records."
+    if 'bs' in kwargs: raise ConfigError(f"bs={kwargs['bs']}: a training batch is 2 x P x K images, give P and K; bs_valid is the batch of validation and test")
     train_items,vocab = _checked(_records(train_items), P, K)
     valid_items = _records(valid_items or [])
     seen = {o.pid for o in valid_items} & set(vocab)
     if seen: warn(f'{len(seen)} validation identities are also trained on: scores will be too good; use split_by_pid')
-    if not (len(size)==2 and min(size)>0): raise ConfigError(f'size={size}: give (height, width) in pixels')
+    if not (isinstance(size, (tuple, list)) and len(size)==2 and min(size)>0): raise ConfigError(f'size={size}: give (height, width) in pixels')
     mk = partial(ReIDDataset, vocab=vocab, size=size, ir_range=ir_range, cache=cache, cache_gb=cache_gb)
     if aug is True: aug = ReIDAug(exchange=.75 if channel_exchange is True else float(channel_exchange))
     if num_workers is None: num_workers = 0 if cache else min(4, defaults.cpus)
