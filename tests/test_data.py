@@ -519,3 +519,61 @@ def test_from_sysu_splits(tmp_path):
     d = ReIDDataLoaders.from_sysu(root, valid='test', trials=3, **kw)
     assert ({o.pid for o in d.train_items}, {o.pid for o in d.valid_items})==({1, 2, 3}, {5, 9})
     assert [s.name for s in d.settings]==['all_single', 'all_multi', 'indoor_single', 'indoor_multi'] and len(d.settings[0].g_idxs)==3
+
+
+# --- what lists may hold ------------------------------------------------------------------------------------------------------------------------------
+
+def test_an_image_named_twice_is_said(tmp_path):
+    "Published code counts it twice, and so do we, with a warning."
+    for m in ('Visible', 'Thermal'):
+        (tmp_path/m/'1').mkdir(parents=True)
+        for n in range(2): (tmp_path/m/'1'/f'{n}.bmp').touch()
+    (tmp_path/'idx').mkdir()
+    for m in ('visible', 'thermal'): (tmp_path/'idx'/f'test_{m}_1.txt').write_text(''.join(f'{m.title()}/1/{n}.bmp 0\n' for n in (0, 1, 0)))
+    with pytest.warns(UserWarning, match='names 1 images again'): items = regdb_items(tmp_path, 1, 'test')
+    assert len(items)==6
+    (tmp_path/'idx'/'test_visible_1.txt').write_text('Visible/1 0\n')
+    with pytest.raises(DataError) as e: regdb_items(tmp_path, 1, 'test')
+    one_line(e, 'line 1', 'no image')
+
+def test_listed_people_without_images_are_said(sysu_small, tmp_path):
+    shutil.copytree(sysu_small, tmp_path/'sysu')
+    (tmp_path/'sysu'/'exp'/'test_id.txt').write_text('5,9,77')
+    with pytest.warns(UserWarning, match=r'no image of 1 of 3 listed identities \(77\)'): sysu_items(tmp_path/'sysu', 'test')
+    for c in (1, 2): shutil.rmtree(tmp_path/'sysu'/f'cam{c}')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(ProtocolError, match='visible ones of cameras 1 and 2'): sysu_settings(sysu_items(tmp_path/'sysu', 'test'))
+
+def test_a_fixed_range_is_the_infrared_cameras(tmp_path):
+    "In the loaders as in `extract_features`: visible files of more than 8 bits keep their own."
+    from tmpa.learner import extract_features
+    items = []
+    for i in range(8):
+        for m in range(2):
+            f = tmp_path/f'{i}_{m}.png'
+            Image.fromarray(np.full((8, 4), 1000+100*i, np.uint16)).save(f)
+            items.append(ReIDImage(f, i, 1+m, m))
+    dls = ReIDDataLoaders.from_items(items, size=(8, 4), P=2, K=1, num_workers=0, ir_range=(0, 4095))
+    class Mean(torch.nn.Module):
+        def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.zeros(1))
+        def forward(self, x, m): return x.mean((2, 3))
+    dl = dls.test_dl(items)
+    x = torch.cat([b[0] for b in dl]).as_subclass(torch.Tensor).mean((2, 3))
+    assert torch.allclose(x, extract_features(Mean(), items, (8, 4), ir_range=(0, 4095)), atol=1e-5)
+    assert (x[::2] < x[1::2]).all()
+
+def test_arguments_of_from_items(people):
+    for kw,words in ((dict(bs=5), '2 x P x K'), (dict(size=128), 'height, width')):
+        with pytest.raises(ConfigError) as e: ReIDDataLoaders.from_items(people, **{'size': (64, 32), 'P': 2, **kw})
+        one_line(e, words)
+    for bad in (dict(modality=2), dict(modality='visible'), dict(modality=-1), dict(pid='7'), dict(cam=None)):
+        with pytest.raises(ConfigError) as e: ReIDDataLoaders.from_items([o._replace(**bad) for o in people], size=(64, 32), P=2)
+        one_line(e, people[0].path.name)
+
+def test_a_damaged_image_leaves_the_model_in_training(people, tmp_path):
+    from tmpa.learner import extract_features
+    (tmp_path/'zero.png').touch()
+    m = torch.nn.Linear(1, 1).train()
+    with pytest.raises(DataError, match='zero.png'): extract_features(m, [people[0]._replace(path=tmp_path/'zero.png')], (8, 4))
+    assert m.training

@@ -329,3 +329,29 @@ def test_benchmark_baseline():
     a = z['distmat'], z['q_pids'], z['g_pids'], z['q_camids'], z['g_camids']
     cmc, mAP, mINP = bench.published_loop(*a, max_rank=10)
     np.testing.assert_allclose([*cmc, mAP, mINP], z['mangye_eval_sysu_stable'], atol=1e-6)
+
+
+@pytest.mark.parametrize('scale', [1e19, 1e-15, 1e-30])
+def test_cosine_at_any_scale(scale):
+    q, g, qp, gp = (torch.randn(30, 16, generator=torch.Generator().manual_seed(0)), torch.randn(50, 16, generator=torch.Generator().manual_seed(1)), np.arange(30) % 10, np.arange(50) % 10)
+    assert abs(evaluate(q*scale, g*scale, qp, gp).mAP - evaluate(q, g, qp, gp).mAP) < 1e-6
+
+
+def test_arrays_of_every_kind():
+    x, p = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32), np.arange(20) % 5
+    want = evaluate(x, x, p, p).mAP
+    for y in (x[::-1][::-1], x.astype('>f4'), x.astype(np.longdouble), x.astype(object).astype(float), x.tolist(), np.asfortranarray(x)): assert abs(evaluate(y, y, p, p).mAP - want) < 1e-6
+    for bad in (x.astype(complex), x.astype(object), [[1., 2.], [3.]], torch.zeros(2, 2, dtype=torch.complex64)):
+        with pytest.raises(ProtocolError, match='needed'): evaluate(bad, x, p, p)
+    cams = (np.arange(20) % 6 + 1)
+    assert evaluate(x, x, p, p, cams.astype(str), cams.astype(object), 'sysu').mAP == evaluate(x, x, p, p, cams, cams, 'sysu').mAP
+    for kw in (dict(chunk=-5), dict(chunk=7.), dict(rerank=dict(k=3)), dict(rerank=dict(k1=3.)), dict(rerank=True, metric='dot'), dict(rule=Rule('camera', True))):
+        with pytest.raises(ProtocolError): evaluate(x, x, p, p, **kw)
+
+
+def test_features_of_the_other_side_are_none(tmp_path):
+    np.savez(tmp_path/'a.npz', query_f=np.ones((2, 3)), query_label=[1, 2], gallery_f=np.ones((2, 3)))
+    assert load_features(tmp_path/'a.npz', 'query').pids.tolist() == [1, 2]
+    with pytest.raises(DataError, match='no identities'): load_features(tmp_path/'a.npz', 'gallery')
+    torch.save({0: torch.ones(2)}, tmp_path/'b.pt')
+    with pytest.raises(DataError, match='it holds 0'): load_features(tmp_path/'b.pt')

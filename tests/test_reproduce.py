@@ -120,10 +120,12 @@ def test_budget(toy, tmp_path, capsys):
 
 
 def test_a_row_that_fails_does_not_stop_the_others(toy, tmp_path, capsys):
-    rows = [TableRow('odd', Recipe('odd', mfe=False, mft=False, mix=dict(partner='nobody'))), TableRow('B', 'B')]
+    class Odd(rp.SlotMix):
+        def masks(self, n, size, device=None): raise self.error('nobody to mix')
+    rows = [TableRow('odd', Recipe('odd', mfe=False, mft=False, mix=dict(kind=Odd))), TableRow('B', 'B')]
     with pytest.raises(rp.TMPAError, match='1 of 2 runs failed, the first with ConfigError'): rp.reproduce(dict(mine=RecipeTable('Mine', rows)), toy, tmp_path)
     assert states(tmp_path) == {'odd': 'failed', 'b': 'done'}
-    assert "failed: ConfigError: PedMix: partner='nobody'" in (tmp_path/'mine-synthetic-t2v.md').read_text()
+    assert 'failed: ConfigError: Odd: nobody to mix' in (tmp_path/'mine-synthetic-t2v.md').read_text()
     with pytest.raises(ConfigError, match='nobody'): rp.reproduce(dict(mine=RecipeTable('Mine', rows[:1])), toy, tmp_path, quiet=True)
 
 
@@ -183,10 +185,13 @@ def test_other_images_and_foreign_folders(toy, people, tmp_path, capsys):
         with pytest.raises(rp.ConfigError, match='holds no run|cannot be read'): earlier_run(replace(cfg, out=str(d)))
         assert {f.name for f in d.iterdir()} == set(files)
     run = next((tmp_path/'out'/'runs').iterdir())
+    config = (run/'config.json').read_text()
     (run/'config.json').write_text('half')
+    with pytest.raises(rp.ConfigError, match='config.json cannot be read'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B'], quiet=True)  # finished: nothing is done to it
+    (run/'metrics.json').rename(tmp_path/'metrics.json')
     capsys.readouterr()
-    rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B'])  # an unreadable folder may hold weights: it is kept
-    assert f'config.json cannot be read (JSONDecodeError); it is kept in {tmp_path}/out/set_aside/{run.name}-1, and the run begins again' in capsys.readouterr().out
+    rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B'])  # an unfinished one may hold weights: it is kept
+    assert f'cannot be gone on with; it is kept in {tmp_path}/out/set_aside/{run.name}-1, and the run begins again' in capsys.readouterr().out
     assert (tmp_path/'out'/'set_aside'/f'{run.name}-1'/'last.pth').exists() and states(tmp_path/'out') == {'b': 'done'}
     (run/'metrics.json').write_text('half')
     with pytest.raises(rp.ConfigError, match='metrics.json cannot be read'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B'], quiet=True)
@@ -253,3 +258,104 @@ def test_recipes_of_all_tables():
             if r.recipe: assert Recipe.from_dict(json.loads(json.dumps(get_recipe(r.recipe).asdict()))).name
     assert len(published_methods()) == 20
     assert short_hash(content(RECIPES['b+ca'])) == rp.row_key(TABLES['table7'].rows[0]) == rp.row_key(TABLES['table3'].rows[0])
+
+
+def test_methods_are_told_apart():
+    "By what they do: the code of functions and classes, a chance of 1 from the default, and not by defaults that are spelled out."
+    key = lambda r, **kw: short_hash(content(get_recipe(r).but(**kw)))
+    ca = [key('B+CA', channel_exchange=c) for c in (True, .75, 1., 1, .25, False, 0)]
+    assert ca[0] == ca[1] and ca[2] == ca[3] and len(set(ca)) == 4 and ca[5] == ca[6] == key('B')
+    att = [key('B', model=dict(attention=a)) for a in (lambda c: rp.SE(c, 2), lambda c: rp.CBAM(c, 2), lambda c: rp.SE(c, 2), rp.SE)]
+    assert len(set(att)) == 3 and att[0] == att[2]
+    def mix(share, doc=''):
+        class Mine(rp.SlotMix):
+            __doc__ = doc
+            def __init__(self, stripes=8, **kwargs): super().__init__(**kwargs); self.stripes = stripes
+            def masks(self, n, size, device=None): return torch.full((n, 1, *size), share)
+        return Mine
+    mine = [key('B', mix=dict(kind=k, **kw)) for k,kw in ((mix(0.), {}), (mix(1.), {}), (mix(0., 'x'), dict(stripes=8, p=1.)))]
+    assert mine[0] == mine[2] != mine[1]
+    for r,kw in (('B+CA+PatchMix', dict(mix=dict(kind='patchmix', ratio=.5))), ('B+CA+CutMix', dict(mix=dict(kind='cutmix', alpha=1.))), ('DART', dict(loss=dict(threshold=.5))), ('AGW', dict(model=dict(nonlocal_channels=1)))):
+        assert key(r, **kw) == key(r), r
+
+
+@pytest.mark.parametrize('change,words', [(dict(mfe=False), 'MFT needs'), (dict(loss=dict(alfa=1)), 'alfa'), (dict(model=dict(heeds=1)), 'heeds'), (dict(mix=dict(ratio=1)), 'ratio'), (dict(method='dart'), 'one trunk'), (dict(net='agw'), 'one trunk'),
+    (dict(net='agw', method='dart', mfe=False, mft=False), 'DART trains'), (dict(mix=dict(kind='stripes')), 'choose one of')])
+def test_recipes_that_contradict_themselves(toy, tmp_path, change, words):
+    r = get_recipe('TMPA').but(**change)
+    with pytest.raises(ConfigError, match=words): r.check()
+    with pytest.raises(ConfigError, match=words): rp.reproduce(dict(mine=RecipeTable('Mine', [TableRow('x', r)])), toy, tmp_path/'out', quiet=True)
+    assert not (tmp_path/'out').exists()
+
+
+def test_sweep(toy, tmp_path):
+    "A patch is in pixels; two sweeps in one folder have tables of their own; what cannot be run is said before the first run."
+    a = rp.sweep('B+CA+PedMix', {'mix.patch': [4, 8]}, toy, tmp_path, quiet=True)
+    assert [f.row.label for f in a] == ['mix.patch 4', 'mix.patch 8'] and [f.n for f in a] == [1, 1]
+    assert sorted(json.loads(f.read_text())['recipe']['mix']['patch'] for f in tmp_path.glob('runs/*/config.json')) == [[4, 4], [8, 8]]
+    b = rp.sweep('B', {'model.attention': [lambda c: rp.SE(c, 2), lambda c: rp.SE(c, 4)]}, toy, tmp_path, quiet=True)
+    assert [f.n for f in b] == [1, 1] and len({f.row.label for f in b}) == 2 and len(list(tmp_path.glob('runs/*'))) == 4
+    assert len(list(tmp_path.glob('sweep-*.md'))) == 2
+    for grid,words in (({'mix.patch': [7]}, '7'), ({'mix.patch': [None]}, 'patch'), ({'mix.p': .5}, 'list'), ({'mix.p': []}, 'list'), ({'loss.alfa': [1]}, 'alfa')):
+        with pytest.raises(ConfigError, match=words): rp.sweep('B+CA+PedMix', grid, toy, tmp_path, quiet=True)
+    long = {f'loss.{k}': [.5] for k in ('alpha', 'beta', 'lam1', 'lam2', 'w_wrt', 'w_msi', 'w_mft', 'margin', 'eps') if k in __import__('inspect').signature(rp.TMPALoss).parameters}
+    name = Path(toy.config(rp.with_fields('TMPA', {k: v[0] for k,v in long.items()} | {'mix.seed': 10**30}), toy.specs[0], 0, tmp_path).out).name
+    assert len(name) < 120
+    with pytest.raises(ConfigError, match='lrr'): rp.make_setup('small', lrr=1)
+
+
+def test_scoring_again(toy, tmp_path, capsys):
+    "Own blocks are known; a network that is gone costs one row; `show` scores nothing; a folder of another row may be damaged."
+    class Block(torch.nn.Module):
+        def __init__(self, c): super().__init__(); self.c = torch.nn.Conv2d(c, c, 1)
+        def forward(self, x): return x*self.c(x).sigmoid()
+    own = Recipe('own', mfe=False, mft=False, mix=None, model=dict(attention=Block))
+    table = RecipeTable('Mine', [TableRow('B', 'B'), TableRow('before', own, score=dict(feature='pool')), TableRow('wrong', own, score=dict(part='specific'))])
+    file, = rp.reproduce(dict(mine=table), toy, tmp_path, quiet=True)
+    said = capsys.readouterr().out
+    assert said.startswith("wrong: not scored: part='specific'") and said.count('\n') == 1
+    text = file.read_text()
+    assert [l.split('|')[-2].strip() for l in text.splitlines() if l.startswith(('| B', '| before', '| wrong'))] == ['1/1', '1/1', '0/1']
+    run, = tmp_path.glob('runs/own-*')
+    for f in run.glob('scores-*'): f.unlink()
+    rp.reproduce(dict(mine=table), toy, tmp_path, quiet=True, show=True)
+    assert not list(run.glob('scores-*'))
+    (run/'config.json').unlink(); (run/'last.pth').unlink()
+    with pytest.warns(UserWarning, match='no config.json'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path, only=['B'], quiet=True)
+    with pytest.raises(ConfigError, match='metric'): rp.reproduce(dict(mine=replace(table, metrics=('rank5',))), toy, tmp_path, quiet=True)
+
+
+def test_table1_says_what_is_missing(toy, tmp_path):
+    out = rp.reproduce(rp.pick_tables(' table1, table2'), rp.make_setup('small', path=str(tmp_path/'people'), ids=16, epochs=1, seeds=1), tmp_path, direction='v2t', show=True, quiet=True)
+    assert 'TMPA: not run yet. `tmpa_reproduce table1 --rows "TMPA" --scale small' in out[0].read_text()
+    assert '--direction v2t --out' in out[1].read_text()
+    row = RecipeTable('Mine', [TableRow('a|b', 'B')])
+    assert r'| a\|b |' in rp.markdown('mine', row, rp.fill(row, [], toy, 't2v'), toy, 't2v')
+
+
+def test_real_data_has_no_number_of_rendered_people(toy, tmp_path):
+    from tmpa.run import earlier_run, write_json
+    cfg = toy.config('B', replace(toy.specs[0], data='regdb', path='RegDB'), 0, tmp_path)
+    Path(cfg.out).mkdir(parents=True)
+    write_json(Path(cfg.out)/'config.json', cfg.asdict()); write_json(Path(cfg.out)/'metrics.json', dict(seed=0))
+    assert earlier_run(replace(cfg, spec=replace(cfg.spec, n_ids=300, seed=5)))
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='looks for processes as Linux has them')
+@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_the_command(people, tmp_path, sig):
+    code = f"""from tmpa.all import *
+if __name__ == '__main__': reproduce(pick_tables('table2'), make_setup('small', path={people!r}, **{ {**TOY, 'epochs': 40}!r}), {str(tmp_path/'out')!r}, only=['B', 'B+CA', 'B+CA+PedMix'], workers=2, quiet=True)"""
+    (tmp_path/'go.py').write_text(code)
+    p = subprocess.Popen([sys.executable, str(tmp_path/'go.py')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    t = time.time()
+    while len(list(tmp_path.glob('out/runs/*/resume.pth'))) < 2 and p.poll() is None and time.time()-t < 120: time.sleep(.05)
+    children = [int(c) for f in Path(f'/proc/{p.pid}/task').glob('*/children') for c in f.read_text().split()]
+    assert len(children) >= 2
+    p.send_signal(sig)  # to this process alone
+    p.wait(timeout=60)
+    alive = lambda c: Path(f'/proc/{c}/stat').exists() and Path(f'/proc/{c}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+    t = time.time()
+    while any(map(alive, children)) and time.time()-t < 30: time.sleep(.1)
+    assert not any(map(alive, children))
+    assert len(list(tmp_path.glob('out/runs/*'))) == 2  # none was begun after it

@@ -210,3 +210,66 @@ def test_cuda(people, model):
     g = Gallery(model.cuda(), (48, 24))
     g.add(people)
     assert g.device.type == 'cuda' and g.search(people[3], k=3)[0].item == people[3]
+
+
+def test_an_interrupted_add_can_be_saved(people, model, tmp_path):
+    "Labels that a search had kept are not those of what was added before an image that cannot be read."
+    (tmp_path/'zero.png').touch()
+    g = Gallery(model, (48, 24), bs=4)
+    g.add(people[:5]); g.search(people[0]); g.save(tmp_path/'g.npz')
+    many = [ReIDImage(Path(tmp_path/f'{i}.png'), i, 1, 1) for i in range(513)]
+    for o in many[:512]: Image.new('RGB', (24, 48), (o.pid % 255, 0, 0)).save(o.path)
+    with pytest.raises(DataError, match='512.png'): g.add(many)
+    assert len(g) == 517 and g.search(people[0], cams=[1])
+    g.save(tmp_path/'g.npz')
+    assert Gallery.load(tmp_path/'g.npz', model).items == g.items
+
+
+def test_weights_changed_behind_pytorchs_back(people, model):
+    g = Gallery(model, (48, 24)); g.add(people[:3])
+    for p in model.parameters(): p.data.add_(.1)
+    try:
+        with pytest.raises(CheckpointError, match='was changed'): g.add(people[3:5])
+    finally:
+        for p in model.parameters(): p.data.sub_(.1)
+
+
+def test_arguments_as_they_come():
+    g = gallery(40)
+    q = g.rows([0])[0]
+    cam = g.items[0].cam
+    want = [h.pos for h in g.search(q, k=40, cams=cam)]
+    for cams in (np.int64(cam), torch.tensor(cam), [cam], {cam}, np.array([cam]), (c for c in [cam])): assert [h.pos for h in g.search(q, k=40, cams=cams)] == want
+    for kw in (dict(k=2.5), dict(k=None), dict(only='infrared'), dict(cams='door'), dict(step=0)):
+        with pytest.raises(ConfigError): g.search(q, **kw)
+    with pytest.raises(ConfigError, match='no image'): g.search(None)
+    names = [o.path for o in g.items]
+    for mask in (torch.arange(len(g)) == 3, [i == 2 for i in range(len(g)-1)]): assert g.remove(mask) == 1
+    assert [o.path for o in g.items] == names[:2] + names[4:]
+    assert g.remove(np.zeros(len(g), bool)) == 0 and g.remove([]) == 0 and g.remove(0) == 1
+    with pytest.raises(ConfigError, match='mask of shape'): g.remove([True, False])
+    with pytest.raises(ConfigError, match='whole numbers'): g.remove([.5])
+    with pytest.raises(ConfigError, match='pid'): g.add([ReIDImage(Path('a'), '7', 1, 1)], feats=torch.ones(1, 16))
+    g.remove(range(len(g)))
+    g.add([ReIDImage(Path('a'), 7, 1, 1)], feats=torch.ones(1, 3))  # an emptied gallery is free for another model
+    assert g.dim == 3
+
+
+def test_one_file_under_two_names(people, model, monkeypatch):
+    g = Gallery(model, (48, 24)); g.add(people[:2])
+    with pytest.raises(ConfigError, match='no image'): g.search(np.zeros((3, 48, 24), np.uint8), modality=0)
+    monkeypatch.chdir(people[0].path.parent)
+    assert g.add(people[0].path.name, modality=0) == 0
+
+
+def test_long_lists_take_blocks_together(small_blocks):
+    g = gallery(200)
+    q = coarse(5, seed=9)
+    for k in (10, 40, 100, 199, 200):
+        s,i = g.nearest(q, k)
+        ref = (torch.nn.functional.normalize(q) @ g.rows(range(200)).T).sort(dim=1, descending=True, stable=True)
+        assert torch.equal(i, ref.indices[:, :k]) or torch.allclose(s, ref.values[:, :k], atol=1e-6)
+    first = [h.pos for h in g.search(q[0], k=200, rule='regdb')]
+    late = [p for p in first if p >= 170]
+    v,i = g.nearest(q[:1], 50, lambda s: torch.arange(s.start, s.stop) < 170)  # whole blocks hidden
+    assert [p for p,x in zip(i[0].tolist(), v[0].tolist()) if x > -torch.inf] == late

@@ -27,7 +27,7 @@ def _one_line_errors(f):
     def _f(*args, **kwargs):
         try: return f(*args, **kwargs)
         except TMPAError as e: print(f'{f.__name__}: error: {e}', file=sys.stderr)
-        except OSError as e: print(f'{f.__name__}: error: {e.filename}: {e.strerror}: choose a place that can be read and written', file=sys.stderr)
+        except OSError as e: print(f"{f.__name__}: error: {e.filename or 'writing'}: {e.strerror}: choose a place that can be read and written, and has room", file=sys.stderr)
         except KeyboardInterrupt: print(f'{f.__name__}: interrupted; what was finished is on disk', file=sys.stderr)
         sys.exit(2)
     return _f

@@ -72,4 +72,8 @@ def atomic_write(
         tmp.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
         with open(tmp, 'rb') as f: os.fsync(f.fileno())  # or a power cut could leave the new name and none of the content
         tmp.replace(path)
+    except (OSError, RuntimeError) as e:  # a full disk says nothing about the file, and torch not even that it is full
+        why = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(why, OSError) or why is e and e.filename is not None: raise
+        raise OSError(why.errno, why.strerror, str(path)) from None
     finally: tmp.unlink(missing_ok=True)

@@ -83,7 +83,7 @@ def read_lines(
 
 def write_lines(path, lines, fields=FIELDS):
     "Records as CSV, whole or not at all; a field that one does not have is empty there."
-    with atomic_write(path) as tmp, open(tmp, 'w', newline='') as f:
+    with atomic_write(path) as tmp, open(tmp, 'w', newline='', encoding='utf8') as f:
         w = csv.DictWriter(f, fields); w.writeheader(); w.writerows(lines)
 
 # %% ../nbs/18a_demo.ipynb #6f04bf21

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from multiprocessing import get_context, parent_process
+from threading import Thread
 from pathlib import Path
 from fastcore.xtras import modified_env
 import numpy as np, torch
@@ -23,13 +24,13 @@ from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION
-from .models.tmpa import TMPANet, load_tmpa, load_weights, read_meta, save_weights
+from .models.tmpa import TMPANet, load_tmpa, load_weights, read_meta, save_weights, set_switches
 from .dart import dart_learner
 from .learner import tmpa_learner, reid_learner, extract_features
 from .recipes import net_class
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
-from .run import ARCHS, RunConfig, alone, earlier_run, images_key, new_folder, read_json, save_environment, trained, write_json
+from .run import ARCHS, RunConfig, alone, earlier_run, images_key, new_folder, read_json, remove_leftovers, save_environment, trained, write_json
 from .scoring import DataSpec, read_data, save_queries, score_feats, score_model
 
 # %% ../nbs/18_experiment.ipynb #8ef61d1d
@@ -78,14 +79,13 @@ def _log_cbs(log, out):
 class OverBudget(TMPAError): "A run that took more than its minutes of one core."
 
 class Watch(Callback):
-    "Stop a fit that exceeds its budget, or whose parent process is gone; what was spent before the fit was cut off counts."
+    "Stop a fit that exceeds its budget; what was spent before the fit was cut off counts."
     run_valid = False
     def __init__(self, minutes:float|None=None): self.minutes,self.busy,self.passed,self.over = minutes,-time.process_time(),-time.time(),False
     def resume_state(self): "Seconds computed, and passed, for `ResumeFit`."; return self.busy+time.process_time(), self.passed+time.time()
     def set_resume_state(self, s): "Add them."; self.busy,self.passed = self.busy+s[0], self.passed+s[1]
     def before_fit(self): self.passed = -time.time()
     def after_batch(self):
-        if (p := parent_process()) is not None and not p.is_alive(): os._exit(1)  # the program that started this run is gone; an exception would only make the process take the next run
         self.over = self.minutes is not None and self.resume_state()[0] > 60*self.minutes
         if self.over: raise CancelFitException
 
@@ -98,6 +98,7 @@ def make_learner(
     if cfg.arch not in ARCHS: raise ConfigError(f"arch {cfg.arch!r}: choose one of {', '.join(ARCHS)}")
     for k,low in (('epochs', 1), ('eval_every', 1), ('num_workers', 0), ('seed', 0), ('patch', 1)):
         if (v := getattr(cfg, k)) is not None and v < low: raise ConfigError(f'{k}={v}: give {low} or more')
+    cfg.recipe.check()
     if cfg.select not in ('published','held_out'): raise ConfigError(f"select {cfg.select!r}: choose 'published' or 'held_out'")
     mix = cfg.recipe.make_mix(cfg.patch)
     if mix is not None: mix.check(cfg.spec.size)  # a patch that does not divide the image is to be found before anything is written
@@ -137,6 +138,7 @@ def train_run(
 def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure, watch, budget):
     out,spec = Path(cfg.out),cfg.spec
     done = going_on and trained(cfg)  # but not scored
+    remove_leftovers(out)
     try:
         learn = make_learner(cfg, train)
         loggers = [] if done else _log_cbs(cfg.log, out)
@@ -179,7 +181,7 @@ def mean_map(scores): "mAP averaged over settings."; return float(np.mean([s['mA
 def save_report(out, cfg, learn, metrics, test, settings, feats=None):
     "`report.html` and the pictures in it as PNG files."
     env,figs = read_json(out/'environment.json'),{}
-    figs['Curves'] = plot_log(read_log(out/'history.csv'))
+    if (out/'history.csv').exists(): figs['Curves'] = plot_log(read_log(out/'history.csv'))  # a run that is only scored may have lost it
     mix = next((c for c in learn.cbs if hasattr(type(c), 'show')), None)
     if mix is not None: figs['Mixed images'] = mix.show(learn.dls)
     if feats is not None: figs['Ranked lists'] = plot_ranks(test, feats, settings[0], ir_range=cfg.ir_range)
@@ -200,6 +202,10 @@ def _run(cfg, quiet, budget, resume, one_thread=False):
         if one_thread: os._exit(130)  # a process of a pool would return the interruption as a result and take the next run
         raise
 
+def _end_with_parent():
+    "A process of a pool that waits for work would outlive a command that was killed."
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
 def train_runs(
     cfgs:list, # RunConfigs
     workers:int=1, # Runs at a time
@@ -210,18 +216,21 @@ def train_runs(
     "Train all, one after the other or in processes."
     def result(f):
         try: return f()
-        except BrokenProcessPool: raise TMPAError('a training process was killed, perhaps for want of memory: the same command goes on (with --resume); give it fewer --workers') from None
+        except BrokenProcessPool: raise TMPAError("a training process was killed, perhaps for want of memory, or could not start: the same command goes on where it was, with fewer workers if need be; a script of yours needs `if __name__ == '__main__':` around what it does") from None
         except Exception as e: return e.with_traceback(None)  # which would keep the network in memory
     if workers <= 1:
         for i,cfg in enumerate(cfgs):
             if not quiet: print(f'\n{cfg.recipe.name}, seed {cfg.seed}: {cfg.epochs} epochs', flush=True)
             yield i,result(lambda: _run(cfg, quiet, budget, resume))
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context('spawn'))
+    pool = ProcessPoolExecutor(workers, get_context('spawn'), _end_with_parent)
     try:
         with modified_env(**{k: os.environ.get(k, v) for k,v in _KEEP_MEMORY.items()}): jobs = {pool.submit(_run, cfg, True, budget, resume, True): i for i,cfg in enumerate(cfgs)}  # starts the processes
         for job in as_completed(jobs): yield jobs[job],result(job.result)
-    finally: pool.shutdown(cancel_futures=True)  # an interruption or an error of the caller starts no further run
+    except BaseException:  # an interruption, or an error of the caller: the pool would end what runs, and begin what it has fetched already
+        for p in list((pool._processes or {}).values()): p.terminate()
+        raise
+    finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/18_experiment.ipynb #dcc85033
 def evaluate_run(
@@ -234,6 +243,7 @@ def evaluate_run(
     flip:bool=False, # Average with mirrored images
     rerank:bool=False, # k-reciprocal re-ranking
     num_workers:int|None=None, ir_range:tuple|None=None,
+    attention=None, # The recipe's attention block, where that is of your own
 )->tuple: # Scores, and one line on how they were made
     "Score a file of weights by a data set's protocol."
     meta = read_meta(weights)
@@ -245,10 +255,8 @@ def evaluate_run(
         raise ProtocolError(f'{weights} was trained on trial {own} of {data} and has seen people of trial {trial}: pass --trial {own}, or weights of trial {trial}')
     spec = DataSpec(data, path, trial or own or ('1' if per_model else 'all'), meta['n_ids'], tuple(meta['size']), meta['data_seed'])
     _,test,settings = read_data(spec)
-    model = load_tmpa(weights)
-    for k,v in {**({'eval_complete': complete} if complete else {}), **(switches or {})}.items():
-        if k not in model.meta: raise ConfigError(f'{k}={v!r}: {weights} is of a network without this switch')
-        setattr(model, k, v)
+    model = load_tmpa(weights, attention=attention)
+    set_switches(model, **({'eval_complete': complete} if complete else {}), **(switches or {}))
     if torch.cuda.is_available(): model.cuda()
     scores,_ = score_model(model, test, settings, spec.size, ir_range, num_workers, flip, rerank)
     how = f"{data}, trial {spec.trial}; after BNNeck, L2-normalised, {'flip-averaged' if flip else 'no flip'}, {'k-reciprocal re-ranking' if rerank else 'no re-ranking'}; completion {model.eval_complete}; gallery: {settings[0].note or 'all test images'}"

@@ -8,12 +8,12 @@ __all__ = ['RECIPES', 'TABLES', 'TABLE1_SETTINGS', 'mix_class', 'net_class', 'Re
 
 # %% ../nbs/17_recipes.ipynb #e245cfd8
 import dataclasses, inspect, json
+import numpy as np
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha1
 from .core import ConfigError
 from .callback.mix import MIXES
-from .callback.pedmix import PedMix
 from .dart import DARTLoss, TwinNet
 from .losses import TMPALoss
 from .models.agw import AGWNet
@@ -58,6 +58,14 @@ class Recipe:
         unknown = set(d) - {f.name for f in dataclasses.fields(cls)}
         if unknown: raise ConfigError(f"recipe with unknown fields {sorted(unknown)}: it was written by another version of tmpa")
         return cls(**_tuples(d))
+    def check(self):
+        "`ConfigError` where fields contradict each other or a part does not know an argument; to be called before anything is trained."
+        cls = net_class(self.net, self.method)
+        if cls is not TMPANet and (self.mfe or self.mft): raise ConfigError(f"recipe {self.name}: net {self.net!r}, method {self.method!r} have one trunk: pass mfe=False, mft=False")
+        if (self.net, self.method) == ('agw','dart'): raise ConfigError(f"recipe {self.name}: DART trains twins of net 'tmpa', not of 'agw'")
+        if self.mft and not self.mfe: raise ConfigError(f'recipe {self.name}: MFT needs the three extractors: pass mft=False as well')
+        try: self.make_mix(); self.make_loss(); inspect.signature(cls).bind_partial(**self.model)
+        except TypeError as e: raise ConfigError(f'recipe {self.name}, mix, model or loss: {e}') from None
     def make_mix(self, patch=None):
         "The mix callback, or None. `patch` overrides the size in pixels, for images smaller than the paper's, where the mix has patches."
         if self.mix is None: return None
@@ -69,29 +77,53 @@ class Recipe:
         return (TMPALoss if self.method == 'plain' else DARTLoss)(**self.loss)
     def make_net(self, n_classes, arch, pretrained=True):
         "The network."
+        self.check()
         cls = net_class(self.net, self.method)
         parts = dict(mfe=self.mfe, mft=self.mft) if cls is TMPANet else {}
         return cls(n_classes, arch, pretrained, **parts, **_tuples(self.model))
 
 # %% ../nbs/17_recipes.ipynb #1d7722a0
+def _defaults(f):
+    "Default arguments of a function or class, those that a class hands on to its bases among them."
+    ps = inspect.signature(f).parameters
+    more = _defaults(f.__mro__[1]) if inspect.isclass(f) and f.__mro__[1] is not object and any(p.kind is p.VAR_KEYWORD for p in ps.values()) else {}
+    return {**more, **{k: p.default for k,p in ps.items()}}
+
 def _changed(kw, f):
     "The arguments in `kw` that differ from the defaults of `f`."
-    defaults = {k: p.default for k,p in inspect.signature(f).parameters.items()}
-    plain = lambda v: list(v) if isinstance(v, tuple) else v
+    defaults = _defaults(f)
+    plain = lambda v: list(v) if isinstance(v, tuple) else v.item() if isinstance(v, np.generic) else v
     return {k: plain(v) for k,v in kw.items() if k not in defaults or plain(v) != plain(defaults[k])}
 
 def content(recipe:Recipe)->dict:
     "What a recipe does, as plain data: its fields without name, note and defaults."
     d = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name not in ('name','note')}
-    if d['mix'] is not None: d['mix'] = _changed(d['mix'], PedMix) if d['mix'].get('kind', 'pedmix') == 'pedmix' else d['mix']
-    d['mix'] = {k: v for k,v in d['mix'].items() if (k,v) != ('kind','pedmix')} if d['mix'] is not None else None
-    if (d['net'], d['method']) == ('tmpa','plain'): d['model'],d['loss'] = _changed(d['model'], TMPANet),_changed(d['loss'], TMPALoss)
-    return {k: v for k,v in d.items() if v != getattr(Recipe(''), k)}
+    if d['mix'] is not None:
+        kind,args = d['mix'].get('kind', 'pedmix'),{k: v for k,v in d['mix'].items() if k != 'kind'}
+        d['mix'] = {**({} if kind == 'pedmix' else {'kind': kind}), **_changed(args, mix_class(kind))}
+    d['model'],d['loss'] = _changed(d['model'], net_class(d['net'], d['method'])),_changed(d['loss'], TMPALoss if d['method'] == 'plain' else DARTLoss)
+    if (ca := d['channel_exchange']) is not True: d['channel_exchange'] = {0.: False, .75: True}.get(ca, float(ca))  # True is a chance of .75, and 1 is not True
+    return {k: v for k,v in d.items() if v != (default := getattr(Recipe(''), k)) or type(v) is float and default is True}
+
+def _code(c): # of a code object, without the places in the file that it came from
+    return [c.co_code.hex(), c.co_names, [_code(k) if inspect.iscode(k) else repr(k) for k in c.co_consts if not isinstance(k, frozenset)], sorted(repr(sorted(map(repr, k))) for k in c.co_consts if isinstance(k, frozenset))]
+
+def _digest(o):
+    "Differs when the code of a function, or of a class and its bases outside of the library, does."
+    part = lambda v: repr(v) if isinstance(v, (int, float, str, tuple, type(None))) else getattr(v, '__qualname__', type(v).__name__)
+    if not inspect.isclass(o):
+        o = getattr(o, 'fget', None) or getattr(o, '__func__', o)
+        return short_hash([_code(o.__code__), repr(o.__defaults__), [part(c.cell_contents) for c in o.__closure__ or ()]]) if hasattr(o, '__code__') else ''
+    inside = lambda c: [(k, _digest(v) if inspect.isroutine(v) or isinstance(v, property) else part(v)) for k,v in sorted(vars(c).items()) if inspect.isroutine(v) or not k.startswith('__')]
+    return short_hash([(c.__qualname__, inside(c)) for c in o.__mro__ if c.__module__.split('.')[0] not in _known])
+_known = 'tmpa','torch','torchvision','fastai','builtins'
 
 def named(o):
-    "What JSON does not know, for `json.dumps(default=named)`: functions and classes by name, as their addresses change."
+    "What JSON does not know, for `json.dumps(default=named)`: functions and classes by name, since their addresses change; those of your own with a digest of their code, since a name does not say what they do."
     if isinstance(o, partial): return [named(o.func), o.args, o.keywords]
-    return getattr(o, '__qualname__', None) or str(o)
+    if isinstance(o, np.generic): return o.item()
+    if not hasattr(o, '__qualname__'): return str(o)
+    return o.__qualname__ if (o.__module__ or '').split('.')[0] in _known else f'{o.__qualname__}-{_digest(o)}'
 
 def short_hash(data)->str:
     "Eight hex digits of plain data."

@@ -41,7 +41,7 @@ def mean_std(values, digits=1):
 
 def markdown_table(rows):
     "Rows of text as a Markdown table."
-    return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [rows[0], ['---'] + ['--:']*(len(rows[0])-1), *rows[1:]])
+    return '\n'.join('| ' + ' | '.join(c.replace('|', r'\|') for c in r) + ' |' for r in [rows[0], ['---'] + ['--:']*(len(rows[0])-1), *rows[1:]])
 
 # %% ../nbs/17b_report.ipynb #727ed538
 def read_log(path):

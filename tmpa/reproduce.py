@@ -7,14 +7,15 @@ __all__ = ['reproduce', 'pick_tables', 'with_fields', 'sweep']
 
 # %% ../nbs/18ac_reproduce.ipynb #18f47e66
 import itertools, shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from .core import ConfigError, TMPAError
 from .experiment import OverBudget, evaluate_run, train_runs
 from .run import OtherImages, alone, earlier_run, images_key, new_folder, write_json
-from .recipes import TABLES, Recipe, RecipeTable, TableRow, get_recipe, get_table
+from .recipes import TABLES, Recipe, RecipeTable, TableRow, get_recipe, get_table, short_hash
+from .report import COLUMNS
 from .scoring import read_data
-from .demo import read_lines
+from .demo import Row, read_lines
 from .setup import Setup, collect, row_key, run_state
 from .tables import fill, ratio_strip, save_figure, save_table
 
@@ -41,18 +42,22 @@ def _todo(cfgs, budget, images):
         (Path(cfg.out)/'failed.json').unlink(missing_ok=True)
         try:
             if earlier_run(cfg, images[cfg.spec.trial]): continue
-        except OtherImages: raise
         except ConfigError as e:
-            print(f"{str(e).partition(': ')[0]}; it is kept in {_set_aside(Path(cfg.out))}, and the run begins again", flush=True)
+            if isinstance(e, OtherImages) or status == 'done': raise
+            print(f'{cfg.out} cannot be gone on with; it is kept in {_set_aside(Path(cfg.out))}, and the run begins again', flush=True)
         out.append(cfg)
     return out
 
+def _shown(table, settings, direction): # the setting whose numbers a table shows
+    return direction or (table.setting if table.setting in settings else settings[0])
+
 def _score_again(row, cfg):
     "Score a finished run's network with the switches of `row`, once."
-    f = Path(cfg.out)/f'scores-{row_key(row)}.json'
+    f,own = Path(cfg.out)/f'scores-{row_key(row)}.json',cfg.recipe.model.get('attention')
     if f.exists() or run_state(cfg.out)[0] != 'done': return
-    write_json(f, dict(score=row.score, scores=evaluate_run(Path(cfg.out)/'last.pth', path=cfg.spec.path, trial=str(cfg.spec.trial), switches=row.score,
-        num_workers=cfg.num_workers, ir_range=cfg.ir_range)[0]))
+    try: scores = evaluate_run(Path(cfg.out)/'last.pth', path=cfg.spec.path, trial=str(cfg.spec.trial), switches=row.score, num_workers=cfg.num_workers, ir_range=cfg.ir_range, attention=own if callable(own) else None)[0]
+    except TMPAError as e: print(f'{row.label}: not scored: {e}', flush=True); return  # the other rows have their tables all the same
+    write_json(f, dict(score=row.score, scores=scores))
 
 # %% ../nbs/18ac_reproduce.ipynb #8d2640ed
 def reproduce(
@@ -70,8 +75,11 @@ def reproduce(
     rows = [r for t in tables.values() for r in t.rows if r.recipe and (only is None or {r.label.lower(), get_recipe(r.recipe).name.lower()} & {o.lower() for o in only})]
     labels = {o for r in rows for o in (r.label.lower(), get_recipe(r.recipe).name.lower())}
     if unknown := [o for o in only or [] if o.lower() not in labels] or (['none'] if not rows else []): raise ConfigError(f"rows {unknown}: choose from {', '.join(dict.fromkeys(r.label for t in tables.values() for r in t.rows if r.recipe))}")
+    for r in rows: get_recipe(r.recipe).check()
+    if odd := [m for t in tables.values() for m in t.metrics if m not in COLUMNS]: raise ConfigError(f"metric {odd[0]!r}: a table shows {', '.join(COLUMNS)}")
     data = [read_data(s) for s in setup.specs]  # finds what is wrong with the data, and renders, before anything is started
     settings = [s.name for s in data[0][2]]
+    shown = {n: _shown(t, settings, direction) for n,t in tables.items()}
     if direction and direction not in settings: raise ConfigError(f"direction {direction!r}: {setup.specs[0].data} has {', '.join(settings)}")
     if not out.is_dir(): new_folder(out)
     with alone(out):
@@ -80,9 +88,9 @@ def reproduce(
         if not quiet: print(f'{len(cfgs)} runs, {len(todo)} to do', flush=True)
         errors = _train(todo, out, setup, workers, quiet)
         for r in rows:
-            for c in setup.configs(r, out) if r.score else []: _score_again(r, c)
+            for c in setup.configs(r, out) if r.score and not show else []: _score_again(r, c)
         lines = collect(out)
-        files = [save_table(out, name, t, lines, setup, direction or (t.setting if t.setting in settings else settings[0])) for name,t in tables.items()]
+        files = [save_table(out, name, t, lines, setup, shown[name]) for name,t in tables.items()]
         if 'fig4' in tables: save_figure(out/'fig4_strip.png', ratio_strip(data[0][0], setup.specs[0].size, setup.run.get('patch') or 12))
     if errors: raise errors[0] if len(errors) == len(todo) and isinstance(errors[0], TMPAError) else TMPAError(f'{len(errors)} of {len(todo)} runs failed, the first with {type(errors[0]).__name__}: {errors[0]}')
     return files
@@ -109,7 +117,7 @@ def pick_tables(names:str)->dict: # Name -> RecipeTable
     own = RecipeTable('Table I: published methods', [TableRow('TMPA', 'TMPA')], 'v2t')
     known = dict(table1=own, **TABLES)
     if names.lower() == 'all': return known
-    return {n: known[n] if n in known else get_table(n) for n in names.lower().split(',')}
+    return {n: known[n] if n in known else get_table(n) for n in map(str.strip, names.lower().split(','))}
 
 # %% ../nbs/18ac_reproduce.ipynb #6d2ef0fb
 def with_fields(
@@ -124,19 +132,34 @@ def with_fields(
         if f not in known: raise ConfigError(f"field {k!r}: a recipe has {', '.join(known)}")
         if arg and not isinstance(getattr(r, f), dict): raise ConfigError(f'field {k!r}: {f} of {r.name} is {getattr(r, f)!r} and has no arguments')
         r = r.but(**{f: {**getattr(r, f), arg: v} if arg else v})
-    return r.but(name=' '.join([r.name, *[f'{k}={v}' for k,v in values.items()]]))
+    return r.but(name=' '.join([r.name, *[f'{k}={_short(v)}' for k,v in values.items()]]))
+
+def _short(v): return getattr(v, '__name__', None) or (s if len(s := ' '.join(str(v).split())) < 25 else f'{s[:20]}...')
 
 def sweep(
     recipe, # A Recipe or its name
-    grid:dict, # Field (dotted: 'loss.beta', 'mix.patch') -> values
+    grid:dict, # Field (dotted: 'loss.beta', 'mix.patch') -> list of values; a patch is in pixels, whatever the scale
     setup:Setup,
     out='runs/sweep', # Folder, which other sweeps and tables may share
-    name:str='sweep', # Of the table's files
+    name:str|None=None, # Of the table's files; default made of the recipe and the grid
     **kwargs # direction, workers, quiet of reproduce
 )->list: # FilledRows of the table, also in `out`
     "Run a recipe at every point of a grid."
+    for k,v in grid.items():
+        if not isinstance(v, (list, tuple, range)) or not len(v): raise ConfigError(f'{k}: {v!r}: give a list of values')
     points = [dict(zip(grid, v)) for v in itertools.product(*grid.values())]
-    rows = [TableRow(', '.join(f'{k} {v}' for k,v in p.items()), with_fields(recipe, p)) for p in points]
-    table = RecipeTable(f'{get_recipe(recipe).name}: {", ".join(grid)}', rows)
+    rows = [TableRow(', '.join(f'{k} {_short(v)}' for k,v in p.items()), with_fields(recipe, p)) for p in points]
+    rows = [replace(r, recipe=r.recipe.but(mix={**r.recipe.mix, 'patch': (p['mix.patch'],)*2})) if isinstance(p.get('mix.patch'), int) else r for r,p in zip(rows, points)]
+    if len({r.label for r in rows}) < len(rows): rows = [replace(r, label=f'{r.label} ({i})') for i,r in enumerate(rows, 1)]
+    for r in rows: _fits(r.recipe, setup)
+    r = get_recipe(recipe)
+    table,name = RecipeTable(f'{r.name}: {", ".join(grid)}', rows),name or '-'.join(['sweep', Row(' '.join([r.name, *grid]), r, 0).slug[:40], short_hash([row_key(o) for o in rows])])
     reproduce({name: table}, setup, out, **kwargs)
-    return fill(table, read_lines(Path(out)/'results.csv'), setup, kwargs.get('direction') or table.setting)
+    return fill(table, read_lines(Path(out)/'results.csv'), setup, _shown(table, [s.name for s in read_data(setup.specs[0])[2]], kwargs.get('direction')))
+
+def _fits(recipe, setup):
+    "Images that a mix cannot work on are better found before the first run."
+    recipe.check()
+    try:
+        if (mix := recipe.make_mix(setup.run.get('patch'))) is not None: mix.check(setup.specs[0].size)
+    except (TypeError, ValueError, ZeroDivisionError) as e: raise ConfigError(f'{recipe.name}: {e}') from None

@@ -26,7 +26,7 @@ def top_columns(
     "`topk` with a defined order of equals."
     n = sim.shape[1]
     v,i = sim.topk(min(k+1, n), dim=1)
-    tied = ((v[:, k-1] == v[:, k]) & (v[:, k] > -torch.inf)).nonzero()[:, 0] if k < n else v.new_zeros(0, dtype=torch.long)  # what is hidden needs no order
+    tied = (v[:, k-1] == v[:, k]).nonzero()[:, 0] if k < n else v.new_zeros(0, dtype=torch.long)
     i,o = i[:, :k].sort(1)
     v,o = v[:, :k].gather(1, o).sort(dim=1, descending=True, stable=True)
     i = i.gather(1, o)

@@ -10,6 +10,7 @@ __all__ = ['SCALES', 'RUN_FIELDS', 'fit_patch', 'scaled', 'setup_content', 'Setu
 import itertools, math, shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from warnings import warn
 from .core import ConfigError
 from .data.synthetic import GENERATOR_VERSION
 from .demo import Row, demo_patch, write_lines
@@ -32,9 +33,9 @@ def fit_patch(
     return min(fits, key=lambda d: abs(math.log(12*d/(patch*unit))))
 
 def scaled(recipe, size, unit=None): # `unit` as in fit_patch; None: the paper's images
-    "The recipe with its patch made to fit the images."
+    "The recipe with its patch made to fit the images; one that is given as (height, width) is taken as it is."
     r = get_recipe(recipe)
-    return r if unit is None or not r.mix or 'patch' not in r.mix else r.but(mix={**r.mix, 'patch': fit_patch(r.mix['patch'], size, unit)})
+    return r if unit is None or not r.mix or not isinstance(r.mix.get('patch'), int) else r.but(mix={**r.mix, 'patch': fit_patch(r.mix['patch'], size, unit)})
 
 # %% ../nbs/18aa_setup.ipynb #37578036
 _not_setup = 'recipe','spec','out','seed','num_workers','cache','log'  # the first four are kept beside it, the others change no result
@@ -67,7 +68,7 @@ class Setup:
         "A run; its folder is found by recipe, setup, trial and seed, under whatever name the recipe was first run."
         r,runs = get_recipe(recipe),Path(out)/'runs'
         end = f'{short_hash(content(r))}-{self.key}-trial{spec.trial}-seed{seed}'
-        folder = next(runs.glob(f'*-{end}'), runs/f'{Row(r.name, r, 0).slug}-{end}')
+        folder = next(runs.glob(f'*-{end}'), runs/f'{Row(r.name, r, 0).slug[:60]}-{end}')
         return RunConfig(scaled(r, spec.size, self.run.get('patch')), spec, str(folder), seed=seed, **self.run)
     def configs(self, row, out): return [self.config(row.recipe, s, seed, out) for seed in self.seeds for s in self.specs]
 
@@ -94,6 +95,7 @@ def make_setup(
     **run # More fields of RunConfig
 )->Setup:
     "The setup of a scale on a data set."
+    if unknown := set(run) - {f.name for f in fields(RunConfig)}: raise ConfigError(f"{sorted(unknown)[0]!r} is no field of a run: it has {', '.join(f.name for f in fields(RunConfig) if f.name not in ('recipe','spec','out','seed'))}")
     if scale not in SCALES: raise ConfigError(f"scale {scale!r}: choose one of {', '.join(SCALES)}")
     s = SCALES[scale]
     if data is None and scale == 'paper': raise ConfigError('--scale paper needs --data and --path; for the built-in data on a CPU pass --scale small')
@@ -124,7 +126,8 @@ def run_lines(folder)->list: # None of a run that was cut off; more than one whe
     folder = Path(folder)
     (status,d),cfg = run_state(folder),_read(folder/'config.json')
     if status == 'cut off': return []
-    cfg,(_,rkey,setup,_,_) = cfg or d['config'],folder.name.rsplit('-', 4)
+    cfg,(_,rkey,setup,_,_) = cfg or d.get('config'),folder.name.rsplit('-', 4)
+    if not cfg: raise ConfigError(f'{folder} has no config.json: put it back, or remove the folder to run it again')
     env = _read(folder/'environment.json') or {}
     s,first = cfg['spec'],dict(recipe=cfg['recipe']['name'], recipe_key=rkey, setup=setup)
     rest = dict(data=s['data'], n_ids=s['n_ids'] if s['data'] == 'synthetic' else '', size='x'.join(map(str, s['size'])), arch=cfg['arch'], epochs=cfg['epochs'], trial=s['trial'], seed=cfg['seed'],
@@ -140,7 +143,10 @@ def _flat(scores): return {f'{k}_{s}': round(v[k], 6) for s,v in scores.items() 
 
 # %% ../nbs/18aa_setup.ipynb #e5053968
 def collect(out)->list:
-    "The records of all runs in `out`, also written to `results.csv`."
-    lines = [l for f in sorted((Path(out)/'runs').glob('*-trial*-seed*')) for l in run_lines(f)]
+    "The records of all runs in `out`, also written to `results.csv`; a damaged folder is passed over with a warning."
+    lines = []
+    for f in sorted((Path(out)/'runs').glob('*-trial*-seed*')):
+        try: lines += run_lines(f)
+        except (ConfigError, KeyError, TypeError, AttributeError) as e: warn(str(e) if isinstance(e, ConfigError) else f'{f} holds something else than a run of tmpa ({type(e).__name__}): remove it')
     write_lines(Path(out)/'results.csv', lines, list(dict.fromkeys([*RUN_FIELDS, *itertools.chain(*lines)])))
     return lines

@@ -133,7 +133,7 @@ def _save(self:ResumeFit):
              recorder=dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=rec.values, count=rec.smooth_loss.count, val=rec.smooth_loss.val),
              scaler=None if scaler is None else scaler.state_dict(), log=None if log is None else (log.path/log.fname).read_text(encoding='utf8'),
              callbacks={c.name: _state_of(c) for c in self.learn.cbs})
-    with atomic_write(self.file) as t: torch.save(_plain(s), t)
+    with atomic_write(self.file) as t, open(t, 'wb') as f: torch.save(_plain(s), f)
 
 @patch
 def _go_on(self:ResumeFit):
