@@ -27,7 +27,7 @@ from .data.synthetic import GENERATOR_VERSION
 from .models.tmpa import TMPANet, load_tmpa, load_weights, read_meta, save_weights, set_switches
 from .dart import dart_learner
 from .learner import tmpa_learner, reid_learner, extract_features
-from .recipes import net_class
+from .recipes import content, net_class, short_hash
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
 from .run import ARCHS, RunConfig, alone, earlier_run, images_key, new_folder, read_json, remove_leftovers, save_environment, trained, write_json
@@ -145,7 +145,7 @@ def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure,
     except Exception:
         if not going_on: shutil.rmtree(out)  # made above, and holds nothing yet
         raise
-    write_json(out/'config.json', {**cfg.asdict(), 'images': images}); save_environment(out/'environment.json')
+    write_json(out/'config.json', {**cfg.asdict(), 'recipe_key': short_hash(content(cfg.recipe)), 'images': images}); save_environment(out/'environment.json')
     meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids, data_seed=spec.seed)
     learn.path = out
     going = ResumeFit(out/'resume.pth', quiet)

@@ -100,7 +100,8 @@ def content(recipe:Recipe)->dict:
     d = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name not in ('name','note')}
     if d['mix'] is not None:
         kind,args = d['mix'].get('kind', 'pedmix'),{k: v for k,v in d['mix'].items() if k != 'kind'}
-        d['mix'] = {**({} if kind == 'pedmix' else {'kind': kind}), **_changed(args, mix_class(kind))}
+        cls = MIXES.get(kind) if isinstance(kind, str) else kind  # None: a class of your own as a run folder names it
+        d['mix'] = {**({} if kind == 'pedmix' else {'kind': kind}), **(_changed(args, cls) if cls else args)}
     d['model'],d['loss'] = _changed(d['model'], net_class(d['net'], d['method'])),_changed(d['loss'], TMPALoss if d['method'] == 'plain' else DARTLoss)
     if (ca := d['channel_exchange']) is not True: d['channel_exchange'] = {0.: False, .75: True}.get(ca, float(ca))  # True is a chance of .75, and 1 is not True
     return {k: v for k,v in d.items() if v != (default := getattr(Recipe(''), k)) or type(v) is float and default is True}

@@ -18,7 +18,7 @@ from .core import CheckpointError, ConfigError, atomic_write
 from .data.synthetic import GENERATOR_VERSION
 from .models.backbone import micro_resnet, tiny_resnet
 from .models.tmpa import read_meta
-from .recipes import Recipe, content, named
+from .recipes import Recipe, content, named, short_hash
 from .scoring import DataSpec
 
 # %% ../nbs/17d_run.ipynb #d0f10006
@@ -145,6 +145,7 @@ def earlier_run(
     stored,now = read_json(out/'config.json'),_plain_config(cfg.asdict())
     if not (isinstance(stored, dict) and isinstance(stored.get('recipe'), dict) and isinstance(stored.get('spec'), dict)): raise ConfigError(f'{out} holds no run of tmpa: choose another --out')
     was = _plain_config(stored)
+    if stored.get('recipe_key') == short_hash(content(cfg.recipe)): was['recipe'] = now['recipe']  # a class of your own, with or without its defaults
     other = next((k for k in now if k not in _how and was[k] != now[k]), None)
     if other: raise ConfigError(f'{out} was begun with another {other} ({was[other]}, now {now[other]}): choose another --out, or the old settings')
     if images and images != stored.get('images', images): raise OtherImages(f'{out} was run on other images than {cfg.spec.path or cfg.spec.data} holds now: choose another --out')
