@@ -40,7 +40,7 @@ def _tuples(d): return {k: tuple(v) if isinstance(v, list) else v for k,v in d.i
 class Recipe:
     "One method, as data."
     name:str # As tables show it
-    channel_exchange:bool = True # CA: random channel exchange of visible images
+    channel_exchange:bool|float = True # CA: random channel exchange of visible images, or its chance
     mfe:bool = True # Three extractors (MFE); False: one trunk
     mft:bool = True # Modality feature transfer (MFT)
     mix:dict|None = field(default_factory=dict) # Arguments of the mix, `kind` its name (default 'pedmix'); None: no mixing

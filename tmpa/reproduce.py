@@ -149,7 +149,7 @@ def sweep(
         if not isinstance(v, (list, tuple, range)) or not len(v): raise ConfigError(f'{k}: {v!r}: give a list of values')
     points = [dict(zip(grid, v)) for v in itertools.product(*grid.values())]
     rows = [TableRow(', '.join(f'{k} {_short(v)}' for k,v in p.items()), with_fields(recipe, p)) for p in points]
-    rows = [replace(r, recipe=r.recipe.but(mix={**r.recipe.mix, 'patch': (p['mix.patch'],)*2})) if isinstance(p.get('mix.patch'), int) else r for r,p in zip(rows, points)]
+    if setup.run.get('patch'): rows = [replace(r, recipe=r.recipe.but(mix={**r.recipe.mix, 'patch': (p['mix.patch'],)*2})) if isinstance(p.get('mix.patch'), int) else r for r,p in zip(rows, points)]  # not in proportion
     if len({r.label for r in rows}) < len(rows): rows = [replace(r, label=f'{r.label} ({i})') for i,r in enumerate(rows, 1)]
     for r in rows: _fits(r.recipe, setup)
     r = get_recipe(recipe)

@@ -269,13 +269,14 @@ def save_weights(
 
 def set_switches(
     model, # TMPANet, or one of `NETS`
-    **switches, # `feature`; `part` and `eval_complete` with three extractors; `evaluate` of a TwinNet
+    **switches, # `feature`; `part`, `lams` and `eval_complete` with three extractors; `evaluate` of a TwinNet
 ):
     "Change how a trained network makes its feature; `ConfigError` for what it does not have, since a score would carry a wrong name."
-    has = ['feature', *(['part', 'eval_complete'] if model.meta.get('mfe') else []), *(['evaluate'] if 'evaluate' in model.meta else [])]
+    has = ['feature', *(['part', 'lams', 'eval_complete'] if model.meta.get('mfe') else []), *(['evaluate'] if 'evaluate' in model.meta else [])]
     for k,v in switches.items():
         if k not in has: raise ConfigError(f'{k}={v!r}: {_describe(model.meta)} can be scored with other values of {", ".join(has)} only')
-        _one_of(k, v)
+        if k != 'lams': _one_of(k, v)
+        elif not (isinstance(v, (tuple, list)) and len(v) == 2 and all(isinstance(o, (int, float)) for o in v)): raise ConfigError(f'lams={v!r}: give two numbers')
     for k,v in switches.items(): setattr(model, k, v)
 
 def read_meta(
