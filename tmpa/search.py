@@ -36,13 +36,16 @@ def top_columns(
     return v,i
 
 # %% ../nbs/22_search.ipynb #48e871c5
-_switches = ('eval_complete', 'feature', 'lams')  # of TMPANet; other models have none of them
+def _switches(model):
+    "How a TMPANet or TwinNet is set to make its feature; what other models have under these names is theirs."
+    get = lambda o: v if isinstance(v := getattr(model, o, None), (str, tuple, list)) else None
+    return [get(o) for o in ('eval_complete', 'feature', 'lams')] + [v for o in ('part', 'evaluate') if (v := get(o)) not in (None, 'both')]
 
 def fingerprint(
     model, # A torch module
 )->str:
     "Hash of all weights, statistics and evaluation switches of a model; the same on every device."
-    h = hashlib.blake2b(json.dumps([getattr(model, o, None) for o in _switches]).encode(), digest_size=16)
+    h = hashlib.blake2b(json.dumps(_switches(model), default=str).encode(), digest_size=16)
     for k,v in model.state_dict().items():
         v = v.detach().cpu().contiguous()
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
@@ -53,7 +56,7 @@ def _changes(model):
     "What differs after any weight has been changed or replaced; also through `.data`, as fastai's optimisers do, which leaves `_version` as it was."
     ws = [*model.parameters(), *model.buffers()]
     some = torch.cat([v.detach().reshape(-1)[::max(1, v.numel()//16)].float() for v in ws]) if ws else torch.zeros(0)
-    return [getattr(model, o, None) for o in _switches], [(v.data_ptr(), v._version) for v in ws], some.cpu().numpy().tobytes()
+    return _switches(model), [(v.data_ptr(), v._version) for v in ws], some.cpu().numpy().tobytes()
 
 # %% ../nbs/22_search.ipynb #91f19366
 class Hit(NamedTuple):
