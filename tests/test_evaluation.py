@@ -345,8 +345,14 @@ def test_arrays_of_every_kind():
         with pytest.raises(ProtocolError, match='needed'): evaluate(bad, x, p, p)
     cams = (np.arange(20) % 6 + 1)
     assert evaluate(x, x, p, p, cams.astype(str), cams.astype(object), 'sysu').mAP == evaluate(x, x, p, p, cams, cams, 'sysu').mAP
-    for kw in (dict(chunk=-5), dict(chunk=7.), dict(rerank=dict(k=3)), dict(rerank=dict(k1=3.)), dict(rerank=True, metric='dot'), dict(rule=Rule('camera', True))):
+    for kw in (dict(chunk=-5), dict(chunk=7.), dict(rerank=dict(k=3)), dict(rerank=dict(k1=3.)), dict(rule=Rule('camera', True))):
         with pytest.raises(ProtocolError): evaluate(x, x, p, p, **kw)
+
+
+def test_reranking_says_that_it_normalises():
+    x, p = np.random.default_rng(0).normal(size=(40, 8)), np.arange(40) % 10
+    a, b = (evaluate(x, x, p, p, metric=m, rerank=True) for m in ('cosine', 'dot'))
+    assert a.mAP == b.mAP and 'L2-normalised' in b.note and 'L2' not in a.note
 
 
 def test_features_of_the_other_side_are_none(tmp_path):

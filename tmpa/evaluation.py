@@ -56,7 +56,7 @@ def evaluate(
     rule:str|Rule='regdb', # 'regdb' (plain), 'sysu', 'llcm', 'market', or a Rule
     max_rank:int=20,      # Length of the CMC
     metric:str='cosine',  # 'cosine' (features are L2-normalised here), 'dot' (taken as they are) or 'euclidean'
-    rerank:dict|bool=False, # k-reciprocal re-ranking, named in the result: True, or arguments of tmpa.rerank.rerank
+    rerank:dict|bool=False, # k-reciprocal re-ranking of L2-normalised features whatever the metric, named in the result: True, or arguments of tmpa.rerank.rerank
     chunk:int|None=None,  # Queries at a time: memory is about 3 x chunk x n_g numbers; None: about 16 million distances, at least 256 rows
 ) -> EvalResult:
     "CMC, mAP and mINP of features, without ever holding all distances."
@@ -68,9 +68,8 @@ def evaluate(
     if rerank is not False and rerank is not None:
         how = dict(k1=20, k2=6, lam=.3) | ({} if rerank is True else rerank)
         if unknown := set(how) - {'k1','k2','lam','chunk'}: raise ProtocolError(f'rerank has no argument {sorted(unknown)[0]!r}: it takes k1, k2, lam and chunk')
-        if metric != 'cosine': raise ProtocolError(f'metric={metric!r}: re-ranking normalises the features, leave the metric out')
         r = cmc_map(k_reciprocal(q_feats, g_feats, **how), *labels, rule, max_rank, chunk)
-        r.note = f"re-ranked (k1={how['k1']}, k2={how['k2']}, lambda={how['lam']})"
+        r.note = f"re-ranked (k1={how['k1']}, k2={how['k2']}, lambda={how['lam']})" + ' on L2-normalised features'*(metric != 'cosine')
         return r
     get = lambda rows, cols: _distance(q(rows), g(cols), metric, step)
     return run_rule(get, labels, rule, max_rank, step, device, 'the distance matrix', '' if metric == 'cosine' else f'{metric} of the features as given')
