@@ -55,7 +55,7 @@ def fingerprint(
 def _changes(model):
     "What differs after any weight has been changed or replaced; also through `.data`, as fastai's optimisers do, which leaves `_version` as it was."
     ws = [*model.parameters(), *model.buffers()]
-    some = torch.cat([v.detach().reshape(-1)[::max(1, v.numel()//16)].float() for v in ws]) if ws else torch.zeros(0)
+    some = torch.cat([v.detach().reshape(-1)[::max(1, v.numel()//16)].float().to(ws[0].device) for v in ws]) if ws else torch.zeros(0)
     return _switches(model), [(v.data_ptr(), v._version) for v in ws], some.cpu().numpy().tobytes()
 
 # %% ../nbs/22_search.ipynb #91f19366
