@@ -241,7 +241,7 @@ def nearest(self:Gallery,
     if not len(self): raise ProtocolError('the gallery is empty: add images first')
     if not isinstance(k, (int, np.integer)) or k < 1: raise ConfigError(f'k={k}: ask for 1 or more')
     q,v,i = self._features(feats),None,None
-    many = 1 + 2*k//BLOCK  # for long lists several blocks together: each is merged with the list so far
+    many = 1 + 16*k//BLOCK  # for long lists several blocks together: each is merged with the list so far
     for b in range(0, len(self.blocks), many):
         s = slice(b*BLOCK, min((b+many)*BLOCK, len(self)))
         h = None if hidden is None else hidden(s)
