@@ -162,6 +162,8 @@ def test_other_peoples_features(run, tmp_path):
     assert out.splitlines()[1].split()[:5] == ['features', '12', '12', '40', '1'] and (tmp_path/'s.json').exists()
     status, out, err = run('tmpa_evaluate', '--features', tmp_path/'q.npz', tmp_path/'g.npz', '--metric', 'euclidean', '--rerank')
     assert status == 0 and 'euclidean' in out and 're-rank' in out, err
+    one_line(run('tmpa_evaluate', '--features', tmp_path/'q.npz', tmp_path/'g.npz', '--flip', '--trial', 5, '--complete', 'own'), '--trial, --complete, --flip')
+    one_line(run('tmpa_evaluate', '--weights', tmp_path/'w.pth', '--rule', 'sysu'), '--rule')
     np.savez(tmp_path/'empty.npz', feat=rng.normal(size=(0, 8)), pid=[], cam=[])
     one_line(run('tmpa_evaluate', '--features', tmp_path/'q.npz', tmp_path/'empty.npz', '--rule', 'sysu'), 'empty.npz')
     np.savez(tmp_path/'odd.npz', x=rng.normal(size=(3, 8)))

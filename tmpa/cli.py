@@ -169,12 +169,15 @@ def tmpa_evaluate(
 ):
     "Score weights by a data set's protocol, or anybody's features by a rule."
     if out and Path(out).exists(): raise ConfigError(f'{out} exists already: choose another --out')
+    given = lambda **kw: [f'--{k}' for k,v in kw.items() if v not in (None, False)]
     if features:
+        if idle := given(weights=weights, data=data, path=path, trial=trial, complete=complete, flip=flip, ir_range=ir_range): raise ConfigError(f"{', '.join(idle)}: of weights and images, not of --features, which are scored as they are")
         from tmpa.evaluation import evaluate_features
         r = evaluate_features(*features, rule=rule, metric=metric, rerank=rerank)
         scores,how = as_scores({'features': [r]}, {'features': r.n_gallery}),f"rule {rule}; {metric} distance{'; ' + r.note if r.note else ''}"
     else:
         if not weights: raise ConfigError('pass --weights FILE with --data and --path, or --features QUERIES GALLERY with --rule')
+        if idle := given(rule=rule != 'regdb', metric=metric != 'cosine'): raise ConfigError(f"{', '.join(idle)}: for --features alone; weights are scored by their data set's protocol")
         scores,how = evaluate_run(weights, data, path, trial, complete=complete, flip=flip, rerank=rerank, num_workers=workers, ir_range=parse_range(ir_range))
     print(f'{text_table(score_rows(scores))}\n\n{how}')
     if out: write_json(out, dict(how=how, scores=scores))

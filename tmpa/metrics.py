@@ -10,6 +10,7 @@ from functools import partial
 from types import SimpleNamespace
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import ValueMetric
 from .core import ConfigError
 from .evaluation import cross_settings_of, evaluate_settings
@@ -24,14 +25,24 @@ class ReIDMetrics(Callback):
         ranks:tuple=(1,), # CMC ranks that get a column
     ):
         if every < 1: raise ConfigError(f'every={every}: evaluate every 1 or more epochs')
-        self.settings,self.every,self.ranks,self.results,self._names,self._trained = settings,every,ranks,{},(),False
+        self.settings,self.every,self.ranks,self.results,self._names,self._trained,self._held = settings,every,ranks,{},(),False,[]
     def after_create(self): self._add_columns()
-    def before_fit(self): self._add_columns()
+    def before_fit(self):
+        self._add_columns()
+        if not hasattr(self, 'lr_finder'): self.results = {}  # those of an earlier fit
+    def _hold(self, names): # a score that was not taken is neither better nor worse: trackers sleep until the next
+        self._held = [c for c in self.learn.cbs if isinstance(c, TrackerCallback) and c.monitor in names and c.run and not getattr(c, 'every_epoch', False)]
+        for c in self._held: c.run = False
+    def _wake(self):
+        for c in self._held: c.run = True
+        self._held = []
+    def before_epoch(self): self._wake()
+    def after_fit(self): self._wake()
     def _add_columns(self):
         settings = self.settings if self.settings is not None else getattr(self.dls, 'settings', None)
         self._names = [s.name for s in settings] if settings else ['v2t','t2v']
         cols = ['mAP'] + [f'mAP_{n}' for n in self._names] + [f'rank{k}_{n}' for k in self.ranks for n in self._names]  # mAP not last: after `validate` fastai's trackers look one column further
-        have = set(self.learn.metrics.attrgot('name'))
+        have,self._cols = set(self.learn.metrics.attrgot('name')),cols
         self.learn.metrics = self.learn.metrics + [ValueMetric(partial(self.value, c), c) for c in cols if c not in have]
     def value(self, column): # `nan` until something was evaluated
         if not self.results: return float('nan')
@@ -49,7 +60,9 @@ class ReIDMetrics(Callback):
         self._trained = False
         if self._skip(): return
         if due: self.results = {}
-        else: self.learn.dl = []  # an empty loader keeps the recorder's columns aligned; cancelling would not
+        else:
+            self.learn.dl = []  # an empty loader keeps the recorder's columns aligned; cancelling would not
+            self._hold(self._cols)
     def after_pred(self):
         if self._skip(): return
         _,pid,cam = self.yb
