@@ -40,8 +40,14 @@ def _prepare(q_feats, g_feats, metric):
     dtype = torch.promote_types(q.dtype, g.dtype)
     def rows_of(x):
         x = x.to(q.device, dtype)
-        if metric == 'cosine' and ((odd := x.norm(dim=1, keepdim=True)).isinf() | (odd < 1e-12)).any(): x = x/x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)  # squares out of range
-        scale = 1/x.norm(dim=1, keepdim=True).clamp_min(1e-12) if metric == 'cosine' else None
+        scale = None
+        if metric == 'cosine':
+            length = lambda: x.norm(dim=1, keepdim=True)
+            n = length()
+            if (n.isinf() | (n < 1e-12)).any():  # squares out of range
+                x = x/x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+                n = length()
+            scale = 1/n.clamp_min(1e-12)
         def f(i):
             i = torch.as_tensor(i, device=x.device)
             return x[i] if scale is None else x[i].mul_(scale[i])

@@ -246,7 +246,8 @@ def nearest(self:Gallery,
         s = slice(b*BLOCK, min((b+many)*BLOCK, len(self)))
         h = None if hidden is None else hidden(s)
         if h is not None and h.all() and (v is not None or s.stop < len(self)): continue
-        sim = torch.cat([q@x[:s.stop-n*BLOCK].to(q.dtype).T for n,x in enumerate(self.blocks[b:b+many], b)], 1)
+        sims = [q@x[:s.stop-n*BLOCK].to(q.dtype).T for n,x in enumerate(self.blocks[b:b+many], b)]
+        sim = sims[0] if len(sims) == 1 else torch.cat(sims, 1)
         if h is not None: sim.masked_fill_(h, -torch.inf)
         w,j = top_columns(sim, min(k, sim.shape[1]))
         if v is None: v,i = w,j+s.start
@@ -300,7 +301,7 @@ def remove(self:Gallery,
     which, # Places in the gallery, a mask (n,) of it, or a function of a ReIDImage that says which
 )->int: # How many were removed
     "Take images out; the others keep their order and move up."
-    if callable(which): which = [which(o) for o in self.items]
+    if callable(which): which = [bool(which(o)) for o in self.items]  # a mask, whatever stands for true
     elif not isinstance(which, (int, np.integer)): which = which.cpu().numpy() if torch.is_tensor(which) else np.asarray(which if isinstance(which, np.ndarray) else list(which))
     if len(self) and np.asarray(which).dtype == bool:
         if np.shape(which) != (len(self),): raise ConfigError(f'a mask of shape {np.shape(which)} for a gallery of {len(self)} images: give places, or one truth value for each image')
