@@ -216,7 +216,7 @@ def train_runs(
     "Train all, one after the other or in processes."
     def result(f):
         try: return f()
-        except BrokenProcessPool: raise TMPAError("a training process was killed, perhaps for want of memory, or could not start: the same command goes on where it was, with fewer workers if need be; a script of yours needs `if __name__ == '__main__':` around what it does") from None
+        except BrokenProcessPool: raise TMPAError("a training process was killed, perhaps for want of memory, or could not start: the same command goes on where it was (tmpa_demo: with --resume), with fewer workers if need be; a script of yours needs `if __name__ == '__main__':` around what it does") from None
         except Exception as e: return e.with_traceback(None)  # which would keep the network in memory
     if workers <= 1:
         for i,cfg in enumerate(cfgs):
