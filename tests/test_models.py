@@ -7,6 +7,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
 from tmpa.core import CheckpointError, ConfigError
+from tmpa.dart import TwinNet
 from tmpa.layers import GeM, avg_pool
 from tmpa.losses import TMPALoss
 from tmpa.models.agw import AGWNet, NonLocal
@@ -181,15 +182,29 @@ def test_training_computes_what_it_uses():
                     (dict(complete='pair', mix_into_complete=False), dict(sh=[8], vis=[4], ir=[4], tail=[8]))):
         calls.clear(); [setattr(m, k, v) for k,v in kw.items()]; m(x, MOD, xm); assert calls == want, (kw, calls)
 
-@pytest.mark.parametrize('kw', [dict(), dict(mfe=False, mft=False, keep_originals=True)])
-def test_mixed_images_leave_running_statistics_alone(kw):
-    "Beside originals, mixed images are normalised by their own batch; what evaluation uses comes from clean images."
-    x,xm = data(); a = net(**kw); b,c = copy.deepcopy(a), copy.deepcopy(a); c.mix_stats = 'shared'
-    a(x, MOD, xm); b(x, MOD); c(x, MOD, 3*xm)
-    stats = lambda m: {n: v for n,v in m.mfe.shared.named_buffers() if n.endswith(('mean', 'var'))}
-    assert all(torch.equal(v, stats(b)[n]) for n,v in stats(a).items())
-    assert any(not torch.equal(v, stats(b)[n]) for n,v in stats(c).items())
-    assert all(m.momentum == .1 for m in a.modules() if isinstance(m, torch.nn.BatchNorm2d))
+BESIDE = {
+    'TMPA': lambda: TMPANet(5, tiny_resnet, False),
+    'TMPA with bottlenecks': lambda: TMPANet(5, small, False),
+    'TMPA, mixed images for MSS alone': lambda: TMPANet(5, tiny_resnet, False, mix_into_complete=False),
+    'TMPA miss': lambda: TMPANet(5, tiny_resnet, False, eval_complete='miss'),
+    'TMPA pair': lambda: TMPANet(5, tiny_resnet, False, complete='pair'),
+    'without MFT': lambda: TMPANet(5, tiny_resnet, False, mft=False),
+    'B+CA+PedMix': lambda: TMPANet(5, tiny_resnet, False, mfe=False, mft=False),
+    **{k: lambda k=k: TMPANet(5, tiny_resnet, False, mfe=False, mft=False, attention=k) for k in ('se', 'stn', 'cbam')},
+    'AGW': lambda: AGWNet(5, tiny_resnet, False),
+    'DART': lambda: TwinNet(5, tiny_resnet, False),
+}
+
+@pytest.mark.parametrize('name', BESIDE)
+def test_mixed_images_leave_every_running_statistic_alone(name):
+    "Beside originals, mixed images are normalised by their own batch; nothing that evaluation uses has seen one."
+    torch.manual_seed(0)
+    x,xm = data(); a = BESIDE[name](); b,before = copy.deepcopy(a),copy.deepcopy(a.state_dict())
+    a(x, MOD, xm); b(x, MOD, 3*xm.flip(0) + 1)
+    assert [k for k,v in a.state_dict().items() if not torch.equal(v, b.state_dict()[k])] == []
+    means = [k for k in before if k.endswith('running_mean')]
+    assert [k for k in means if torch.equal(a.state_dict()[k], before[k])] == []       # the originals do count, everywhere
+    assert all(m.momentum == .1 and m.track_running_stats for m in a.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
 
 # ---------------------------------------------------------------- training
 

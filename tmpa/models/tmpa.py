@@ -172,11 +172,23 @@ def _clean_and_mixed(self:TMPANet, x, mixed, modality=None):
 @patch
 def _head(self:TMPANet, fc, modality, index, n):
     feat = self.pool(fc)
-    if len(feat) == n or self.mix_stats == 'shared': neck = self.neck(feat)
-    else:  # rows after the first n are of mixed images
-        neck = self.neck(feat[:n])
-        with keep_stats(self.neck): neck = torch.cat([neck, self.neck(feat[n:])])
-    return dict(feat=feat, logits=self.classifier(neck), modality=modality[index], index=index)
+    return dict(feat=feat, logits=self.classifier(self._apart(self.neck, feat, n)), modality=modality[index], index=index)
+
+@patch
+def _apart(self:TMPANet, module, x, n):
+    "`module` on the first n rows, and on the others, which are of mixed images, without a trace in its running statistics."
+    if len(x) == n or self.mix_stats == 'shared': return module(x)
+    clean = module(x[:n])
+    with keep_stats(module): return torch.cat([clean, module(x[n:])])
+
+@patch
+def _complete_apart(self:TMPANet, sh, f_vis, f_ir, missing, n):
+    "`_complete` of the first n rows, then of those of mixed images: layer 4 and MFT remember nothing of these."
+    r = len(sh)//n
+    if r == 1 or self.mix_stats == 'shared': return self._complete(sh, f_vis, f_ir, missing if missing is None else missing.repeat(r, 1, 1, 1))
+    clean = self._complete(sh[:n], f_vis, f_ir, missing)
+    with keep_stats(self.tail, self.mft): mixed = self._complete(sh[n:], f_vis, f_ir, missing)
+    return [torch.cat(o) for o in zip(clean, mixed)]
 
 @patch
 def _train(self:TMPANet, x, modality, mixed):
@@ -201,18 +213,19 @@ def _train_slots(self:TMPANet, x, modality, mixed):
     if single: p_sh,p_vis,p_ir = p_sh[order], p_vis[vis], p_ir[ir]
     if mixed is not None and not use_mix: sh = sh[:len(x)]
     r = len(sh)//len(x)
-    fc,gen_vis,gen_ir = self._complete(sh, f_vis, f_ir, missing if missing is None else missing.repeat(r, 1, 1, 1))
+    fc,gen_vis,gen_ir = self._complete_apart(sh, f_vis, f_ir, missing, len(x))
     out = self._head(fc, modality, rows.repeat(r), len(x))
     out.update(f_sh=p_sh, f_vis=p_vis, f_ir=p_ir, slot_index=vis, ir_index=ir, logits_vis=self.classifier_vis(p_vis), logits_ir=self.classifier_ir(p_ir))
-    return out if self.mft is None else {**out, **self._generated(gen_vis, gen_ir, out['modality'], out['index'])}
+    return out if self.mft is None else {**out, **self._generated(gen_vis, gen_ir, out['modality'], out['index'], r)}
 
 # %% ../../nbs/12_models.tmpa.ipynb #e64f658a
 @patch
-def _generated(self:TMPANet, gen_vis, gen_ir, modality, index):
-    "Classify generated features, each on the rows that `gen_rows` names."
+def _generated(self:TMPANet, gen_vis, gen_ir, modality, index, r):
+    "Classify generated features, each on the rows that `gen_rows` names; `r` is 2 where the second half is of mixed images."
     which = self.gen_rows or ('match' if self.complete == 'single' else 'all')
     rv,ri = (slice(None),)*2 if which == 'all' else slot_rows(modality)[::1 if which == 'match' else -1]
-    return dict(logits_vis_gen=self.classifier_vis(avg_pool(gen_vis[rv])), logits_ir_gen=self.classifier_ir(avg_pool(gen_ir[ri])),
+    classify = lambda classifier, f: self._apart(classifier, avg_pool(f), len(f)//r)
+    return dict(logits_vis_gen=classify(self.classifier_vis, gen_vis[rv]), logits_ir_gen=classify(self.classifier_ir, gen_ir[ri]),
                 gen_vis_index=index[rv], gen_ir_index=index[ri])
 
 # %% ../../nbs/12_models.tmpa.ipynb #93088286
