@@ -6,7 +6,6 @@
 __all__ = ['grid_size', 'region_map', 'patch_counts', 'region_mask', 'feather']
 
 # %% ../nbs/04_regions.ipynb #fab34fc4
-from functools import lru_cache
 from math import ceil, gcd
 from numbers import Integral
 
@@ -37,13 +36,17 @@ def grid_size(
     raise ConfigError(f'image size {h}x{w} is not divisible by patch {ph if ph==pw else f"{ph}x{pw}"}: use a patch that fits ({fits}) or resize the images to {near}')
 
 # %% ../nbs/04_regions.ipynb #3c9f62a1
-@lru_cache(maxsize=64)
-def _region_map(rows, cols):
-    m = torch.full((rows, cols), 2)
-    for region,(fh,fw) in ((1, (5/6, 2/3)), (0, (2/3, 1/3))):  # centre last: it lies inside box 2
-        h,w = max(1, round(rows*fh)),max(1, round(cols*fw))
-        t,l = (rows-h)//2,(cols-w)//2
-        m[t:t+h, l:l+w] = region
+def _boxes(rows, cols):
+    "Top, bottom, left and right of box 2, then of box 1, in patches."
+    for share_h, share_w in ((5/6, 2/3), (2/3, 1/3)):
+        h, w = max(1, round(rows*share_h)), max(1, round(cols*share_w))
+        top, left = (rows-h)//2, (cols-w)//2
+        yield top, top+h, left, left+w
+
+def _region_map(rows, cols, device=None):
+    m = torch.full((rows, cols), 2, device=device)
+    for region, (top, bottom, left, right) in zip((1, 0), _boxes(rows, cols)):  # the centre lies inside box 2
+        m[top:bottom, left:right].fill_(region)
     return m
 
 def region_map(
@@ -51,19 +54,24 @@ def region_map(
     patch:int|tuple[int,int] # Patch side, or (height, width), in pixels; must divide `size`
 )->Tensor: # LongTensor (rows, columns)
     "Region of each patch: 0 centre, 1 sub-centre, 2 outer (the boxes Phi of section III-B)."
-    return _region_map(*grid_size(size, patch)).clone()
+    return _region_map(*grid_size(size, patch))
 
 # %% ../nbs/04_regions.ipynb #d6431e89
+def _region_sizes(rows, cols):
+    "Patches in the centre, the sub-centre and the outer region."
+    box2, centre = [(bottom-top)*(right-left) for top, bottom, left, right in _boxes(rows, cols)]
+    return [centre, box2-centre, rows*cols-box2]
+
 def patch_counts(
     size:tuple[int,int],      # Image (height, width) in pixels
     patch:int|tuple[int,int], # Patch side, or (height, width)
     ratios=(0.65, 0.70, 0.75) # Share of centre, sub-centre, outer patches to exchange; one number for all three; 0 or None: region off
 )->list[int]: # Patches to draw from the centre, the sub-centre and the outer region
     "Number of patches that change modality in each region: `round(ratio * patches)`."
-    rs = [o or 0. for o in (ratios if isinstance(ratios, (tuple, list)) else [ratios]*3)]
-    if len(rs) != 3 or not all(0 <= o <= 1 for o in rs): raise ConfigError(f'ratios={ratios!r}: give three numbers from 0 to 1 (centre, sub-centre, outer)')
-    ns = _region_map(*grid_size(size, patch)).flatten().bincount(minlength=3).tolist()
-    return [round(r*n) for r,n in zip(rs, ns)]
+    ratios_ = [o or 0. for o in (ratios if isinstance(ratios, (tuple, list)) else [ratios]*3)]
+    if len(ratios_) != 3 or not all(0 <= o <= 1 for o in ratios_):
+        raise ConfigError(f'ratios={ratios!r}: give three numbers from 0 to 1 (centre, sub-centre, outer)')
+    return [round(r*n) for r, n in zip(ratios_, _region_sizes(*grid_size(size, patch)))]
 
 # %% ../nbs/04_regions.ipynb #355a8ad6
 def region_mask(
@@ -71,18 +79,18 @@ def region_mask(
     size:tuple[int,int],       # Image (height, width) in pixels
     patch:int|tuple[int,int],  # Patch side, or (height, width); must divide `size`
     ratios=(0.65, 0.70, 0.75), # Share of centre, sub-centre, outer patches to exchange; 0 or None: region off
-    generator:torch.Generator|None=None, # Source of randomness (default: torch's own)
-    device=None                # Where the mask goes (default: the generator's device)
+    generator:torch.Generator|None=None, # Source of randomness (default: torch's own of `device`)
+    device=None                # Where the mask is made (default: the generator's device)
 )->Tensor: # BoolTensor (n, 1, height, width), True where the other modality goes
     "Random masks with exactly `round(ratio * patches)` patches of each region, drawn without replacement for each image."
-    (ph,pw),(rows,cols) = _pair(patch, 'patch'),grid_size(size, patch)
-    src = generator.device if generator is not None else torch.device(device or 'cpu')
-    region,take = _region_map(rows, cols).flatten(),torch.zeros(n, rows*cols, dtype=torch.bool, device=src)
-    for r,k in enumerate(patch_counts(size, patch, ratios)):
-        where = (region == r).nonzero().squeeze(1).to(src)
-        order = torch.rand(n, len(where), generator=generator, device=src).argsort(1)
-        take.scatter_(1, where[order[:, :k]], True)
-    take = take.to(device or src).view(n, 1, rows, cols)
+    (ph, pw), (rows, cols) = _pair(patch, 'patch'), grid_size(size, patch)
+    source = torch.device(device or 'cpu') if generator is None else generator.device
+    cells_of = _region_map(rows, cols, source).flatten().argsort(stable=True).split(_region_sizes(rows, cols))
+    take = torch.zeros(n, rows*cols, dtype=torch.bool, device=source)
+    for cells, k in zip(cells_of, patch_counts(size, patch, ratios)):
+        order = torch.rand(n, len(cells), generator=generator, device=source).argsort(1)
+        take.scatter_(1, cells[order[:, :k]], True)
+    take = take.to(device or source).view(n, 1, rows, cols)
     return take.repeat_interleave(ph, 2).repeat_interleave(pw, 3)
 
 # %% ../nbs/04_regions.ipynb #4b62ee94

@@ -15,9 +15,9 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import CheckpointError, ConfigError
+from ..core import CheckpointError, ConfigError, plain, rand_on, slots
 from ..regions import grid_size
-from .pedmix import PedMix, SlotMix, _mixed, _shown, pedmix, slots
+from .pedmix import PedMix, SlotMix, _mixed, _shown, pedmix
 from ..models.backbone import Extractor, make_resnet
 
 # %% ../../nbs/06_callback.mix.ipynb #3e603bfc
@@ -46,7 +46,7 @@ class SlotMixup(SlotMix):
 
     def masks(self, n, size, device=None):
         "Weight of the partner, 1 - lambda (n, 1, 1, 1)."
-        return (1 - beta_lambdas(n, self.alpha, self.rng)).view(n, 1, 1, 1).to(device)
+        return (1 - beta_lambdas(n, self.alpha, self.rng)).view(n, 1, 1, 1).to(device, non_blocking=True)
 
 # %% ../../nbs/06_callback.mix.ipynb #fab75b3a
 def box_mask(
@@ -61,7 +61,7 @@ def box_mask(
         centre,half = torch.randint(s, lam.shape, generator=generator),(share*s).long()//2
         at = torch.arange(s)
         inside.append((at >= (centre-half)[:, None]) & (at < (centre+half)[:, None]))
-    rows,cols = (o.to(device) for o in inside)
+    rows,cols = (o.to(device, non_blocking=True) for o in inside)
     return rows[:, None, :, None] & cols[:, None, None, :]
 
 # %% ../../nbs/06_callback.mix.ipynb #29535104
@@ -90,8 +90,8 @@ def patch_mask(
 )->Tensor: # BoolTensor (n, 1, height, width), True where the partner goes
     "Exactly `round(ratio * patches)` patches from anywhere in the image, drawn without replacement for each mask."
     rows,cols = grid_size(size, patch)
-    place = torch.rand(n, rows*cols, generator=generator).argsort(1).argsort(1)  # a random rank for each patch
-    return to_pixels((place < round(ratio*rows*cols)).view(n, 1, rows, cols).to(device), size)
+    place = rand_on((n, rows*cols), device or 'cpu', generator).argsort(1).argsort(1)  # a random rank for each patch
+    return to_pixels((place < round(ratio*rows*cols)).view(n, 1, rows, cols), size)
 
 # %% ../../nbs/06_callback.mix.ipynb #0b40f91e
 class PatchMix(SlotMix):
@@ -112,7 +112,7 @@ class PatchMix(SlotMix):
 
     def masks(self, n, size, device=None):
         "The patches (n, 1, height, width)."
-        return patch_mask(n, size, self.patch, self.ratio, self.rng, device)
+        return patch_mask(n, size, self.patch, self.ratio, self.rng_on(device), device)
 
 # %% ../../nbs/06_callback.mix.ipynb #e6c7990c
 @contextmanager
@@ -130,7 +130,7 @@ def attention_scores(
     grid:tuple    # (rows, columns)
 )->Tensor: # (B, rows, columns), float32
     "How strongly a network responds to each cell of a grid: its activations, averaged over channels and over the cell."
-    with _evaluating(scorer): a = scorer(images.as_subclass(Tensor))
+    with _evaluating(scorer): a = scorer(plain(images))
     if a.ndim != 4: raise ConfigError(f'scorer returns {a.ndim} dimensions: give a network whose output is a map (B, channels, height, width), without pooling')
     return F.adaptive_avg_pool2d(a.float().mean(1), grid)
 

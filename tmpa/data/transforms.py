@@ -14,21 +14,18 @@ from fastai.torch_core import TensorImage
 from fastai.vision.core import imagenet_stats
 from fasttransform import ItemTransform
 
-# %% ../../nbs/02_data.transforms.ipynb #638ed88c
-def _rand(shape, like, generator):
-    "Numbers in [0, 1) from the CPU generator, on the device of `like`."
-    return torch.rand(shape, generator=generator).to(like.device)
+from ..core import plain, rand_on
 
 # %% ../../nbs/02_data.transforms.ipynb #ad6031d6
 def pad_crop(
     x:Tensor, # Images (n, c, h, w)
     pad:int=10, # Pixels of zeros on each side
-    generator:torch.Generator|None=None, # CPU generator; None: torch's global one
+    generator:torch.Generator|None=None, # None: torch's own of the images' device
 ) -> Tensor: # The same shape
     "Pad with zeros and crop back at a random place, for each image its own."
     n,c,h,w = x.shape
     if pad<1: return x
-    dy,dx = (_rand((2, n, 1), x, generator)*(2*pad+1)).long()
+    dy,dx = (rand_on((2, n, 1), x.device, generator)*(2*pad+1)).long()
     rows,cols = dy+torch.arange(h, device=x.device),dx+torch.arange(w, device=x.device)
     x = F.pad(x, (pad,)*4)
     x = x.gather(2, rows[:, None, :, None].expand(n, c, h, x.shape[3]))
@@ -38,21 +35,21 @@ def pad_crop(
 def hflip(
     x:Tensor, # Images (n, c, h, w)
     p:float=0.5, # Chance of each image
-    generator:torch.Generator|None=None, # CPU generator; None: torch's global one
+    generator:torch.Generator|None=None, # None: torch's own of the images' device
 ) -> Tensor: # The same shape
     "Mirror left and right with chance `p`."
-    return torch.where((_rand(len(x), x, generator)<p)[:, None, None, None], x.flip(3), x)
+    return torch.where((rand_on(len(x), x.device, generator)<p)[:, None, None, None], x.flip(3), x)
 
 # %% ../../nbs/02_data.transforms.ipynb #b566c123
 def channel_exchange(
     x:Tensor, # Images (n, 3, h, w)
     modality:Tensor, # LongTensor (n,), 0 visible
     p:float=0.75, # Chance of each visible image
-    generator:torch.Generator|None=None, # CPU generator; None: torch's global one
+    generator:torch.Generator|None=None, # None: torch's own of the images' device
 ) -> Tensor: # The same shape
     "One of R, G, B fills all three channels of a visible image."
     n = len(x)
-    on,pick = _rand((2, n), x, generator)
+    on,pick = rand_on((2, n), x.device, generator)
     src = torch.where(((on<p) & (modality==0))[:, None], (pick*3).long()[:, None], torch.arange(3, device=x.device))
     return x[torch.arange(n, device=x.device)[:, None], src]
 
@@ -68,18 +65,19 @@ def random_erase(
     area:tuple=(0.02, 0.4), # Smallest and largest share of the image
     aspect:float=0.3, # Height / width between this and its inverse
     fill:tuple=tuple(imagenet_stats[0]), # Colour of the rectangle
-    generator:torch.Generator|None=None, # CPU generator; None: torch's global one
+    generator:torch.Generator|None=None, # None: torch's own of the images' device
 ) -> Tensor: # The same shape
     "Paint one random rectangle with `fill` with chance `p`."
     n,_,H,W = x.shape
-    on,top,left = _rand((3, n, 1), x, generator)
-    a,r = _rand((2, n, 10), x, generator)
+    on,top,left = rand_on((3, n, 1), x.device, generator)
+    a,r = rand_on((2, n, 10), x.device, generator)
     a,r = (area[0]+a*(area[1]-area[0]))*H*W,aspect+r*(1/aspect-aspect)
     h,w = _first_fit((a*r).sqrt().round(), (a/r).sqrt().round(), H, W)
     top,left = (top*(H-h+1)).floor(),(left*(W-w+1)).floor()
     y,z = torch.arange(H, device=x.device),torch.arange(W, device=x.device)
     rows,cols = (y>=top) & (y<top+h) & (on<p),(z>=left) & (z<left+w)
-    return torch.where((rows[:, :, None] & cols[:, None])[:, None], x.new_tensor(fill)[:, None, None], x)
+    colour = torch.cat([x.new_full((1, 1, 1), o) for o in fill])  # made on the device: nothing is copied to it
+    return torch.where((rows[:, :, None] & cols[:, None])[:, None], colour, x)
 
 # %% ../../nbs/02_data.transforms.ipynb #fc1e2898
 class ReIDAug(ItemTransform):
@@ -90,18 +88,19 @@ class ReIDAug(ItemTransform):
         flip:float=0.5, # Chance of a mirror image
         exchange:float=0.75, # Chance of a channel exchange (visible only)
         erase:float=0., # Chance of an erased rectangle; off, as in AGW and the paper
-        generator:torch.Generator|None=None, # CPU generator; None: torch's global one
+        generator:torch.Generator|None=None, # None: torch's own of the images' device
     ):
         super().__init__()
         self.pad,self.flip,self.exchange,self.erase,self.generator = pad,flip,exchange,erase,generator
 
     def encodes(self, b):
         x,modality,*rest = b
-        g,y = self.generator,x.as_subclass(Tensor)
+        g, y = self.generator, plain(x)
         y = pad_crop(y, round(10*y.shape[2]/288) if self.pad is None else self.pad, g)
         if self.flip: y = hflip(y, self.flip, g)
         if self.exchange: y = channel_exchange(y, modality, self.exchange, g)
         if self.erase: y = random_erase(y, self.erase, generator=g)
-        return type(b)((y.as_subclass(type(x)), modality, *rest))
+        if type(x) is not Tensor: y = y.as_subclass(type(x))
+        return type(b)((y, modality, *rest))
 
     def __getstate__(self): return {**self.__dict__, 'generator': None}   # a torch.Generator cannot be pickled
