@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 from tmpa.callback.pedmix import PedMix
 from tmpa.core import CheckpointError, ConfigError, ReIDImage
-from tmpa.dart import DART, TwinNet, dart_learner, sample_losses, split_twin
+from tmpa.models.net import split_params
+from tmpa.dart import DART, TwinNet, dart_learner, sample_losses
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.learner import tmpa_learner
 from tmpa.models.backbone import micro_resnet, tiny_resnet
@@ -140,7 +141,7 @@ def test_one_weight_file_starts_both_trunks():
     sd = tiny_resnet().state_dict()
     m = TwinNet(7, tiny_resnet, sd)
     assert torch.equal(m.a.mfe.shared.conv1.weight, m.b.mfe.shared.conv1.weight) and not torch.equal(m.a.classifier.weight, m.b.classifier.weight)
-    assert m.pretrained and [len(g) for g in split_twin(m)] == [2*len([*m.a.mfe.parameters(), *m.a.tail.parameters()]), 4]
+    assert m.pretrained and [len(g) for g in split_params(m)] == [2*len([*m.a.mfe.parameters(), *m.a.tail.parameters()]), 4]
 
 # ---------------------------------------------------------------- learner
 

@@ -22,7 +22,7 @@ VARIANTS = [dict(), dict(eval_complete='own'), dict(eval_complete='miss'), dict(
 
 def net(arch=tiny_resnet, seed=0, **kw):
     torch.manual_seed(seed)
-    kw = dict(mix_into_complete=False, keep_originals=False) | kw  # the plainest rows; tests that want others say so
+    kw = dict(keep_originals=False) | kw  # the plainest rows; tests that want others say so
     return TMPANet(kw.pop('n', 5), arch, pretrained=False, **kw)
 
 def data(seed=1, size=(64, 32)):
@@ -68,9 +68,9 @@ def sh_of(m, x): f = m.mfe.shared(x); return f if m.mft is not None else m.tail(
 @pytest.mark.parametrize('arch', [tiny_resnet, small])
 @pytest.mark.parametrize('kw', VARIANTS[:-1])
 def test_single_image_by_hand(arch, kw):
-    x,xm = data(); m = warm(net(arch, **kw), x, xm)
+    x,_ = data(); m = warm(net(arch, **kw), x)
     with torch.no_grad():
-        tr = m(x, MOD, xm); m.eval(); m.feature = 'pool'; ev = m(x, MOD)
+        tr = m(x, MOD); m.eval(); m.feature = 'pool'; ev = m(x, MOD)
         for i in range(len(x)):
             o,own = x[i:i+1], (m.mfe.visible, m.mfe.infrared)[MOD[i]]
             vis,ir = (own(o), own(o)) if m.eval_complete == 'own' else (m.mfe.visible(o), m.mfe.infrared(o))
@@ -81,8 +81,7 @@ def test_single_image_by_hand(arch, kw):
         close(tr['f_vis'], avg_pool(m.mfe.visible(x))[[0, 1, 4, 5]], 1e-4); close(tr['f_ir'], avg_pool(m.mfe.infrared(x))[[2, 3, 6, 7]], 1e-4)
         close(tr['logits_vis'], m.classifier_vis(tr['f_vis'])); close(tr['logits_ir'], m.classifier_ir(tr['f_ir']))
         close(tr['logits'], m.classifier(m.neck(tr['feat'])))
-    # the rows of training are those of evaluation, and the mixed images are in f_sh alone
-    close(tr['f_sh'], avg_pool(sh_of(m, xm))[[0, 1, 4, 5, 2, 3, 6, 7]], 1e-4)
+    close(tr['f_sh'], avg_pool(sh_of(m, x))[[0, 1, 4, 5, 2, 3, 6, 7]], 1e-4)
 
 @pytest.mark.parametrize('kw', [dict(), dict(mft=False)])
 @pytest.mark.parametrize('keep', [False, True])
@@ -103,30 +102,26 @@ def test_pair_by_hand(kw, keep):
         close(out['f_vis'], avg_pool(m.mfe.visible(x[vis])), 1e-4); close(out['f_ir'], avg_pool(m.mfe.infrared(x[ir])), 1e-4)
         close(out['f_sh'], avg_pool(sh_of(m, xm[vis+ir])), 1e-4)
 
-@pytest.mark.parametrize('which,rows', [('match', ([0, 1, 4, 5], [2, 3, 6, 7])), ('miss', ([2, 3, 6, 7], [0, 1, 4, 5])), ('all', (list(range(8)),)*2)])
-def test_gen_rows(which, rows):
-    x,_ = data(); m = warm(net(gen_rows=which), x)
+def test_generated_features_are_classified_on_their_own_rows():
+    x,_ = data(); m = warm(net(), x)
     with torch.no_grad():
-        out = m(x, MOD); _,gv,gi = m._single(x, MOD)
-        assert out['gen_vis_index'].tolist() == rows[0] and out['gen_ir_index'].tolist() == rows[1]
-        close(out['logits_vis_gen'], m.classifier_vis(avg_pool(gv))[rows[0]]); close(out['logits_ir_gen'], m.classifier_ir(avg_pool(gi))[rows[1]])
+        out = m(x, MOD); view = m.single(x, MOD)
+        assert out['gen_vis_index'].tolist() == [0, 1, 4, 5] and out['gen_ir_index'].tolist() == [2, 3, 6, 7]
+        close(out['logits_vis_gen'], m.classifier_vis(avg_pool(view.gen_vis))[[0, 1, 4, 5]]); close(out['logits_ir_gen'], m.classifier_ir(avg_pool(view.gen_ir))[[2, 3, 6, 7]])
 
-def test_mix_into_complete():
-    x,xm = data(); m = warm(net(), x, xm); xm2 = xm.flip(-1)
+def test_mixed_images_are_a_second_view():
+    "Originals give the rows that they give alone; mixed images give F_sh beside the originals' specific features, and MSS its shared feature."
+    x,xm = data(); m = warm(net(), x, xm)
     with torch.no_grad():
-        close(m(x, MOD, xm)['feat'], m(x, MOD, xm2)['feat'])               # mixed images stay out of F_C ...
-        assert (m(x, MOD, xm)['f_sh'] - m(x, MOD, xm2)['f_sh']).abs().max() > 1e-3
-        org = m(x, MOD)['feat']
-        m.mix_into_complete = True
-        mix = m(x, MOD, xm)['feat']
-        assert (mix - org).abs().max() > 1e-3
+        org,mix = m(x, MOD),m(x, MOD, xm)
+        assert (mix['feat'] - org['feat']).abs().max() > 1e-3
         fc,_ = by_hand(m, sh_of(m, xm[3:4]), m.mfe.visible(x[3:4]), m.mfe.infrared(x[3:4]), None)
-        close(mix[3], m.pool(fc)[0], 1e-4)                                # ... or give F_sh only
+        close(mix['feat'][3], m.pool(fc)[0], 1e-4)
         m.keep_originals = True
         both = m(x, MOD, xm)
-        close(both['feat'], torch.cat([org, mix]), 1e-4); close(both['f_sh'], m(x, MOD, xm)['f_sh'])
-        assert both['index'].tolist() == list(range(8))*2
-        assert both['gen_vis_index'].tolist() == [0, 1, 4, 5]*2
+        close(both['feat'], torch.cat([org['feat'], mix['feat']]), 1e-4); close(both['f_sh'], mix['f_sh'])
+        close(both['f_sh'], avg_pool(sh_of(m, xm))[[0, 1, 4, 5, 2, 3, 6, 7]], 1e-4)
+        assert both['index'].tolist() == list(range(8))*2 and both['gen_vis_index'].tolist() == [0, 1, 4, 5]*2
 
 def test_row_order_is_free():
     "A shuffled batch gives every image the same outputs, slots paired in order of appearance."
@@ -168,24 +163,24 @@ def test_alone_or_in_a_batch(arch, kw, feature):
         close(m(x.to(memory_format=torch.channels_last), MOD), f)
 
 def test_evaluation_computes_what_it_uses():
-    "`own` runs no extractor of the other modality; the baseline has none."
+    "Each extractor once; `own` chooses between them and reads nothing back; in training each sees its own rows; the baseline has none."
     x,_ = data(); m = net(eval_complete='own').eval(); calls = []
     m.mfe.visible.register_forward_hook(lambda *a: calls.append(len(a[2])))
-    with torch.no_grad(): m(x, 1); assert calls == []; m(x, MOD); assert calls == [4]
+    with torch.no_grad(): m(x, 1); m(x, MOD); assert calls == [8, 8]; m.train()(x, MOD); assert calls == [8, 8, 4]
     assert net(mfe=False, mft=False).mfe.visible is None
 
 def test_training_computes_what_it_uses():
     x,xm = data(); m = net(); calls = {}
     for n,o in (('sh', m.mfe.shared), ('vis', m.mfe.visible), ('ir', m.mfe.infrared), ('tail', m.tail)):
         o.register_forward_hook(lambda mod,i,out,n=n: calls.setdefault(n, []).append(len(out)))
-    for kw,want in ((dict(), dict(sh=[8, 8], vis=[8], ir=[8], tail=[8])), (dict(mix_into_complete=True), dict(sh=[8], vis=[8], ir=[8], tail=[8])),
-                    (dict(complete='pair', mix_into_complete=False), dict(sh=[8], vis=[4], ir=[4], tail=[8]))):
+    m.mft.vis.conv.register_forward_hook(lambda mod,i,out: calls.setdefault('conv', []).append(len(out)))
+    for kw,want in ((dict(), dict(sh=[8], vis=[8], ir=[8], tail=[8], conv=[8])), (dict(keep_originals=True), dict(sh=[8, 8], vis=[8], ir=[8], tail=[8, 8], conv=[8])),
+                    (dict(complete='pair'), dict(sh=[8, 8], vis=[4], ir=[4], tail=[8, 8], conv=[4]))):
         calls.clear(); [setattr(m, k, v) for k,v in kw.items()]; m(x, MOD, xm); assert calls == want, (kw, calls)
 
 BESIDE = {
     'TMPA': lambda: TMPANet(5, tiny_resnet, False),
     'TMPA with bottlenecks': lambda: TMPANet(5, small, False),
-    'TMPA, mixed images for MSS alone': lambda: TMPANet(5, tiny_resnet, False, mix_into_complete=False),
     'TMPA miss': lambda: TMPANet(5, tiny_resnet, False, eval_complete='miss'),
     'TMPA pair': lambda: TMPANet(5, tiny_resnet, False, complete='pair'),
     'without MFT': lambda: TMPANet(5, tiny_resnet, False, mft=False),
@@ -210,7 +205,7 @@ def test_mixed_images_leave_every_running_statistic_alone(name):
 
 @pytest.mark.parametrize('arch', [tiny_resnet, small])
 @pytest.mark.parametrize('kw', [dict(), dict(complete='pair'), dict(heads=4), dict(eval_complete='own'), dict(eval_complete='miss'), dict(mft=False), dict(mfe=False, mft=False),
-                                dict(mix_into_complete=True, keep_originals=True), dict(pool_trainable=True)])
+                                dict(keep_originals=True), dict(pool_trainable=True)])
 def test_gradients_reach_everything(arch, kw):
     x,xm = data(); m = net(arch, **kw); out = m(x, MOD, xm)
     sum(v.square().sum() if k in ('feat', 'f_sh', 'f_vis', 'f_ir') else v.logsumexp(1).sum() for k,v in out.items() if v.is_floating_point()).backward()
@@ -239,7 +234,7 @@ def test_bad_batches():
     with pytest.raises(ConfigError, match='8 images but 4 mixed'): m(x, MOD, xm[:4])
 
 def test_bad_arguments():
-    for kw in (dict(mfe=False), dict(complete='x'), dict(eval_complete='x'), dict(feature='x'), dict(gen_rows='x'), dict(n=0), dict(heads=5), dict(pool_p=0), dict(attention=nn.Conv2d),
+    for kw in (dict(mfe=False), dict(complete='x'), dict(eval_complete='x'), dict(feature='x'), dict(n=0), dict(heads=5), dict(pool_p=0), dict(attention=nn.Conv2d),
                dict(arch='resnet1'), dict(arch=lambda: nn.Linear(1, 1)), dict(arch=torchvision.models.alexnet)):
         with pytest.raises(ConfigError) as e: net(**kw)
         one_line(e)
@@ -294,7 +289,7 @@ def test_unknown_attention(bad):
 
 def agw(arch=tiny_resnet, seed=0, **kw): torch.manual_seed(seed); return AGWNet(5, arch, False, **kw)
 
-@pytest.mark.parametrize('kw', [dict(), dict(keep_originals=False), dict(mix_stats='shared'), dict(nonlocal_blocks=False), dict(nonlocal_channels=None)])
+@pytest.mark.parametrize('kw', [dict(), dict(keep_originals=False), dict(nonlocal_blocks=False), dict(nonlocal_channels=None)])
 def test_agw_trains(kw, tmp_path):
     x,xm = data(); m = agw(**kw); y = torch.arange(2).repeat_interleave(4)
     for mixed in (None, xm):

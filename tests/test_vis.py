@@ -149,12 +149,12 @@ class TestGradCAM:
 class _Pooled(nn.Module):
     "F_C, averaged: all of the network that is not float32 by design."
     def __init__(self, net): super().__init__(); self.net = net
-    def forward(self, x, modality): return self.net._single(x, modality)[0].mean((2, 3))
+    def forward(self, x, modality): return self.net.single(x, modality).f_c.mean((2, 3))
 
 
 class TestArchitecture:
     @pytest.mark.parametrize('arch', [micro_resnet, 'resnet50'])
-    @pytest.mark.parametrize('kw', [dict(), dict(mft=False), dict(mfe=False, mft=False), dict(complete='pair', mix_stats='shared'), dict(eval_complete='miss', heads=2)], ids=str)
+    @pytest.mark.parametrize('kw', [dict(), dict(mft=False), dict(mfe=False, mft=False), dict(complete='pair'), dict(eval_complete='miss', heads=2)], ids=str)
     def test_counts_add_up(self, arch, kw):
         m = TMPANet(5, arch, pretrained=False, **kw)
         b = architecture(m, (64, 32))

@@ -21,6 +21,7 @@ from .models.backbone import *
 from .models.mfe import *
 from .models.mft import *
 from .models.attention import *
+from .models.net import *
 from .models.tmpa import *
 from .models.agw import *
 from .losses import *

@@ -11,16 +11,14 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from torch import Tensor, nn
 
-from .core import ConfigError
+from .core import ConfigError, plain
+from .layers import full_precision
 
 # %% ../nbs/13_losses.ipynb #12273a1a
-def _full(x): 
+def _full(x):
     "Plain tensor (no fastai subclass) in at least float32."
-    x = x.as_subclass(Tensor)
+    x = plain(x)
     return x if x.dtype == torch.float64 else x.float()
-
-def _plain(x): return x.as_subclass(Tensor)
-def _no_autocast(x): return torch.autocast(x.device.type, enabled=False)
 
 # %% ../nbs/13_losses.ipynb #dcfbf314
 def id_loss(
@@ -29,8 +27,8 @@ def id_loss(
     label_smoothing:float=0. # Share of the target spread evenly over all classes
 )->Tensor: # Scalar
     "Mean cross entropy over the rows with a label (equations 7, 13, 14)."
-    with _no_autocast(logits):
-        labels = _plain(labels)
+    with full_precision(logits):
+        labels = plain(labels)
         each = F.cross_entropy(_full(logits), labels.clamp(min=-1), reduction='none', ignore_index=-1, label_smoothing=label_smoothing)
         return each.sum()/(labels >= 0).sum().clamp(min=1)
 
@@ -51,8 +49,8 @@ def wrt_loss(
 )->Tensor: # Scalar
     "Weighted regularised triplet loss (equation 15 with AGW's sign): mean over all anchors."
     if not len(feats): return _full(feats).sum()
-    with _no_autocast(feats):
-        d,labels = pair_distances(_full(feats)),_plain(labels)
+    with full_precision(feats):
+        d,labels = pair_distances(_full(feats)),plain(labels)
         pos = labels[:, None] == labels[None]
         low = torch.finfo(d.dtype).min  # finite: a row without negatives must not become 0/0
         w_pos = d.masked_fill(~pos, low).softmax(1)*pos
@@ -83,11 +81,11 @@ def mss_loss(
         raise ConfigError(f'mss_loss: {N} labels need {2*N} rows of f_sh and {N} of f_vis and f_ir, got {len(f_sh)}, {len(f_vis)} and {len(f_ir)}')
     if reduction not in ('sum', 'mean'): raise ConfigError(f"mss_loss: reduction={reduction!r}: use 'sum' or 'mean'")
     if not N: return (_full(f_sh).sum(), _full(f_sh).sum().detach()) if return_active else _full(f_sh).sum()
-    with _no_autocast(f_sh):
+    with full_precision(f_sh):
         sh,v,i = (_unit(_full(o)) if normalize else _full(o) for o in (f_sh, f_vis, f_ir))
         dist = lambda a,b: torch.linalg.vector_norm(a - b, dim=1)
         d = dist(v, i) + dist(sh, torch.cat([v, i])).view(2, N).mean(0)
-        share = _plain(labels)[:, None] == _plain(labels)[None]
+        share = plain(labels)[:, None] == plain(labels)[None]
         share = share.to(d.dtype)/share.sum(1)          # row i averages over the slots of i's identity
         hinge,w = (margin - share @ d).clamp(min=0),share.diagonal()  # w: one over the identity's slots, so that it counts once
         loss,active = (hinge*w).sum(),((hinge > 0)*w).sum()/w.sum()
@@ -146,33 +144,33 @@ class TMPALoss(nn.Module):
         *others           # Person and camera numbers: not used
     )->Tensor: # Scalar; NaN in evaluation
         self._forget()
-        if isinstance(pred, Tensor): return pred.new_full((len(pred),) if self.reduction == 'none' else (), float('nan'), dtype=torch.float32).as_subclass(Tensor)
-        loss = self.alpha*self._base(pred, _plain(label))
-        feature = self._feature(pred, _plain(label))
-        return loss if feature is None else loss + self.beta*self.beta_scale*feature
+        if isinstance(pred, Tensor): return self._nothing(pred)
+        loss = 0.
+        for name, weight, value in self.weighted(pred, plain(label)):
+            setattr(self, name, value.detach())
+            loss = loss + weight*value
+        return loss
 
-    def _keep(self, **terms):
-        for k,v in terms.items(): setattr(self, k, v.detach())
-
-    def _base(self, p, y):
-        "ID and WRT on the rows of F_C."
-        y = y[p['index']] if 'index' in p else y
-        i,w = id_loss(p['logits'], y, self.label_smoothing),wrt_loss(p['feat'], y)
-        self._keep(loss_id=i, loss_wrt=w)
-        return i + self.w_wrt*w
-
-    def _feature(self, p, y):
-        "MSI + lam1 MSS + MFT, of those that the network has; None when it has none."
-        parts = []
-        at = lambda k,default='slot_index': y[p[k] if k in p else p[default]]
+    def weighted(self, p, y):
+        "Name, weight and value of each term that the network's output `p` allows; `y` (B,) are the labels of the batch."
+        def labels(key, default): return y[p.get(key, p.get(default, slice(None)))]
+        y_c, y_vis, y_ir = y[p.get('index', slice(None))], labels('slot_index', ''), labels('ir_index', 'slot_index')
+        yield 'loss_id', self.alpha, id_loss(p['logits'], y_c, self.label_smoothing)
+        yield 'loss_wrt', self.alpha*self.w_wrt, wrt_loss(p['feat'], y_c)
+        beta = self.beta*self.beta_scale
         if 'logits_vis' in p:
-            self._keep(loss_msi=(l := msi_loss(p['logits_vis'], p['logits_ir'], at('slot_index'), at('ir_index')))); parts.append(self.w_msi*l)
+            yield 'loss_msi', beta*self.w_msi, msi_loss(p['logits_vis'], p['logits_ir'], y_vis, y_ir)
         if 'f_vis' in p:
-            l,active = mss_loss(p['f_sh'], p['f_vis'], p['f_ir'], at('slot_index'), self.margin, self.normalize, return_active=True)
-            self._keep(loss_mss=l, mss_active=active); parts.append(self.lam1*l)
+            mss, active = mss_loss(p['f_sh'], p['f_vis'], p['f_ir'], y_vis, self.margin, self.normalize, return_active=True)
+            yield 'loss_mss', beta*self.lam1, mss
+            yield 'mss_active', 0., active
         if 'logits_vis_gen' in p:
-            self._keep(loss_mft=(l := mft_loss(p['logits_vis_gen'], p['logits_ir_gen'], at('gen_vis_index'), at('gen_ir_index', 'slot_index')))); parts.append(self.w_mft*l)
-        return sum(parts) if parts else None
+            y_gen_vis, y_gen_ir = labels('gen_vis_index', 'slot_index'), labels('gen_ir_index', 'slot_index')
+            yield 'loss_mft', beta*self.w_mft, mft_loss(p['logits_vis_gen'], p['logits_ir_gen'], y_gen_vis, y_gen_ir)
+
+    def _nothing(self, features):
+        "People who were not trained on have no loss: NaN, for each row where fastai asks for that."
+        return plain(features).new_full((len(features),) if self.reduction == 'none' else (), float('nan'), dtype=torch.float32)
 
     def activation(self, x): return x
     def decodes(self, x): return x

@@ -14,9 +14,10 @@ from functools import partial
 from hashlib import sha1
 from .core import ConfigError
 from .callback.mix import MIXES
-from .dart import DARTLoss, TwinNet
+from .dart import DARTLoss
 from .losses import TMPALoss
-from .models.agw import AGWNet
+import tmpa.models.agw  # which enters AGW in NETS
+from .models.net import NETS
 from .models.tmpa import TMPANet
 
 # %% ../nbs/17_recipes.ipynb #1e3e02b5
@@ -28,10 +29,10 @@ def mix_class(kind): # 'pedmix', another name of `tmpa.callback.mix.MIXES`, or a
 
 def net_class(net, method): # 'tmpa' or 'agw'; 'plain' or 'dart'
     "The network class that a recipe trains."
-    if net not in ('tmpa','agw'): raise ConfigError(f"net {net!r}: choose 'tmpa' or 'agw'")
-    if method not in ('plain','dart'): raise ConfigError(f"method {method!r}: choose 'plain' or 'dart'")
-    if method == 'dart': return TwinNet
-    return TMPANet if net == 'tmpa' else AGWNet
+    nets = [k for k in NETS if k != 'dart']  # which is a method, with a loss of its own
+    if net not in nets: raise ConfigError(f"net {net!r}: choose one of {', '.join(map(repr, nets))}")
+    if method not in ('plain', 'dart'): raise ConfigError(f"method {method!r}: choose 'plain' or 'dart'")
+    return NETS[net if method == 'plain' else method]
 
 def _tuples(d): return {k: tuple(v) if isinstance(v, list) else v for k,v in d.items()}
 

@@ -11,9 +11,9 @@ from enum import IntEnum
 import numpy as np, torch, torch.nn.functional as F
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
-from .core import ConfigError, Modality
-from .callback.pedmix import slots
-from .losses import _full, _no_autocast, _plain, pair_distances
+from .core import ConfigError, Modality, plain, rand_on, slots
+from .layers import full_precision
+from .losses import _full, pair_distances
 
 # %% ../nbs/16a_robust.ipynb #9c4eb8fd
 def clean_confidence(
@@ -64,11 +64,12 @@ def pair_division(
 )->Tensor:            # PairKind (n, n); row i holds the pairs of anchor i
     "Sort all pairs by labels, confidences and predictions (equations 6 and 7)."
     if match not in ('label', 'prediction'): raise ConfigError(f"match={match!r}: use 'label' or 'prediction'")
-    y,clean,predicted = _plain(labels),_plain(conf) > threshold,_plain(predicted)
+    y,clean,predicted = plain(labels),plain(conf) > threshold,plain(predicted)
     alike = predicted == (y if match == 'label' else predicted)[:, None]
-    kind = torch.where(y == y[:, None], torch.where(clean, PairKind.TRUE_POSITIVE, PairKind.FALSE_POSITIVE),
-                       torch.where(~clean & alike, PairKind.FALSE_NEGATIVE, PairKind.TRUE_NEGATIVE))
-    return kind.masked_fill(~clean[:, None], PairKind.NONE).fill_diagonal_(PairKind.NONE)
+    positive = torch.where(clean, PairKind.TRUE_POSITIVE.value, PairKind.FALSE_POSITIVE.value)
+    negative = torch.where(~clean & alike, PairKind.FALSE_NEGATIVE.value, PairKind.TRUE_NEGATIVE.value)
+    kind = torch.where(y == y[:, None], positive, negative)
+    return kind.masked_fill(~clean[:, None], PairKind.NONE.value).fill_diagonal_(PairKind.NONE.value)
 
 # %% ../nbs/16a_robust.ipynb #34194ebb
 def soft_id_loss(
@@ -78,15 +79,15 @@ def soft_id_loss(
     label_smoothing:float=0. # Share of the target spread evenly over all classes
 )->Tensor: # Scalar
     "Mean over the rows with a label of confidence times cross entropy (equation 9)."
-    with _no_autocast(logits):
-        labels = _plain(labels)
+    with full_precision(logits):
+        labels = plain(labels)
         each = F.cross_entropy(_full(logits), labels.clamp(min=-1), reduction='none', ignore_index=-1, label_smoothing=label_smoothing)
-        return (_plain(conf)*each).sum()/(labels >= 0).sum().clamp(min=1)
+        return (plain(conf)*each).sum()/(labels >= 0).sum().clamp(min=1)
 
 # %% ../nbs/16a_robust.ipynb #a456d0c6
 def _random(mask, generator):
     "A random column where `mask` holds, for each row."
-    return torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(~mask, -1).argmax(1)
+    return rand_on(mask.shape, mask.device, generator).masked_fill(~mask, -1).argmax(1)
 
 def _nearest(d, mask):
     "The column of the smallest distance where `mask` holds, for each row."
@@ -100,17 +101,18 @@ def quadruplet_loss(
     threshold:float=.5, # Rows with more confidence are trusted
     margin:float=.3,    # m
     match:str='label',  # See pair_division
-    generator:torch.Generator|None=None # CPU source of randomness
+    generator:torch.Generator|None=None # Source of randomness
 )->Tensor: # Scalar
     "Adaptive quadruplet loss (equations 10 to 16): mean over trusted anchors."
     if not len(feats): return _full(feats).sum()
-    with _no_autocast(feats):
-        d,y,clean = pair_distances(_full(feats)),_plain(labels),_plain(conf) > threshold
+    with full_precision(feats):
+        d,y,clean = pair_distances(_full(feats)),plain(labels),plain(conf) > threshold
         kind = pair_division(y, conf, predicted, threshold, match)
         pos,neg = (y == y[:, None]).fill_diagonal_(False),y != y[:, None]
         j,k = _random(pos, generator),_nearest(d, neg)
         at = lambda m,c: m.gather(1, c[:, None]).squeeze(1)
-        fp,fn = at(kind, j) == PairKind.FALSE_POSITIVE,at(kind, k) == PairKind.FALSE_NEGATIVE
+        fp = at(kind, j) == PairKind.FALSE_POSITIVE.value
+        fn = at(kind, k) == PairKind.FALSE_NEGATIVE.value
         s = torch.where(fp, _random(pos & clean, generator), _nearest(d, neg & clean))
         d_ij,d_ik,d_is = at(d, j),at(d, k),at(d, s)
         mean = (d_ij + d_ik)/2
@@ -128,7 +130,7 @@ def row_confidence(
     mixed:Tensor|None=None, # Rows that come from mixed images (rows,) bool; None: none of them
 )->Tensor: # (rows,)
     "Confidence of output rows: that of the image, for a mixed image the smaller of its slot's two."
-    conf = _plain(conf)
+    conf = plain(conf)
     if mixed is None: return conf[index]
     vis,ir = slots(modality)
     least = torch.empty_like(conf)

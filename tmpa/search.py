@@ -16,6 +16,7 @@ from PIL import Image
 from .core import CheckpointError, ConfigError, DataError, ProtocolError, ReIDImage, TMPAError, atomic_write, check_record
 from .data.external import item_range, read_image
 from .learner import extract_features
+from .models.net import scored_as
 from .ranking import as_matrix, check_finite, get_rule
 
 # %% ../nbs/22_search.ipynb #99400120
@@ -36,16 +37,11 @@ def top_columns(
     return v,i
 
 # %% ../nbs/22_search.ipynb #48e871c5
-def _switches(model):
-    "How a TMPANet or TwinNet is set to make its feature; what other models have under these names is theirs."
-    get = lambda o: v if isinstance(v := getattr(model, o, None), (str, tuple, list)) else None
-    return [get(o) for o in ('eval_complete', 'feature', 'lams')] + [v for o in ('part', 'evaluate') if (v := get(o)) not in (None, 'both')]
-
 def fingerprint(
     model, # A torch module
 )->str:
     "Hash of all weights, statistics and evaluation switches of a model; the same on every device."
-    h = hashlib.blake2b(json.dumps(_switches(model), default=str).encode(), digest_size=16)
+    h = hashlib.blake2b(json.dumps(scored_as(model), default=str).encode(), digest_size=16)
     for k,v in model.state_dict().items():
         v = v.detach().cpu().contiguous()
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
@@ -56,7 +52,7 @@ def _changes(model):
     "What differs after any weight has been changed or replaced; also through `.data`, as fastai's optimisers do, which leaves `_version` as it was."
     ws = [*model.parameters(), *model.buffers()]
     some = torch.cat([v.detach().reshape(-1)[::max(1, v.numel()//16)].float().to(ws[0].device) for v in ws]) if ws else torch.zeros(0)
-    return _switches(model), [(v.data_ptr(), v._version) for v in ws], some.cpu().numpy().tobytes()
+    return scored_as(model), [(v.data_ptr(), v._version) for v in ws], some.cpu().numpy().tobytes()
 
 # %% ../nbs/22_search.ipynb #91f19366
 class Hit(NamedTuple):

@@ -62,11 +62,10 @@ class TwoStems(nn.Module):
 
     def forward(self, x, modality=None):
         if modality is None: raise ConfigError('AGWNet has a stem for each modality and was given images alone: pass modality; for AttentiveCutMix another scorer')
-        if x.is_meta: return self.layers(self.stems.visible(x))  # shapes and costs alone, the same for both stems
         return self.layers(self.stems.own(x, modality))
 
 # %% ../../nbs/12a_models.agw.ipynb #ad20712d
-class AGWNet(TMPANet):
+class AGWNet(TMPANet, method='agw'):
     "AGW as published: two stems, shared layers with non-local blocks, GeM pooling and the batch-norm neck."
     def __init__(self,
         n_classes:int,              # Training identities
@@ -75,15 +74,14 @@ class AGWNet(TMPANet):
         nonlocal_blocks:bool=True,  # Non-local blocks in layers 2 and 3
         nonlocal_channels:int|None=1, # Channels inside them; 1 as in the published code, None: half
         keep_originals:bool=True,   # Rows of originals beside those of mixed images; False: mixed ones alone
-        mix_stats:str='own',        # Batch statistics of mixed images beside originals: their 'own', running ones untouched, or 'shared'
         pool_p:float=3.,            # GeM exponent
         pool_trainable:bool=False,  # Learn it?
         feature:str='bn',           # Evaluation feature: after the neck ('bn') or before ('pool')
         weights:str='IMAGENET1K_V1',# Which torchvision weights
     ):
-        super().__init__(n_classes, arch, pretrained, mfe=False, mft=False, keep_originals=keep_originals, mix_stats=mix_stats, pool_p=pool_p,
+        super().__init__(n_classes, arch, pretrained, mfe=False, mft=False, keep_originals=keep_originals, pool_p=pool_p,
                          pool_trainable=pool_trainable, feature=feature, weights=weights)
+        self.remember(locals())
         self.mfe = MFE(TwoStems(self.mfe.shared, nonlocal_blocks, nonlocal_channels))
-        self._fixed.update(net='AGWNet', nonlocal_blocks=nonlocal_blocks, nonlocal_channels=nonlocal_channels)
 
-    def _sh(self, x, modality=None): return self.tail(self.mfe.shared(x, modality))
+    def shared(self, images, modality=None): return self.mfe.shared(images, modality)

@@ -59,7 +59,8 @@ def grad_cam(
             if a.ndim != 4: raise ConfigError(f'layer={layer!r}: gives {tuple(a.shape)}, not a map (1, c, h, w): choose a convolutional layer')
             g, = torch.autograd.grad((f*target.to(f)).sum(), a, allow_unused=True)
     finally: handle.remove()
-    if g is None: raise ConfigError(f'layer={layer!r}: the feature does not depend on it')
+    if g is None or not g.any():
+        raise ConfigError(f'layer={layer!r}: the feature of an image of modality {int(modality)} does not depend on it: choose another layer')
     cam = (g.mean((2, 3), keepdim=True)*a).sum(1)[0].detach()
     return cam.relu() if relu else cam
 
