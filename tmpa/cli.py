@@ -14,7 +14,7 @@ from fastcore.script import call_parse, Param, store_true
 from .core import ConfigError, TMPAError
 from .demo import compare, demo_patch, demo_rows, summarise
 from .experiment import evaluate_run, train_run
-from .run import ARCHS, RunConfig, new_folder, write_json
+from .run import RunConfig, check_arch, new_folder, write_json
 from .scoring import DATA, DataSpec, as_scores
 from .recipes import get_recipe
 from .report import score_rows, text_table
@@ -108,7 +108,7 @@ def tmpa_train(
     out:str='runs/train', # Folder to make
     trial:str=None, # RegDB: split 1 to 10, or all (ten models); SYSU-MM01, LLCM: gallery trial 0 to 9, or all (default)
     recipe:str='TMPA', # B, B+CA, B+CA+PedMix, TMPA, "TMPA w/o MFT", AGW, DART or any other name of tmpa.recipes.RECIPES
-    arch:Param('Backbone', str, choices=tuple(ARCHS))='resnet50',
+    arch:str='resnet50', # Backbone: micro_resnet, tiny_resnet, resnet18, resnet34, resnet50, resnet101, or timm/ and the name of a ResNet
     scratch:store_true=False, # Start from random weights instead of ImageNet's
     size:str='288x144', # Image height x width
     epochs:int=80, # Epochs
@@ -120,6 +120,7 @@ def tmpa_train(
     select:Param('published: train on all training identities, last epoch; held_out: score held-out training identities while training', str, choices=('published','held_out'))='published',
     eval_every:int=1, # With held_out: score every so many epochs
     precision:Param('Number format on CUDA', str, choices=('auto','fp32','fp16','bf16'))='auto',
+    compile:store_true=False, # Compile the network with torch.compile
     beta_warmup:int=0, # Epochs over which the weight of the modality losses rises from 0
     ir_range:str=None, # low,high of 16-bit infrared files (default: 0,65535)
     workers:int=None, # Loader processes
@@ -129,12 +130,13 @@ def tmpa_train(
     quiet:store_true=False, # No progress bars
 ):
     "Train a recipe and score it by the data set's own protocol; everything goes into one folder."
+    check_arch(arch)
     per_model = data in ('regdb','synthetic')
     trial = trial or ('1' if per_model else 'all')
     ir_range = parse_range(ir_range)
     def cfg(trial, out):
         return RunConfig(get_recipe(recipe), DataSpec(data, path, trial, ids, parse_size(size)), str(out), arch, not scratch, epochs, lr, P=p, K=k, seed=seed,
-            patch=patch, select=select, eval_every=eval_every, precision=precision, beta_warmup=beta_warmup, num_workers=workers, ir_range=ir_range, log=log)
+            patch=patch, select=select, eval_every=eval_every, precision=precision, compile=compile, beta_warmup=beta_warmup, num_workers=workers, ir_range=ir_range, log=log)
     if not (per_model and trial == 'all'):
         m = train_run(cfg(trial, out), quiet=quiet, resume=resume)
         print(f"\n{m['recipe']} on {data}, per cent:\n{text_table(score_rows(m['scores']))}\n\nReport: {Path(out)/'report.html'}")

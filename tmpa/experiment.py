@@ -24,13 +24,13 @@ from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION
-from .models.tmpa import TMPANet, load_tmpa, load_weights, read_meta, save_weights, set_switches
+from .models.net import load_tmpa, load_weights, read_meta, save_weights, set_switches
 from .dart import dart_learner
-from .learner import tmpa_learner, reid_learner, extract_features
-from .recipes import content, net_class, short_hash
+from .learner import extract_features, reid_learner
+from .recipes import content, short_hash
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
-from .run import ARCHS, RunConfig, alone, earlier_run, images_key, new_folder, read_json, remove_leftovers, save_environment, trained, write_json
+from .run import ARCHS, RunConfig, alone, check_arch, earlier_run, images_key, new_folder, read_json, remove_leftovers, save_environment, trained, write_json
 from .scoring import DataSpec, read_data, save_queries, score_feats, score_model
 
 # %% ../nbs/18_experiment.ipynb #8ef61d1d
@@ -95,7 +95,7 @@ def make_learner(
     train:list, # Training items
 ):
     "Loaders and learner of a run, seeded."
-    if cfg.arch not in ARCHS: raise ConfigError(f"arch {cfg.arch!r}: choose one of {', '.join(ARCHS)}")
+    check_arch(cfg.arch)
     for k,low in (('epochs', 1), ('eval_every', 1), ('num_workers', 0), ('seed', 0), ('patch', 1)):
         if (v := getattr(cfg, k)) is not None and v < low: raise ConfigError(f'{k}={v}: give {low} or more')
     cfg.recipe.check()
@@ -110,11 +110,11 @@ def make_learner(
     return _learner(cfg, dls, mix)
 
 def _learner(cfg, dls, mix):
-    r,kw = cfg.recipe,dict(mix=mix, precision=cfg.precision, eval_every=cfg.eval_every)
-    kind,loss,net = net_class(r.net, r.method),r.make_loss(),dict(arch=ARCHS[cfg.arch], pretrained=cfg.pretrained, model_kw=r.model)
-    if kind is TMPANet: return tmpa_learner(dls, mfe=r.mfe, mft=r.mft, loss_func=loss, **net, **kw)
-    if r.method == 'dart': return dart_learner(dls, loss_func=loss, seed=cfg.seed, **net, **kw)
-    return reid_learner(dls, r.make_net(dls.c, ARCHS[cfg.arch], cfg.pretrained), loss, ['loss_id','loss_wrt'], **kw)
+    r, arch = cfg.recipe, ARCHS.get(cfg.arch, cfg.arch)
+    how = dict(mix=mix, precision=cfg.precision, eval_every=cfg.eval_every, compile=cfg.compile)
+    if r.method == 'dart':
+        return dart_learner(dls, arch, cfg.pretrained, loss_func=r.make_loss(), model_kw=r.model, seed=cfg.seed, **how)
+    return reid_learner(dls, r.make_net(dls.c, arch, cfg.pretrained), r.make_loss(), **how)
 
 # %% ../nbs/18_experiment.ipynb #0bbaf9ba
 def train_run(
