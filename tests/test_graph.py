@@ -11,8 +11,11 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models.resnet import Bottleneck, ResNet
 from tmpa.callback.mix import PatchMix
 from tmpa.callback.pedmix import PedMix
+from fastai.vision.all import load_learner, set_seed
 from tmpa.dart import DARTLoss, TwinNet
+from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.transforms import ReIDAug
+from tmpa.learner import tmpa_learner
 from tmpa.losses import TMPALoss
 from tmpa.models.agw import AGWNet
 from tmpa.models.backbone import micro_resnet, tiny_resnet
@@ -149,6 +152,31 @@ def test_inductor_agrees(tmp_path):
     assert abs(l.detach() - want.detach()) <= 1e-5*abs(want.detach())
     for (k,a),b in zip(m.named_parameters(), eager.parameters()): assert (a.grad-b.grad).abs().max() <= 1e-5*max(1, b.grad.abs().max()), k
     assert sorted(m.state_dict()) == sorted(eager.state_dict())
+
+def test_a_learner_trains_a_compiled_network(tmp_path):
+    "Batches with fastai's types, a mix, scores after every epoch and an export, and the weights of the eager learner."
+    dls = lambda: ReIDDataLoaders.from_synthetic(tmp_path/'people', n_ids=12, per_modality=4, size=(48,24), P=3, K=2, num_workers=0)
+    def fit(compiled):
+        set_seed(0, reproducible=True)
+        learn = tmpa_learner(dls(), micro_resnet, pretrained=False, mfe=False, mft=False, mix=PedMix(8), path=tmp_path)
+        torch._dynamo.reset()
+        if compiled: learn.model.compile(fullgraph=True, backend='aot_eager')
+        with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(2, lr=.01)
+        return learn
+    a,b = fit(True),fit(False)
+    for (k,v),w in zip(a.model.state_dict().items(), b.model.state_dict().values()): assert torch.allclose(v, w, atol=1e-5), k
+    numbers = lambda l: torch.tensor([float(v) for v in l.recorder.values[-1]])
+    assert torch.allclose(numbers(a), numbers(b), atol=1e-4, equal_nan=True)
+    a.export('learner.pkl')
+    again = load_learner(tmp_path/'learner.pkl').model
+    assert type(again) is TMPANet and sorted(again.state_dict()) == sorted(b.model.state_dict())
+
+def test_compile_is_an_argument(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(TMPANet, 'compile', lambda self, **kw: asked.append(kw))
+    dls = ReIDDataLoaders.from_synthetic(tmp_path/'people', n_ids=12, per_modality=2, size=(48,24), P=3, K=2, num_workers=0)
+    for compile in (False, True): tmpa_learner(dls, micro_resnet, pretrained=False, compile=compile)
+    assert asked == [dict(fullgraph=True)]
 
 # ---------------------------------------------------------------- export
 

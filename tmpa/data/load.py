@@ -19,7 +19,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage, default_device
 from fastai.vision.core import imagenet_stats
-from ..core import ConfigError, DataError, check_record
+from ..core import ConfigError, DataError, check_record, slots
 from .external import (cross_settings, llcm_items, llcm_settings, item_range, regdb_items, regdb_settings, sysu_items, sysu_settings, _pixels, _to_tensor)
 from .synthetic import GENERATOR_VERSION, make_regdb
 from .transforms import ReIDAug
@@ -123,6 +123,11 @@ class ReIDDL(TfmdDL):
     def set_epoch(self, epoch:int):
         "Make the next pass number `epoch` (from 0)."
         self.epoch = epoch
+
+    def create_batch(self, samples):
+        b = super().create_batch(samples)
+        if self.shuffle: slots(b[1], b[2])     # here, on the CPU, a wrong batch costs a line; on a GPU nobody looks
+        return b
 
     def get_idxs(self):
         if not self.shuffle: return list(range(self.n))

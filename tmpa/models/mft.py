@@ -19,8 +19,8 @@ def cross_attention(
     heads:int=1,    # m and m_v are divided among the heads; the paper has one
 )->torch.Tensor:    # (B, m_v, h', w'), in v's type
     "Attention of every position of `q` to every position of `k` and `v` (eq. 10)."
-    seq = lambda o: o.float().flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)  # (B, heads, positions, channels of a head)
-    with full_precision(q): o = F.scaled_dot_product_attention(seq(q), seq(k), seq(v))
+    def positions(o): return o.float().flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)  # (B, heads, h w, m/heads)
+    with full_precision(q): o = F.scaled_dot_product_attention(positions(q), positions(k), positions(v))
     return o.transpose(2, 3).flatten(1, 2).unflatten(2, q.shape[2:]).to(v.dtype)
 
 # %% ../../nbs/10_models.mft.ipynb #f30edb7e
@@ -38,7 +38,8 @@ class _Branch(nn.Module):
     def __init__(self, c, m):
         super().__init__()
         self.q = conv1x1(c, m)
-        self.conv = nn.Sequential(nn.BatchNorm2d(m), nn.ReLU(), nn.Conv2d(m, m, 3, padding=1, bias=False), nn.BatchNorm2d(m), nn.ReLU())
+        conv3x3 = nn.Conv2d(m, m, 3, padding=1, bias=False)
+        self.conv = nn.Sequential(nn.BatchNorm2d(m), nn.ReLU(), conv3x3, nn.BatchNorm2d(m), nn.ReLU())
         self.expand = nn.Sequential(conv1x1(m, c), nn.BatchNorm2d(c), nn.ReLU(inplace=True))
 
 # %% ../../nbs/10_models.mft.ipynb #3728e7db
@@ -52,7 +53,8 @@ class MFT(nn.Module):
     ):
         super().__init__()
         m = m or c//2
-        if m % heads: raise ConfigError(f'heads={heads} does not divide the {m} channels of the projections: use a divisor')
+        if m % heads:
+            raise ConfigError(f'heads={heads} does not divide the {m} channels of the projections: use a divisor')
         self.heads,self.vis,self.ir,self.v = heads, _Branch(c, m), _Branch(c, m), conv1x1(c, m)
         self.k = conv1x1(c, m) if own_k else None
         init_new(self)
@@ -72,13 +74,13 @@ class MFT(nn.Module):
         "The generated features."
         q_vis, q_ir, b_vis, b_ir = branches or self.branches(f_vis, f_ir)
         k_sh, v_sh = self.k(f_sh) if self.k is not None else k, self.v(f_sh)      # (r n, m, h, w)
-        q = repeated(torch.cat([q_vis, q_ir], 2), f_sh)                           # (r n, m, 2h, w), stacked along the height
+        q = repeated(torch.cat([q_vis, q_ir], 2), f_sh)                           # (r n, m, 2h, w), one above the other
         a_vis, a_ir = cross_attention(q, k_sh, v_sh, self.heads).chunk(2, 2)      # eq. 10
         b_vis, b_ir = repeated(b_vis, f_sh), repeated(b_ir, f_sh)                 # (r n, m, h, w)
         return self.vis.expand(a_vis + b_vis), self.ir.expand(a_ir + b_ir)        # eq. 11
 
     def load_bottleneck(self, block):
-        "Start q, k, v from the first projection of a bottleneck and both 3x3 convolutions from its own; basic blocks have no such projection and change nothing."
+        "Start q, k, v from a bottleneck's first projection and both 3x3 convolutions from its own, where they fit."
         with torch.no_grad():
             for o in (self.vis.q, self.ir.q, self.v, self.k): _copy_weight(o, block.conv1)
             for o in (self.vis.conv[2], self.ir.conv[2]): _copy_weight(o, block.conv2)

@@ -17,8 +17,8 @@ from .attention import get_attention
 from .backbone import arch_name, make_resnet, split_resnet
 from .mfe import MFE
 from .mft import MFT, complete_feature, cross_attention, repeated
-from .net import (NETS, ReIDNet, describe, keep_stats, load_tmpa, load_weights, n_flops, n_params, read_meta, save_weights,
-                             set_switches, show_size, split_params)
+from .net import NETS, ReIDNet, describe, keep_stats, load_tmpa, load_weights, n_flops, n_params
+from .net import read_meta, save_weights, set_switches, show_size, split_params
 
 # %% ../../nbs/12_models.tmpa.ipynb #28d2826c
 def _specific_extractors(extractor, tail, arch, mfe, mft, copies):
@@ -31,20 +31,24 @@ def _specific_extractors(extractor, tail, arch, mfe, mft, copies):
 
 def _check(n_classes, mfe, mft, part, attention):
     if mft and not mfe: raise ConfigError('mft=True needs mfe=True: for the baseline pass mfe=False, mft=False')
-    if part == 'specific' and not mfe: raise ConfigError("part='specific' needs mfe=True: one trunk has no specific features")
+    if part == 'specific' and not mfe:
+        raise ConfigError("part='specific' needs mfe=True: one trunk has no specific features")
     if attention and mfe: raise ConfigError('attention= belongs to the model with one trunk: pass mfe=False, mft=False')
     if not n_classes >= 1: raise ConfigError(f'n_classes={n_classes}: at least one training identity is needed')
 
 def _checked(images, modality, mixed):
     "The arguments of `forward` as plain tensors that belong together."
     images, mixed = plain(images), plain(mixed)
-    modality = plain(torch.as_tensor(modality, device=images.device))
     n = images.shape[0]  # not `len`, which `torch.export` would take for a fixed number
+    if isinstance(modality, int): modality = images.new_full((n,), int(modality), dtype=torch.long)
+    modality = plain(torch.as_tensor(modality, device=images.device))
     if modality.ndim == 0: modality = modality.expand(n)
     if modality.shape[0] != n:
-        raise ConfigError(f'{len(images)} images but modality has {len(modality)} entries: give one for each image, or one number for all')
+        raise ConfigError(f'{len(images)} images but modality has {len(modality)} entries: '
+                          'give one for each image, or one number for all')
     if mixed is not None and mixed.shape != images.shape:
-        raise ConfigError(f'{len(images)} images but {len(mixed)} mixed ones, or of another size: row i of mixed belongs to row i of images')
+        raise ConfigError(f'{len(images)} images but {len(mixed)} mixed ones, or of another size: '
+                          'row i of mixed belongs to row i of images')
     return images, modality, mixed
 
 # %% ../../nbs/12_models.tmpa.ipynb #3476f939
@@ -63,22 +67,22 @@ class TMPANet(ReIDNet, method='tmpa'):
 
     def __init__(self,
         n_classes:int,                # Training identities
-        arch=resnet50,                # torchvision ResNet builder, its name, one of timm's (`'timm/resnet50d'`), or a function that returns a ResNet
+        arch=resnet50,                # ResNet builder, its name (`'timm/resnet50d'` too), or a function that returns one
         pretrained=True,              # ImageNet weights (True), random (False), or a path / state dict of the ResNet
         mfe:bool=True,                # Specific extractors; False is the one-trunk baseline
         mft:bool=True,                # Generate features with MFT; False with `mfe` is table V's "without MFT"
         complete:str='single',        # Rows of F_C in training: 'single' images as in evaluation, or 'pair'
         eval_complete:str='self',     # One image at a time: 'self', 'own' or 'miss'
-        keep_originals:bool=True,     # Rows of F_C from originals beside those from mixed images; False: mixed ones alone
+        keep_originals:bool=True,     # Rows of F_C from originals beside those of mixed images; False: mixed ones alone
         heads:int=1,                  # Attention heads of MFT
         lams:tuple=(.25, .25),        # lambda_2 and lambda_3 of eq. 12
         pool_p:float=3.,              # GeM exponent for F_C
         pool_trainable:bool=False,    # Learn it?
         feature:str='bn',             # Evaluation feature: after the neck ('bn') or before ('pool')
-        part:str='both',              # Of F_C in evaluation: 'both', the 'shared' map alone, or the 'specific' ones alone
+        part:str='both',              # Of F_C in evaluation: 'both', or the 'shared' or the 'specific' maps alone
         weights:str='IMAGENET1K_V1',  # Which torchvision weights
-        same_start:bool=True,         # Without weights: extractors begin as copies of one random trunk, as they do with weights
-        attention=None,               # Module for F_sh before layer 4, one trunk only: 'se', 'stn', 'cbam', or a function of a channel count
+        same_start:bool=True,         # Without weights: extractors begin as copies of one random trunk
+        attention=None,               # For F_sh of one trunk: 'se', 'stn', 'cbam', or a function of a channel count
     ):
         super().__init__()
         _check(n_classes, mfe, mft, part, attention)
@@ -86,14 +90,19 @@ class TMPANet(ReIDNet, method='tmpa'):
         self.pretrained = pretrained is not False
         extractor, tail = split_resnet(make_resnet(arch, pretrained, weights))
         c, self.dim = tail.c_in, tail.c_out
-        if mft and self.dim != 2*c: raise ConfigError(f'layer 4 of {arch_name(arch)} has {self.dim} channels, not twice the {c} of layer 3, which eq. 12 needs: use another arch, or mft=False')
+        if mft and self.dim != 2*c:
+            raise ConfigError(f'layer 4 of {arch_name(arch)} has {self.dim} channels, not twice the {c} of layer 3, '
+                              'which eq. 12 needs: use another arch, or mft=False')
         specific = _specific_extractors(extractor, tail, arch, mfe, mft, copies=self.pretrained or same_start)
         self.mfe, self.tail = MFE(extractor, *specific), tail
         self.attention = get_attention(attention)(c) if attention else None
         self.mft = MFT(c, tail.width, heads, own_k=not tail.bottleneck) if mft else None
         if mft and self.pretrained: self.mft.load_bottleneck(tail.layer4[0])
-        if mfe: self.classifier_vis, self.classifier_ir = (SpecificClassifier(c if mft else self.dim, n_classes) for _ in range(2))
-        self.pool, self.neck, self.classifier = GeM(pool_p, pool_trainable), BNNeck(self.dim), Classifier(self.dim, n_classes)
+        if mfe:
+            self.classifier_vis = SpecificClassifier(c if mft else self.dim, n_classes)
+            self.classifier_ir = SpecificClassifier(c if mft else self.dim, n_classes)
+        self.pool = GeM(pool_p, pool_trainable)
+        self.neck, self.classifier = BNNeck(self.dim), Classifier(self.dim, n_classes)
 
     def forward(self,
         images,     # (B, 3, H, W), normalised
@@ -106,15 +115,16 @@ class TMPANet(ReIDNet, method='tmpa'):
             f = self.features(images, modality)                        # (B, D)
             return F.normalize((self.neck(f) if self.feature == 'bn' else f).float())
         if self.mfe.visible is None: return self.train_one_trunk(images, modality, mixed)
-        return self.train_pairs(images, modality, mixed) if self.complete == 'pair' else self.train_singles(images, modality, mixed)
+        if self.complete == 'pair': return self.train_pairs(images, modality, mixed)
+        return self.train_singles(images, modality, mixed)
 
     def view(self, images, f_vis=None, f_ir=None, modality=None, branches=None):
-        "Section III for images (B, 3, H, W) beside F^V_sp, F^I_sp (B, c, h, w); `modality` says whose real features are missing."
+        "Section III for images (B, 3, H, W) beside F^V_sp, F^I_sp (B, c, h, w); `modality` says which is missing."
         f_sh = self.shared(images, modality)                           # (B, c, h, w)   E_sh
         if f_vis is None: return self.view_of_one_trunk(f_sh)
         if self.mft is None: return self.view_of_three_trunks(f_sh, f_vis, f_ir, modality)
-        k_sh = self.tail.project(f_sh)                                 # (B, m, h, w)   the first 1x1 of Conv_sh, shared with MFT
-        gen_vis, gen_ir = self.mft(f_vis, f_ir, f_sh, k_sh, branches=branches)  # (B, c, h, w)   F'^V, F'^I: eq. 10, 11
+        k_sh = self.tail.project(f_sh)                                 # (B, m, h, w)   first 1x1 of Conv_sh
+        gen_vis, gen_ir = self.mft(f_vis, f_ir, f_sh, k_sh, branches=branches)  # (B, c, h, w)  eq. 10, 11
         f_conv = self.tail(f_sh, k_sh)                                 # (B, 2c, h, w)  F^sh_Conv
         return ViewMaps(f_sh, gen_vis, gen_ir, self.completed(f_conv, gen_vis, gen_ir, f_vis, f_ir, modality))
 
@@ -209,7 +219,7 @@ def real(self:TMPANet, f_vis, f_ir, vis, ir):
 
 @patch
 def generated(self:TMPANet, view, index, vis, ir):
-    "Eq. 13: generated features classified, F'^V on the rows `vis`, F'^I on the rows `ir`; without MFT there are none to learn."
+    "Eq. 13: generated features classified, F'^V on the rows `vis`, F'^I on the rows `ir`; none without MFT."
     if self.mft is None: return {}
     return dict(logits_vis_gen=self.classifier_vis(avg_pool(view.gen_vis[vis])), gen_vis_index=index[vis],
                 logits_ir_gen=self.classifier_ir(avg_pool(view.gen_ir[ir])), gen_ir_index=index[ir])
@@ -249,6 +259,7 @@ def train_pairs(self:TMPANet, images, modality, mixed):
     def outputs(x):
         view = self.view(x[index], f_vis, f_ir, branches=branches)
         every = slice(None)
-        return dict(f_sh=avg_pool(view.f_sh), **self.head(view.f_c, modality, index), **self.generated(view, index, every, every))
+        f_sh = avg_pool(view.f_sh)                                     # (2N, c)
+        return dict(f_sh=f_sh, **self.head(view.f_c, modality, index), **self.generated(view, index, every, every))
 
     return {**self.real(f_vis, f_ir, vis, ir), **self.both_views(outputs, images, mixed)}
