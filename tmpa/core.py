@@ -33,10 +33,10 @@ class ReIDImage(NamedTuple):
 
 # %% ../nbs/00_core.ipynb #ddabb795
 def plain(
-    x:Tensor, # Any tensor, or None
+    x:Tensor, # A tensor; what is none is returned as it is
 )->Tensor: # The same numbers
     "A tensor without fastai's types."
-    if x is None or type(x) is Tensor: return x
+    if type(x) is Tensor or not isinstance(x, Tensor): return x
     tracing = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__  # torch's own stand-ins while it exports
     return x if tracing else x.as_subclass(Tensor)
 

@@ -115,7 +115,9 @@ class PlainTensors(Callback):
 
 def _terms(model, loss_func):
     "The terms that the loss records for this network."
-    named, has = getattr(loss_func, 'terms', ()), getattr(model, 'loss_terms', None)
+    has = getattr(model, 'loss_terms', None)
+    named = getattr(loss_func, 'terms', None)
+    if named is None: return [t for t in has or () if hasattr(loss_func, t)]
     return [t for t in named if has is None or t in has]
 
 @delegates(Learner.__init__)
@@ -126,8 +128,8 @@ def reid_learner(dls, # ReIDDataLoaders
     mix=None, # A mix callback; 'pedmix' for the paper's, None for none
     precision:str='auto', # 'auto': fp16 where there is CUDA, fp32 elsewhere; or 'fp32', 'fp16', 'bf16'
     eval_every:int=1, # Score the validation identities every so many epochs
-    compile:bool=False, # Compile the network with `torch.compile` at its first batch
     cbs=None, # More callbacks
+    compile:bool=False, # Compile the network with `torch.compile` at its first batch
     **kwargs,
 )->Learner:
     "A fastai `Learner` for any network and loss: the paper's optimiser, a mix, loss terms and scores as columns."
@@ -137,14 +139,14 @@ def reid_learner(dls, # ReIDDataLoaders
     terms = _terms(model, loss_func) if terms is None else terms
     own = [*scores, NeedsMonitor(), PlainTensors(), LossTerms(terms), ChannelsLast()]  # channels last: nearly twice as fast on a CPU
     own += ([] if mix is None else [mix]) + _precision_cbs(precision)
-    if compile: model.compile(fullgraph=True)
+    if compile: model.compile()  # one graph, for each of training, evaluation and their sizes: past eight of them eager, not an end
     kwargs = {'opt_func': sgd, 'splitter': split_params, 'wd_bn_bias': True, **kwargs}
     return Learner(dls, model, loss_func=loss_func, cbs=own + list(L(cbs)), **kwargs)
 
 # %% ../nbs/16_learner.ipynb #d272b964
 @delegates(Learner.__init__)
 def tmpa_learner(dls, # ReIDDataLoaders
-    arch=resnet50, # torchvision ResNet builder, or any function that returns a torchvision ResNet
+    arch=resnet50, # ResNet builder of torchvision, a name (also of timm), or a function that returns a ResNet
     pretrained:bool=True, # ImageNet weights from torchvision
     mfe:bool=True, # Three extractors; False: one trunk
     mft:bool=True, # Modality feature transfer; needs `mfe`
@@ -153,14 +155,14 @@ def tmpa_learner(dls, # ReIDDataLoaders
     model_kw:dict|None=None, # More arguments of TMPANet: `complete`, `keep_originals`, `heads` ...
     precision:str='auto', # 'auto': fp16 where there is CUDA, fp32 elsewhere; or 'fp32', 'fp16', 'bf16'
     eval_every:int=1, # Score the validation identities every so many epochs
-    compile:bool=False, # Compile the network with `torch.compile` at its first batch
     cbs=None, # More callbacks
+    compile:bool=False, # Compile the network with `torch.compile` at its first batch
     **kwargs,
 )->Learner:
     "A fastai `Learner` with TMPA (or its baselines), its losses, PedMix, the paper's optimiser, and scores as columns."
     model = TMPANet(n_identities(dls), arch=arch, pretrained=pretrained, mfe=mfe, mft=mft and mfe, **(model_kw or {}))
     loss_func = TMPALoss() if loss_func is None else loss_func
-    return reid_learner(dls, model, loss_func, None, mix, precision, eval_every, compile, cbs, **kwargs)
+    return reid_learner(dls, model, loss_func, None, mix, precision, eval_every, cbs, compile, **kwargs)
 
 # %% ../nbs/16_learner.ipynb #1fb804aa
 class _Images(torch.utils.data.Dataset):

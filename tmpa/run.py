@@ -16,7 +16,7 @@ import torch, torchvision
 from . import __version__
 from .core import CheckpointError, ConfigError, atomic_write
 from .data.synthetic import GENERATOR_VERSION
-from .models.backbone import micro_resnet, tiny_resnet
+from .models.backbone import get_arch, micro_resnet, tiny_resnet
 from .models.tmpa import read_meta
 from .recipes import Recipe, content, named, short_hash
 from .scoring import DataSpec
@@ -63,7 +63,8 @@ def check_arch(
     arch:str, # Name of a backbone
 ):
     "`ConfigError` for one that commands do not know."
-    if arch not in ARCHS and not arch.startswith('timm/'):
+    if arch.startswith('timm/'): get_arch(arch)
+    elif arch not in ARCHS:
         raise ConfigError(f"arch {arch!r}: choose one of {', '.join(ARCHS)}, or timm/ and the name of a ResNet")
 
 @dataclass

@@ -85,8 +85,8 @@ def patch_mask(
     size:tuple[int,int],      # Image (height, width) in pixels
     patch:int|tuple[int,int], # Patch side, or (height, width); must divide `size`
     ratio:float=.5,           # Share of the patches that are exchanged
-    generator:torch.Generator|None=None, # CPU source of randomness (default: torch's own)
-    device=None               # Where the mask goes (default: CPU)
+    generator:torch.Generator|None=None, # Source of randomness (default: torch's own of `device`)
+    device=None               # Where the mask is made (default: CPU)
 )->Tensor: # BoolTensor (n, 1, height, width), True where the partner goes
     "Exactly `round(ratio * patches)` patches from anywhere in the image, drawn without replacement for each mask."
     rows,cols = grid_size(size, patch)

@@ -61,6 +61,7 @@ def same_partner(
 class SlotMix(Callback):
     "Base of all mixes: `(image, modality)` becomes `(image, modality, mixed)` in each training batch; a subclass draws the masks."
     order,run_valid = MixedPrecision.order-1,False
+    rng = device_rng = None     # generators of the CPU and of another device
     def __init__(self,
         p:float=1.,             # Chance that a batch is mixed
         independent:bool=False, # Separate masks for the two directions
@@ -70,7 +71,6 @@ class SlotMix(Callback):
         if partner not in ('other', 'same'): raise self.error(f"partner={partner!r}: use 'other' or 'same'")
         if not 0 <= p <= 1: raise self.error(f'p={p}: give a chance from 0 to 1')
         self.p, self.independent, self.partner, self.seed = p, independent, partner, seed
-        self.rng = self.device_rng = None
 
     def error(self, msg): "A `ConfigError` that names the class."; return ConfigError(f'{type(self).__name__}: {msg}')
     def check(self, size): "Raise when images of this (height, width) cannot be mixed; called when a fit begins."
@@ -84,8 +84,10 @@ class SlotMix(Callback):
     def before_batch(self):
         if len(self.xb) != 2: raise self.error(f'needs batches (images, modality), got {len(self.xb)} inputs: use ReIDDataLoaders, and one mixing callback at a time')
         if self.p < 1 and torch.rand((), generator=self.rng) >= self.p: return  # on the CPU: nothing is read back
-        images,modality = self.xb
-        self.learn.xb = images, modality, self.mix(images, modality, self.yb[0] if len(self.yb) else None)
+        images, modality = self.xb
+        labels = self.yb[0] if len(self.yb) else None
+        if not self.iter: slots(modality.cpu(), None if labels is None else labels.cpu())  # once an epoch: a line, not an assertion of the device
+        self.learn.xb = images, modality, self.mix(images, modality, labels)
 
     def after_fit(self): self.rng = self.device_rng = None  # generators do not belong in an exported Learner
 
@@ -111,7 +113,8 @@ def set_resume_state(self:SlotMix, s):
     if s is None: return
     states = s if isinstance(s, list) else [s]  # up to version 0.4 there was one
     self.rng.set_state(states[0])
-    if len(states) > 1: self.rng_on(self.learn.dls.device).set_state(states[1])
+    device = torch.device(self.learn.dls.device)
+    if len(states) > 1 and device.type != 'cpu': self.rng_on(device).set_state(states[1])
 
 # %% ../../nbs/05_callback.pedmix.ipynb #3c71d7a9
 @patch

@@ -121,7 +121,7 @@ def first_mismatch(
 def make_resnet(
     arch,                       # Builder or name
     pretrained=True,            # True: torchvision's weights; False: random; a path or state dict: those weights
-    weights:str='IMAGENET1K_V1',# Which of torchvision's weights
+    weights:str='IMAGENET1K_V1',# Which of torchvision's weights; timm's are named with the network
 )->ResNet:                      # With its classifier of 1000 classes
     "Build a ResNet; `CheckpointError` when its weights cannot be had, `ConfigError` when it is no ResNet."
     arch = get_arch(arch)
@@ -183,10 +183,10 @@ class Tail(nn.Module):
         _undo_strides(self.layer4)
         first = self.layer4[0]
         conv = next(o for o in first.modules() if isinstance(o, nn.Conv2d))
-        self.bottleneck, self.c_in = hasattr(first, 'conv3') and conv is first.conv1, conv.in_channels
+        parts = hasattr(first, 'conv2') and hasattr(first, 'conv3')  # blocks with others keep their projection to themselves
+        self.bottleneck, self.c_in = parts and conv is first.conv1, conv.in_channels
         self.width = conv.out_channels if self.bottleneck else self.c_in//2
         self.c_out = _channels_out(self.layer4, self.c_in)
-        self.steps, self.relu = (self.torchvision, 'relu') if hasattr(first, 'relu') else (self.timm, 'act3')
 
     def project(self, x):
         "The first 1x1 projection (B, c, h, w) -> (B, width, h, w) of a bottleneck; None for a basic block."
@@ -199,11 +199,12 @@ class Tail(nn.Module):
     def first_after(self, x, k):
         "The first bottleneck of `x`, its projection `k` being known."
         first, y = self.layer4[0], k
-        for name in self.steps:
+        steps, relu = (self.torchvision, 'relu') if hasattr(first, 'relu') else (self.timm, 'act3')
+        for name in steps:
             step = getattr(first, name, None)
             if step is not None: y = step(y)
         shortcut = x if first.downsample is None else first.downsample(x)
-        return getattr(first, self.relu)(y + shortcut)
+        return getattr(first, relu)(y + shortcut)
 
 # %% ../../nbs/08_models.backbone.ipynb #b6b8fd02
 def split_resnet(

@@ -28,8 +28,9 @@ class ReIDNet(nn.Module):
     loss_terms = ()    # terms that its loss has for it: columns of a Learner
     pretrained = False # whether the trunk was: `fit_tmpa` gives such a trunk a tenth of the rate
     arguments = {}     # what `remember` was given
-    trunk = ()         # modules that a pretrained ResNet starts
     switches = ()      # names of the settings that may change after training, since only the feature depends on them
+
+    # `trunk`, a module or several: what a pretrained ResNet starts; without it there is one group of parameters
 
     def __init_subclass__(cls, method='', **kwargs):
         super().__init_subclass__(**kwargs)
@@ -46,6 +47,11 @@ class ReIDNet(nn.Module):
             if k in self.settings: setattr(self, k, v)
         named = {k: arch_name(v) if callable(v) else v for k,v in args.items()}  # a lambda cannot be pickled
         self.arguments = {**self.arguments, **{k: v for k,v in named.items() if k not in self.settings}}
+
+    def __setstate__(self, state):
+        "Networks that version 0.4 pickled kept their arguments under another name."
+        if '_fixed' in state: state['arguments'] = state.pop('_fixed')
+        super().__setstate__(state)
 
     @property
     def meta(self):
@@ -120,7 +126,8 @@ def split_params(
     model:nn.Module, # A ReIDNet, or any module
 )->list[list]:     # [trunk parameters, new parameters]
     "Two parameter groups, usable as a fastai splitter: those of `model.trunk` and all others; one without a trunk."
-    trunk = [p for m in getattr(model, 'trunk', ()) for p in m.parameters()]
+    parts = getattr(model, 'trunk', ())
+    trunk = [p for m in ([parts] if isinstance(parts, nn.Module) else parts) for p in m.parameters()]
     old = {id(p) for p in trunk}
     new = [p for p in model.parameters() if id(p) not in old]
     return [trunk, new] if trunk else [new]
