@@ -213,7 +213,7 @@ def test_onnx(name, tmp_path):
         return torch.from_numpy(s.run(None, dict(zip([i.name for i in s.get_inputs()], [o.numpy() for o in inputs])))[0])
     torch.onnx.export(m, (x, mod), f, dynamic_shapes=({0: n}, {0: n}), verbose=False)
     for k in (6, 1): assert (run(x[:k], mod[:k]) - want[:k]).abs().max() <= 1e-4
-    torch.onnx.export(Folded(m, 0), (x,), f, verbose=False)                               # modality folded in, everything else as it comes
+    torch.onnx.export(Folded(m, 0).eval(), (x,), f, verbose=False)                             # modality folded in, everything else as it comes
     assert (run(x) - visible).abs().max() <= 1e-4
 
 # ---------------------------------------------------------------- weights of 0.4.0
