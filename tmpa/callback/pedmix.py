@@ -22,8 +22,10 @@ def other_partner(
     modality:Tensor # LongTensor (B,), 0 visible, 1 infrared
 )->Tensor: # Row of the partner of each row (B,)
     "The other image of each row's slot."
-    vis, ir = slots(modality)
-    partner = torch.empty_like(plain(modality))
+    return _other(*slots(modality))
+
+def _other(vis, ir):
+    partner = torch.empty(2*len(vis), dtype=vis.dtype, device=vis.device)
     partner[vis] = ir
     partner[ir] = vis
     return partner
@@ -40,7 +42,7 @@ def pedmix(
     m = mask.new_empty(len(images), *mask.shape[1:])
     m[vis] = mask
     m[ir] = mask if mask_ir is None else mask_ir
-    other = images[other_partner(modality) if partner is None else partner]
+    other = images[_other(vis, ir) if partner is None else partner]
     if m.dtype == torch.bool: return torch.where(m, other, images)
     return images + m.to(images.dtype)*(other - images)
 
@@ -135,7 +137,8 @@ def mix(self:SlotMix,
     n, size = len(images)//2, tuple(images.shape[-2:])
     mask = self.masks(n, size, images.device)
     mask_ir = self.masks(n, size, images.device) if self.independent else None
-    return pedmix(images, modality, mask, mask_ir, self.partners(modality, labels))
+    partner = None if self.partner == 'other' else self.partners(modality, labels)  # `pedmix` knows the other one
+    return pedmix(images, modality, mask, mask_ir, partner)
 
 # %% ../../nbs/05_callback.pedmix.ipynb #88d0f174
 class PedMix(SlotMix):
