@@ -11,6 +11,7 @@ from fastai.callback.fp16 import *
 from .core import *
 from .data.external import *
 from .data.synthetic import *
+from .data.cache import *
 from .data.transforms import *
 from .data.load import *
 from .regions import *

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Modality', 'ReIDImage', 'plain', 'TMPAError', 'DataError', 'ProtocolError', 'CheckpointError', 'ConfigError',
-           'check_record', 'rand_on', 'slots', 'atomic_write']
+           'check_record', 'rand_on', 'slots', 'tmpa_home', 'atomic_write']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
 import os, tempfile
@@ -105,6 +105,11 @@ def slots(
     elif not modality.is_meta:
         torch._assert_async(ok, 'a training batch must hold pairs of a visible and an infrared image of one person')
     return vis, ir
+
+# %% ../nbs/00_core.ipynb #3a99d0f3
+def tmpa_home()->Path: # The folder; it need not exist
+    "Where the library keeps what it has made and can make again."
+    return Path(os.environ.get('TMPA_HOME') or '~/.cache/tmpa').expanduser()
 
 # %% ../nbs/00_core.ipynb #501bdac8
 @contextmanager

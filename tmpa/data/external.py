@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['sysu_items', 'load_perms', 'sysu_gallery', 'regdb_items', 'llcm_items', 'llcm_gallery', 'csv_items', 'sysu_settings',
-           'cross_settings', 'regdb_settings', 'llcm_settings', 'item_range', 'read_image', 'load_resized']
+           'cross_settings', 'regdb_settings', 'llcm_settings', 'item_range', 'read_image', 'decoded', 'as_float',
+           'load_resized']
 
 # %% ../../nbs/01_data.external.ipynb #76c44ba0
 import csv, io, os, random, re, sys
@@ -329,10 +330,27 @@ def read_image(
     "Read an image of any depth; `DataError` names a file that is missing, empty, damaged or out of range."
     return _to_tensor(_pixels(path, ir_range=ir_range))
 
+def decoded(
+    path:str|Path, # An image file that Pillow can read, or a Pillow image
+    size:tuple, # (height, width)
+    ir_range:tuple|None=None, # As in read_image
+)->np.ndarray: # (1 or 3, *size): grey or colour, uint8 for files of 8 bits, uint16 for those of more
+    "Read and resize (Lanczos, antialiased; in float for more than 8 bits), and keep the depth of the file."
+    a = _pixels(path, size, ir_range)
+    if a.dtype != np.uint8: a = np.rint(a*65535).astype(np.uint16)  # 65535 is what means 1: the end of `ir_range`
+    return np.array(a[None] if a.ndim == 2 else a.transpose(2, 0, 1), order='C')
+
+def as_float(
+    x:torch.Tensor, # Pixels (..., c, h, w), c 1 or 3: uint8 or uint16; floats are in [0, 1] already
+)->torch.Tensor: # float32 (..., 3, h, w) in [0, 1]
+    "Pixels of any depth as numbers between 0 and 1."
+    if not x.is_floating_point(): x = x.float().div_(65535 if x.dtype == torch.uint16 else 255)
+    return x if x.shape[-3] == 3 else x.expand(*x.shape[:-3], 3, *x.shape[-2:]).contiguous()
+
 def load_resized(
     path:str|Path, # An image file that Pillow can read, or a Pillow image
     size:tuple, # (height, width)
     ir_range:tuple|None=None, # As in read_image
 ) -> torch.Tensor: # float32 (3, *size) in [0, 1]
-    "Read and resize (Lanczos, antialiased; in float for more than 8 bits)."
-    return _to_tensor(_pixels(path, size, ir_range))
+    "What `decoded` gives, as floats."
+    return as_float(torch.from_numpy(decoded(path, size, ir_range)))
