@@ -8,9 +8,16 @@ from hypothesis import given, settings as hyp, strategies as st
 from fastai.learner import Learner
 from fastai.callback.schedule import lr_find
 from tmpa.core import ConfigError, DataError, ProtocolError, ReIDImage
-from tmpa.data.external import (cross_settings, llcm_gallery, llcm_items, llcm_settings, load_resized, load_perms, read_image, regdb_items, regdb_settings,
+from tmpa.data.external import (cross_settings, item_range, llcm_gallery, llcm_items, llcm_settings, load_resized, load_perms, read_image, regdb_items, regdb_settings,
                                 sysu_gallery, sysu_items, sysu_settings)
-from tmpa.data.load import ReIDDataLoaders, ReIDDataset, ReIDDL, identity_batches, split_by_pid
+from fastai.torch_core import TensorImage, set_seed
+from fasttransform import ItemTransform, Transform
+from multiprocessing import get_context
+from tmpa.callback.pedmix import PedMix
+from tmpa.data.cache import image_cache
+from tmpa.data.load import ReIDDataLoaders, ReIDDataset, ReIDDL, _cache_for, identity_batches, one_ahead, split_by_pid
+from tmpa.learner import tmpa_learner
+from tmpa.models.backbone import micro_resnet
 from tmpa.data.transforms import ReIDAug, channel_exchange, hflip, pad_crop, random_erase
 
 ORACLES = os.environ.get('TMPA_ORACLES')
@@ -438,7 +445,7 @@ def loss(out, label, pid, cam): return torch.nn.functional.cross_entropy(out, la
 
 def test_learner_end_to_end(people, tmp_path):
     train,valid = split_by_pid(people, .3)
-    dls = mk(train, valid, cache=True, num_workers=None)
+    dls = mk(train, valid, cache=tmp_path/'images', num_workers=None)
     learn = Learner(dls, Net(dls.c), loss, path=tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.fit(2)
@@ -448,7 +455,7 @@ def test_learner_end_to_end(people, tmp_path):
         assert f.shape==(len(valid), 48) and t[1].tolist()==[o.pid for o in valid] and t[0].eq(-1).all()
         assert learn.get_preds(ds_idx=0)[1][1].tolist()==[o.pid for o in train]
         some = learn.get_preds(dl=dls.test_dl(people[::7], bs=2))[0]
-        assert len(dls.train_ds._kept)==len(train)
+        assert len(dls.train_ds.cache)==len(people)
         learn.export()
         assert (tmp_path/'export.pkl').stat().st_size<60_000
     from fastai.learner import load_learner
@@ -465,10 +472,114 @@ def test_training_without_validation(people):
         learn.fit(1)
         learn.lr_find(num_it=4, show_plot=False)
 
-def test_cache_is_bounded_equal_and_not_pickled(people):
-    a,b = ReIDDataset(people, size=(32, 16), cache=True, cache_gb=4*32*16*3/2**30),ReIDDataset(people, size=(32, 16))
+def cached(people, tmp_path): return image_cache(people, (32, 16), folder=tmp_path/'images')
+
+def test_cached_items_are_equal_and_not_pickled(people, tmp_path):
+    a,b = ReIDDataset(people, size=(32, 16), cache=cached(people, tmp_path)),ReIDDataset(people, size=(32, 16))
     for _ in range(2): assert all(torch.equal(a[i][0], b[i][0]) for i in range(10))
-    assert 0<a._bytes<=4*32*16*3 and len(pickle.dumps(a))<20_000
+    assert len(pickle.dumps(a)) < 40_000 and len(pickle.dumps(a.new_empty())) < 1000
+
+def trained_weights(items, folder, **kwargs):
+    "The weights of TMPA after two epochs on one seed."
+    set_seed(3, reproducible=True)
+    dls = ReIDDataLoaders.from_items(items, size=(48, 24), P=3, K=2, device='cpu', aug=ReIDAug(erase=.5), **kwargs)
+    learn = tmpa_learner(dls, micro_resnet, pretrained=False, mix=PedMix(8), path=folder, precision='fp32')
+    with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(2, lr=.01)
+    return learn.model.state_dict()
+
+def test_a_cache_and_workers_change_no_weight(people, tmp_path):
+    want = trained_weights(people, tmp_path, cache=False, num_workers=0)
+    for kwargs in (dict(cache=tmp_path/'images'), dict(cache=False, num_workers=2), dict(cache=tmp_path/'images', num_workers=1)):
+        got = trained_weights(people, tmp_path, **kwargs)
+        assert all(torch.equal(got[k], v) for k,v in want.items()), kwargs
+
+def test_mixed_depth_is_the_same_from_a_cache(people, tmp_path):
+    "Visible images of 8 bits, infrared ones of 16: a batch has 16, and loses nothing."
+    items = []
+    for o in people[:40]:
+        if o.modality == 1:
+            f = tmp_path/f'{o.path.stem}-deep.png'
+            Image.fromarray(np.asarray(Image.open(o.path).convert('L')).astype(np.uint16)*3+1000).save(f)
+            o = o._replace(path=f)
+        items.append(o)
+    kw = dict(size=(32, 16), ir_range=(1000, 1765), aug=False)
+    a,b = (ReIDDataLoaders.from_items(items, P=2, K=2, device='cpu', num_workers=0, cache=c, **kw).train for c in (False, tmp_path/'images'))
+    deep = {a.dataset.pixels(i).dtype.name for i in range(len(items))}
+    assert deep == {'uint8', 'uint16'}
+    for x,y in zip(a, b): assert all(torch.equal(p, q) for p,q in zip(x, y))
+    want = torch.stack([load_resized(o.path, (32, 16), item_range(o, (1000, 1765))) for o in items])
+    got = torch.cat([a.decode(x)[0] for x in a.new(shuffle=False)])
+    assert torch.allclose(got, want, atol=1e-6)
+
+def test_one_cache_for_all_trials_and_splits(tmp_path):
+    from tmpa.data.synthetic import make_regdb
+    root = make_regdb(tmp_path/'r', 8, per_modality=2, size=(32, 16))
+    kw = dict(size=(32, 16), P=2, K=2, device='cpu', cache=tmp_path/'images')
+    made = [ReIDDataLoaders.from_regdb(root, trial=t, valid=v, **kw).train_ds.cache for t,v in ((1, 'held_out'), (2, None), (3, 'test'))]
+    assert len({c.file for c in made}) == 1 and len(made[0]) == 32
+    for f in (root/'idx').glob('test_*_1.txt'): f.unlink()       # no test part: what there is
+    assert len(ReIDDataLoaders.from_regdb(root, trial=1, valid=None, **kw).train_ds.cache) == 16
+
+def test_no_room_is_an_error_when_asked_for_and_a_warning_otherwise(people, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda f: shutil._ntuple_diskusage(9, 9, 100))
+    with pytest.raises(ConfigError) as e: mk(people, cache=tmp_path/'images')
+    one_line(e, str(tmp_path/'images'), 'GB free')
+    with pytest.warns(UserWarning, match='decoded again in every epoch'):
+        assert _cache_for(people, (32, 16), None, None, (), torch.device('cuda')) is None
+    with pytest.raises(ConfigError) as e: mk(people, cache_gb=2)
+    one_line(e, 'cache_gb', 'leave')
+
+def make_cache(people, folder, gate, out):
+    gate.wait()
+    c = image_cache(people, (32, 16), folder=folder)
+    out.put((str(c.file), int(c[3].sum()), c.file.stat().st_mtime_ns))
+
+def test_two_processes_make_one_cache(people, tmp_path):
+    ctx = get_context('fork')
+    gate,out = ctx.Barrier(3),ctx.Queue()
+    jobs = [ctx.Process(target=make_cache, args=(people, tmp_path/'images', gate, out)) for _ in range(3)]
+    for j in jobs: j.start()
+    got = {out.get(timeout=60) for _ in jobs}
+    for j in jobs: j.join()
+    assert len(got) == 1 and [f.suffix for f in sorted((tmp_path/'images').iterdir())] == ['.images', '.lock']
+
+def test_one_ahead_keeps_the_order_raises_and_stops():
+    asked = []
+    def numbers(n, bad=None):
+        for i in range(n):
+            if i == bad: raise DataError('no image 3.jpg')
+            asked.append(i)
+            yield i
+    assert list(one_ahead(numbers(5), lambda i: i*i)) == [0, 1, 4, 9, 16]
+    assert list(one_ahead(iter(()), None)) == []
+    got = []
+    with pytest.raises(DataError) as e:
+        for i in one_ahead(numbers(5, bad=3), lambda i: i): got.append(i)
+    assert got == [0, 1, 2]
+    one_line(e, '3.jpg')
+    asked.clear()
+    ahead = one_ahead(numbers(9), lambda i: i)
+    assert next(ahead) == 0
+    ahead.close()
+    assert max(asked) <= 2                                          # one ahead, no more
+    with pytest.raises(DataError): list(one_ahead(numbers(2), lambda i: (_ for _ in ()).throw(DataError('no room'))))
+
+def test_a_users_transform_sees_floats(people):
+    seen = []
+    class Look(Transform):
+        def encodes(self, x:TensorImage):
+            seen.append((x.dtype, float(x.max())))
+            return x
+    x = mk(people, aug=Look()).one_batch()[0]
+    assert seen[0][0] == torch.float32 and 0 < seen[0][1] <= 1 and x.dtype == torch.float32
+
+def test_items_with_transforms_of_their_own(people):
+    class Dark(ItemTransform):
+        def encodes(self, o): return (o[0]*.5, *o[1:])
+    a,b = mk(people, aug=False, after_item=[Dark()]).train,mk(people, aug=False).train
+    for (x,*n),(y,*m) in zip(a, b):
+        assert torch.allclose(a.decode((x, *n))[0], b.decode((y, *m))[0]/2, atol=1e-6)
+        assert all(torch.equal(p, q) for p,q in zip(n, m))
 
 def test_bad_items(people, tmp_path):
     with pytest.raises(ConfigError) as e: mk(people, P=11)
@@ -508,7 +619,7 @@ def test_held_out_and_published(tmp_path):
     assert {o.pid for o in watch.valid_items}==test and watch.c==12
     with pytest.raises(ConfigError): ReIDDataLoaders.from_regdb(root, valid='train', **kw)
     syn = ReIDDataLoaders.from_synthetic(tmp_path/'r', n_ids=24, per_modality=2, **kw)
-    assert syn.source['dataset']=='synthetic' and syn.c==11 and syn.train_ds.cache
+    assert syn.source['dataset']=='synthetic' and syn.c==11 and len(syn.train_ds.cache)==96
 
 def test_from_sysu_splits(tmp_path):
     rows = [dict(pid=str(p), split=s, **{f'cam{c}': '2' for c in range(1, 7)}) for p, s in ((1, 'train'), (2, 'train'), (3, 'val'), (5, 'test'), (9, 'test'))]

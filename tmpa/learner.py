@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torchvision.models import resnet50
 from torch.nn import functional as F
-from fastcore.basics import patch
+from fastcore.basics import defaults, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.learner import Learner
@@ -23,7 +23,9 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.core import imagenet_stats
 from .core import ConfigError, DataError, plain
-from .data.external import item_range, load_resized
+from .data.cache import ImageCache
+from .data.load import ReIDDataset, ReIDDL
+from .data.transforms import PixelNorm
 from .callback.pedmix import PedMix, SlotMix
 from .losses import TMPALoss, BetaWarmup
 from .metrics import LossTerms, ReIDMetrics
@@ -165,37 +167,31 @@ def tmpa_learner(dls, # ReIDDataLoaders
     return reid_learner(dls, model, loss_func, None, mix, precision, eval_every, cbs, compile, **kwargs)
 
 # %% ../nbs/16_learner.ipynb #1fb804aa
-class _Images(torch.utils.data.Dataset):
-    def __init__(self, items, size, ir_range): self.items,self.size,self.ir_range = items,size,ir_range
-    def __len__(self): return len(self.items)
-    def __getitem__(self, i):
-        o = self.items[i]
-        return torch.as_tensor(load_resized(o.path, self.size, ir_range=item_range(o, self.ir_range))), int(o.modality)
-
 def extract_features(
     model, # A network with `model(images, modality) -> features`
     items:list, # ReIDImages
     size:tuple, # Height and width that the network was trained with
     bs:int=128, # Images a batch
     ir_range:tuple|None=None, # Fixed range of 16-bit infrared files, see read_image
-    num_workers:int|None=None, # Loader processes; default 0 on a CPU (which the network needs itself), else up to 8
+    num_workers:int|None=None, # Loader processes; default 0 on a CPU (which the network needs itself) and with a cache, else up to 8
     device=None, # Default: where the model is
     flip:bool=False, # Average with the feature of the mirrored image (to be named beside the score)
+    cache:ImageCache|None=None, # Decoded images; what is not in there is decoded
 )->torch.Tensor: # (n, D) float32 on the CPU, in the order of `items`; L2-normalised
     "Features of all images, each from its own modality's path."
     if not len(items): raise DataError('no images to extract features from: the item list is empty')
     device = next(model.parameters()).device if device is None else torch.device(device)
-    if num_workers is None: num_workers = 0 if device.type == 'cpu' else min(8, torch.multiprocessing.cpu_count())
-    dl = torch.utils.data.DataLoader(_Images(items, size, ir_range), batch_size=bs, num_workers=num_workers)
-    mean,std = (torch.tensor(o, device=device).view(3,1,1) for o in imagenet_stats)
-    was_training,out = model.training,[]
+    if num_workers is None: num_workers = 0 if cache is not None or device.type == 'cpu' else min(8, defaults.cpus)
+    dl = ReIDDL(ReIDDataset(items, size=size, ir_range=ir_range, cache=cache), bs=bs, num_workers=num_workers, device=device,
+                pin_memory=device.type == 'cuda', after_batch=[PixelNorm.from_stats(*imagenet_stats, cuda=False)])
+    was_training, out = model.training, []
     model.eval()
     try:
         with torch.inference_mode():
-            for x,m in dl:
-                x,m = (plain(x).to(device) - mean)/std, m.to(device)
-                f = model(x, m)
-                if flip: f = F.normalize(f + model(x.flip(-1), m), dim=1)
-                out.append(f.float().cpu())
+            for x, modality, *_ in dl:
+                x = plain(x)
+                f = model(x, modality)
+                if flip: f = F.normalize(f + model(x.flip(-1), modality), dim=1)
+                out.append(f.float())
     finally: model.train(was_training)
-    return torch.cat(out).clone()
+    return torch.cat(out).cpu().clone()
