@@ -35,6 +35,7 @@ from .metrics import *
 from .learner import *
 from .robust import *
 from .dart import *
+from .callback.loop import *
 from .callback.resume import *
 from .recipes import *
 from .interpret import *

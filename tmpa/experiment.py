@@ -19,6 +19,7 @@ import numpy as np, torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
+from .callback.loop import RunawayError, not_finite
 from .callback.resume import ResumeFit
 from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic_write
 from .data.external import sysu_items
@@ -35,11 +36,12 @@ from .scoring import DataSpec, read_data, save_queries, score_feats, score_model
 
 # %% ../nbs/18_experiment.ipynb #8ef61d1d
 class SaveWeights(Callback):
-    "After every epoch write `last.pth`, and `best.pth` when the held-out mAP is the best so far; whole files or none."
+    "After every epoch write `last.pth`, and `best.pth` when the held-out mAP is the best so far; whole files or none, and finite numbers alone."
     order = 56  # after the recorder and the CSV log
     def __init__(self, folder, meta): self.folder,self.meta,self.best = Path(folder),meta,-1.
     def after_epoch(self):
         if hasattr(self, 'lr_finder') or hasattr(self, 'gather_preds'): return
+        if name := not_finite(self.model): raise RunawayError(f'{name} is not finite after epoch {self.epoch+1}: the weights in {self.folder} stay as they are; lower lr or warm up longer', epoch=self.epoch+1, batch=self.n_iter, terms=[name])
         meta = {**self.meta, 'epoch': self.epoch+1}
         save_weights(self.model, self.folder/'last.pth', **meta)
         mAP = self.learn.re_id_metrics.value('mAP') if hasattr(self.learn, 're_id_metrics') else float('nan')
@@ -153,7 +155,12 @@ def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure,
     with ExitStack() as silence:
         if quiet: silence.enter_context(learn.no_bar()); silence.enter_context(learn.no_logging())
         if done: load_weights(learn.model.to(learn.dls.device), out/'last.pth')
-        else: learn.fit_tmpa(cfg.epochs, lr=cfg.lr, warmup=cfg.warmup, decay=cfg.decay, beta_warmup=cfg.beta_warmup, cbs=cbs)
+        else:
+            try: learn.fit_tmpa(cfg.epochs, lr=cfg.lr, warmup=cfg.warmup, decay=cfg.decay, beta_warmup=cfg.beta_warmup, cbs=cbs)
+            except RunawayError as e:
+                write_json(out/'ran_away.json', dict(why=str(e), **e.where))
+                kept = f"the weights after epoch {e.where['epoch']-1} stay in {out/'last.pth'}" if (out/'last.pth').exists() else 'no epoch was finished'
+                raise RunawayError(f'{out}: {e}; {kept}', **e.where) from None
     seconds = None if done else round(watch.resume_state()[1], 1)
     if watch.over:
         write_json(out/'over_budget.json', dict(budget=budget, epochs_done=learn.epoch, epochs=cfg.epochs, seconds=seconds))

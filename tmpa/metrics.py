@@ -16,6 +16,10 @@ from .core import ConfigError
 from .evaluation import cross_settings_of, evaluate_settings
 
 # %% ../nbs/15_metrics.ipynb #b6e2e678
+def _on_its_way(x):
+    "A copy on the CPU that no batch waits for (torch takes pinned memory for it): what is on a GPU must be waited for before it is read."
+    return x.to('cpu', non_blocking=x.is_cuda)
+
 class ReIDMetrics(Callback):
     "Rank the validation queries after every epoch; columns `mAP` (mean over settings), `mAP_*` and `rank1_*`, fractions between 0 and 1."
     order,run_train = 45,False  # before Recorder (50), which reads the values
@@ -66,9 +70,11 @@ class ReIDMetrics(Callback):
     def after_pred(self):
         if self._skip(): return
         _,pid,cam = self.yb
-        self._feats.append(self.pred.detach().float().cpu()); self._meta.append(torch.stack([pid, cam, self.xb[1]]).cpu())
+        self._feats.append(_on_its_way(self.pred.detach().float()))
+        self._meta.append(_on_its_way(torch.stack([pid, cam, self.xb[1]])))
     def after_validate(self):
         if self._skip() or not self._feats: return
+        if self.pred.is_cuda: torch.cuda.synchronize(self.pred.device)  # once; what was on its way is there
         feats,(pid,cam,mod) = torch.cat(self._feats),torch.cat(self._meta, 1)
         self._feats,self._meta = [],[]
         settings = self.settings if self.settings is not None else getattr(self.dls, 'settings', None)

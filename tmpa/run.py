@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 import torch, torchvision
 from . import __version__
+from .callback.loop import RunawayError
 from .core import CheckpointError, ConfigError, atomic_write
 from .data.synthetic import GENERATOR_VERSION
 from .models.backbone import get_arch, micro_resnet, tiny_resnet
@@ -159,7 +160,15 @@ def earlier_run(
     if other: raise ConfigError(f'{out} was begun with another {other} ({was[other]}, now {now[other]}): choose another --out, or the old settings')
     if images and images != stored.get('images', images): raise OtherImages(f'{out} was run on other images than {cfg.spec.path or cfg.spec.data} holds now: choose another --out')
     if (out/'metrics.json').exists(): return read_json(out/'metrics.json')
+    if (out/'ran_away.json').exists(): raise _ran_away(out)
     if not (trained(cfg) or (out/'resume.pth').exists()): shutil.rmtree(out)
+
+def _ran_away(out):
+    "What `train_run` found when the loss of this run ran away, and what to do: the same settings go the same way."
+    s = read_json(out/'ran_away.json')
+    kept = f"{out/'last.pth'} holds the weights after epoch {s['epoch']-1}; " if (out/'last.pth').exists() else ''
+    return RunawayError(f"{out}: {s['why']}. {kept}the same settings would run away again: choose another --out with a lower --lr, a longer --warmup or --precision fp32; "
+        f"to try them nevertheless, with code that has changed perhaps, remove {out/'ran_away.json'}", **{k: s[k] for k in ('epoch','batch','terms')})
 
 def trained(cfg:RunConfig)->bool:
     "Whether the weights of the last epoch are there."

@@ -1,0 +1,164 @@
+"A step of training asks for nothing on the way: reads are counted on the CPU, and on a pretended GPU nothing may be read at all."
+from collections import Counter
+from functools import partial
+import pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler
+from fastai.learner import AvgLoss, AvgSmoothLoss
+from fastai.torch_core import set_seed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tmpa.callback.loop import AsyncMixedPrecision, CalmProgress, RunawayError, StayOnDevice, StopRunaway, TorchOptim, not_finite
+from tmpa.callback.pedmix import PedMix
+from tmpa.data.load import ReIDDataLoaders
+from tmpa.dart import dart_learner
+from tmpa.learner import sgd, tmpa_learner
+from tmpa.models.backbone import micro_resnet
+
+@pytest.fixture(scope='module')
+def people(tmp_path_factory): return tmp_path_factory.mktemp('loop')/'people'
+
+def loaders(people): return ReIDDataLoaders.from_synthetic(people, n_ids=24, per_modality=4, size=(48,24), P=3, K=2, num_workers=0, bs_valid=16)
+
+MAKE = {
+    'B': lambda dls, **kw: tmpa_learner(dls, micro_resnet, pretrained=False, mfe=False, mft=False, mix=None, **kw),
+    'TMPA': lambda dls, **kw: tmpa_learner(dls, micro_resnet, pretrained=False, mix=PedMix(6), **kw),
+    'DART': lambda dls, **kw: dart_learner(dls, micro_resnet, pretrained=False, mix=PedMix(6), warmup=1, **kw),
+}
+
+# ---------------------------------------------------------------- counted on the CPU
+
+class Reads(TorchDispatchMode):
+    "Counts the numbers that Python asks for."
+    def __init__(self): super().__init__(); self.n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+class CountReads(Callback):
+    "Reads of each step, from before the first callback to after the last; a batch is made before that."
+    order = -999
+    def __init__(self): self.steps,self.batches = [],[]
+    def before_batch(self): self.mode = Reads(); self.mode.__enter__()
+    def end(self):
+        self.mode.__exit__(None, None, None)
+        (self.steps if self.learn.training else self.batches).append((self.iter, self.mode.n))
+
+class EndCount(Callback):
+    order = 9999
+    def after_batch(self): self.learn.count_reads.end()
+
+def counted(learn, n=2):
+    learn.add_cbs([CountReads(), EndCount()])
+    with learn.no_logging(): learn.fit_tmpa(n, lr=.01)
+    return learn.count_reads
+
+@pytest.mark.parametrize('name', MAKE)
+def test_a_step_reads_at_most_one_number(name, people):
+    "That one is the guard's, which on a CPU looks before the backward pass. The first step of an epoch may check the batch."
+    set_seed(0)
+    learn = MAKE[name](loaders(people))
+    CalmProgress.every,was = 1e9,CalmProgress.every  # the text of the bar is read by the clock
+    try: count = counted(learn)
+    finally: CalmProgress.every = was
+    assert len(count.steps) > 6
+    assert max(n for i,n in count.steps if i) <= 1
+    assert {n for i,n in count.batches if i} <= {0}
+
+def test_reads_are_counted(people):
+    "The test above would fail with fastai's own parts."
+    learn = MAKE['B'](loaders(people))
+    learn.remove_cbs([StayOnDevice, StopRunaway])
+    count = counted(learn, 1)
+    assert type(learn.progress) is ProgressCallback and min(n for _,n in count.steps) >= 1
+
+# ---------------------------------------------------------------- the same numbers
+
+@pytest.mark.parametrize('name', MAKE)
+def test_numbers_are_those_of_fastai(name, people):
+    def fit(ours):
+        set_seed(0, reproducible=True)
+        learn = MAKE[name](loaders(people))
+        if not ours: learn.remove_cbs([StayOnDevice, StopRunaway])
+        with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(2, lr=.01)
+        return learn
+    a,b = fit(True),fit(False)
+    assert (type(a.recorder.smooth_loss) is AvgSmoothLoss, type(b.recorder.smooth_loss) is AvgSmoothLoss) == (False, True)
+    assert [float(v) for v in a.recorder.losses] == [float(v) for v in b.recorder.losses]
+    assert str(a.recorder.values) == str(b.recorder.values)
+    for (k,v),w in zip(a.model.state_dict().items(), b.model.state_dict().values()): assert torch.equal(v, w), k
+
+def test_fused_learner_trains_alike(people):
+    "What a GPU does, on the CPU: fused SGD, and a look one batch later."
+    def fit(fused):
+        set_seed(0, reproducible=True)
+        learn = MAKE['TMPA'](loaders(people), opt_func=partial(sgd.func, opt=partial(sgd.keywords['opt'], fused=fused)))
+        if fused: learn.stop_runaway.late = True
+        with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(2, lr=.01)
+        return learn
+    a,b = fit(True),fit(None)
+    assert a.opt.fuse() and not b.opt.fuse()
+    for (k,v),w in zip(a.model.state_dict().items(), b.model.state_dict().values()): assert torch.allclose(v, w, atol=1e-4), k
+
+# ---------------------------------------------------------------- a loss that runs away
+
+class Poison(Callback):
+    "A term that is no number in one batch."
+    order,run_valid = -500,False
+    def __init__(self, epoch, batch, value): self.at,self.value = (epoch, batch),value
+    def before_batch(self):
+        w = self.learn.loss_func.weighted if 'weighted' not in vars(self.learn.loss_func) else self.was
+        self.was = w
+        if (self.epoch, self.iter) != self.at: self.learn.loss_func.__dict__.pop('weighted', None); return
+        names = self.learn.loss_func.terms
+        self.learn.loss_func.weighted = lambda p, y: ((n, k, v*self.value if n == names[1] else v) for n,k,v in w(p, y))
+
+@pytest.mark.parametrize('name', ['B', 'TMPA'])
+@pytest.mark.parametrize('late', [False, True])
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_the_term_epoch_and_batch_are_named(name, late, value, people):
+    set_seed(0)
+    learn = MAKE[name](loaders(people), opt_func=partial(sgd.func, opt=partial(sgd.keywords['opt'], fused=late or None)))
+    learn.stop_runaway.late = late
+    with learn.no_bar(), learn.no_logging(), pytest.raises(RunawayError) as e: learn.fit_tmpa(3, lr=.01, cbs=Poison(1, 1, value))
+    assert e.value.where == dict(epoch=2, batch=2, terms=['loss_wrt'])
+    assert str(e.value).startswith(f'loss_wrt is {value} in epoch 2 of 3, batch 2 of') and '\n' not in str(e.value)
+    assert not_finite(learn.model) is None and len(learn.recorder.values) == 1
+
+def test_a_rate_that_is_far_too_high_ends_the_fit(people):
+    learn = MAKE['TMPA'](loaders(people))
+    with learn.no_bar(), learn.no_logging(), pytest.raises(RunawayError, match='lower lr'): learn.fit_tmpa(9, lr=1e25, warmup=0)
+
+# ---------------------------------------------------------------- a device that nobody waits for
+
+class Watch(TorchDispatchMode):
+    "Notes reads of a number, and copies from the device that somebody waits for."
+    def __init__(self): super().__init__(); self.bad,self.ops = [],Counter()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.ops[str(func)] += 1
+        if func is torch.ops.aten._local_scalar_dense.default: self.bad.append(str(func))
+        out = func(*args, **kwargs)
+        of = lambda o: {t.device.type for t in tree_leaves(o) if isinstance(t, torch.Tensor)}
+        if 'cuda' in of((args, kwargs)) and 'cpu' in of(out) and not kwargs.get('non_blocking'): self.bad.append(str(func))
+        return out
+
+class FakeLearn:
+    "As much of a Learner as a step needs."
+    def __init__(self, **kw): self.__dict__.update(kw)
+
+def test_smoothing_and_flags_read_nothing_of_a_device():
+    with FakeTensorMode(), Watch() as w:
+        rec = FakeLearn(loss=torch.rand((), device='cuda'))
+        from tmpa.callback.loop import DeviceAvgLoss, DeviceSmoothLoss
+        smooth,mean = DeviceSmoothLoss(),DeviceAvgLoss()
+        smooth.reset(); mean.reset()
+        smooth.val = torch.zeros((), device='cuda')
+        rec.yb = torch.zeros(4, device='cuda'),
+        for _ in range(3): smooth.accumulate(rec); mean.accumulate(rec); smooth.value; mean.value
+        assert smooth.value.is_cuda and mean.value.is_cuda
+    assert w.bad == [] and w.ops['aten.lerp.Scalar'] == 3
+
