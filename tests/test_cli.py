@@ -181,6 +181,15 @@ def test_demo(run, tmp_path):
     assert run(*args, '--resume')[0] == 0
 
 
+def test_a_run_whose_loss_runs_away(run, regdb, tmp_path):
+    args = ('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'wild', '--lr', 1e25, *SMALL)
+    one_line(run(*args), 'in epoch 1 of 1, batch', 'is nan', 'lower lr')
+    files = sorted(p.name for p in (tmp_path/'wild').iterdir())
+    assert files == ['config.json', 'environment.json', 'history.csv', 'ran_away.json']
+    for _ in range(2): one_line(run(*args, '--resume'), 'ran_away.json', 'choose another --out with a lower --lr', '--precision fp32')
+    assert sorted(p.name for p in (tmp_path/'wild').iterdir()) == files
+
+
 def test_ten_trials_go_on_where_they_were_cut_off(run, regdb, tmp_path, monkeypatch):
     args = ('tmpa_train', '--data', 'regdb', '--path', regdb, '--trial', 'all', '--out', tmp_path/'all', '--recipe', 'B', *SMALL)
     one_line(run(*args, '--patch', 7, '--recipe', 'TMPA'), '7')

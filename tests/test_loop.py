@@ -1,4 +1,5 @@
 "A step of training asks for nothing on the way: reads are counted on the CPU, and on a pretended GPU nothing may be read at all."
+import sys
 from collections import Counter
 from functools import partial
 import pytest, torch
@@ -11,7 +12,7 @@ from fastai.torch_core import set_seed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tmpa.callback.loop import AsyncMixedPrecision, CalmProgress, RunawayError, StayOnDevice, StopRunaway, TorchOptim, not_finite
+from tmpa.callback.loop import AsyncMixedPrecision, CalmProgress, DeviceAvgLoss, DeviceSmoothLoss, RunawayError, StayOnDevice, StopRunaway, TorchOptim, not_finite
 from tmpa.callback.pedmix import PedMix
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.dart import dart_learner
@@ -31,11 +32,16 @@ MAKE = {
 
 # ---------------------------------------------------------------- counted on the CPU
 
+def called_by(name):
+    f = sys._getframe()
+    while f and f.f_code.co_name != name: f = f.f_back
+    return f is not None
+
 class Reads(TorchDispatchMode):
-    "Counts the numbers that Python asks for."
+    "Counts the numbers that Python asks for, but for the check of slots, which on a GPU is an assertion there."
     def __init__(self): super().__init__(); self.n = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += func is torch.ops.aten._local_scalar_dense.default
+        self.n += func is torch.ops.aten._local_scalar_dense.default and not called_by('slots')
         return func(*args, **(kwargs or {}))
 
 class CountReads(Callback):
@@ -153,7 +159,6 @@ class FakeLearn:
 def test_smoothing_and_flags_read_nothing_of_a_device():
     with FakeTensorMode(), Watch() as w:
         rec = FakeLearn(loss=torch.rand((), device='cuda'))
-        from tmpa.callback.loop import DeviceAvgLoss, DeviceSmoothLoss
         smooth,mean = DeviceSmoothLoss(),DeviceAvgLoss()
         smooth.reset(); mean.reset()
         smooth.val = torch.zeros((), device='cuda')
@@ -162,3 +167,72 @@ def test_smoothing_and_flags_read_nothing_of_a_device():
         assert smooth.value.is_cuda and mean.value.is_cuda
     assert w.bad == [] and w.ops['aten.lerp.Scalar'] == 3
 
+
+class NoEvent:
+    "torch.cuda.Event, where there is no CUDA."
+    def record(self): pass
+
+def fake_batch():
+    label = torch.arange(3, device='cuda').repeat_interleave(4)
+    return torch.rand(12, 3, 48, 24, device='cuda'),torch.randint(0, 2, (12,), device='cuda'),label,label,label
+
+def on_fake_cuda(tensors): return {k: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device='cuda') for k,v in tensors.items() if v is not None}
+
+def move_to_fake_cuda(net):
+    for m in net.modules():
+        for k,v in on_fake_cuda(m._parameters).items(): m._parameters[k] = torch.nn.Parameter(v)
+        m._buffers.update(on_fake_cuda(m._buffers))
+
+def steps_on_fake_cuda(learn, batches):
+    "The events of a fit, without those that read once an epoch, around some steps."
+    learn.model.to = lambda *args, **kwargs: learn.model  # fake weights cannot be moved
+    def backward():                                       # nor does autograd run without a driver
+        for p in learn.model.parameters(): p.grad = learn.loss_grad.detach()*torch.ones_like(p)
+    learn._backward = backward
+    learn.n_iter,learn.epoch,learn.training = 9,0,True
+    learn('before_fit')
+    learn.model.train()
+    learn.recorder.before_epoch()
+    for cb in (learn.recorder, learn.loss_terms): cb.before_train()
+    with Watch() as w:
+        for i,b in enumerate(batches, 1): learn.one_batch(i, b)  # the first batch of an epoch may be checked
+    return w
+
+@pytest.mark.parametrize('amp', [None, 'fp16', 'bf16'])
+@pytest.mark.parametrize('name', MAKE)
+def test_a_learner_on_a_device_reads_nothing(name, amp, people, monkeypatch):
+    "Whole steps of a Learner with all its callbacks, on a GPU of fake tensors; the fused kernel, which fake tensors do not know, is stood in for."
+    arrived,fused = [],[]
+    monkeypatch.setattr(torch.cuda, 'Event', NoEvent)
+    monkeypatch.setattr(StopRunaway, '_arrived', lambda self, names, host, event, place: arrived.append((names[0], host.device.type, place[1])))
+    monkeypatch.setattr(torch, '_fused_sgd_', lambda params, *args, found_inf=None, **kw: fused.append(found_inf.device.type))
+    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *args: True)
+    learn = MAKE[name](loaders(people))
+    if amp: learn.add_cb(AsyncMixedPrecision(amp))
+    if name == 'DART': learn.dart.rows = learn.dart.conf = None
+    with FakeTensorMode(allow_non_fake_inputs=True), learn.no_bar(), learn.no_logging():
+        learn.dls.device = torch.device('cuda')
+        move_to_fake_cuda(learn.model)
+        learn.create_opt()
+        if name == 'DART':
+            monkeypatch.setattr(type(learn.dart), 'before_fit', lambda self: None)
+            learn.dart.rows,learn.dart.conf = torch.zeros(9, 12, dtype=torch.long, device='cuda'),torch.rand(2, 99, device='cuda')
+        w = steps_on_fake_cuda(learn, [fake_batch() for _ in range(3)])
+        losses = list(learn.recorder.losses)
+    assert w.bad == [] and sum(w.ops.values()) > 500
+    assert set(fused) == {'cuda'} and len(fused) == 3*len(learn.opt.param_lists)
+    assert arrived == [('the loss', 'cpu', 1), ('the loss', 'cpu', 2)]
+    assert {v.device.type for v in losses} == {'cuda'} and len(losses) == 3
+
+def test_watch_sees_fastai_read(people):
+    "The test above would fail with fastai's own recorder."
+    learn = MAKE['B'](loaders(people))
+    learn.remove_cbs([StayOnDevice, StopRunaway])
+    with FakeTensorMode(allow_non_fake_inputs=True), learn.no_bar(), learn.no_logging():
+        learn.dls.device = torch.device('cuda')
+        move_to_fake_cuda(learn.model)
+        learn.create_opt()
+        learn.opt.step = lambda: None
+        w = steps_on_fake_cuda(learn, [fake_batch()])
+    assert any('_to_copy' in b for b in w.bad)

@@ -167,7 +167,7 @@ def _ran_away(out):
     "What `train_run` found when the loss of this run ran away, and what to do: the same settings go the same way."
     s = read_json(out/'ran_away.json')
     kept = f"{out/'last.pth'} holds the weights after epoch {s['epoch']-1}; " if (out/'last.pth').exists() else ''
-    return RunawayError(f"{out}: {s['why']}. {kept}the same settings would run away again: choose another --out with a lower --lr, a longer --warmup or --precision fp32; "
+    return RunawayError(f"{out}: {s['why']}. {kept}the same settings would run away again: choose another --out with a lower --lr, or on a GPU --precision fp32; "
         f"to try them nevertheless, with code that has changed perhaps, remove {out/'ran_away.json'}", **{k: s[k] for k in ('epoch','batch','terms')})
 
 def trained(cfg:RunConfig)->bool:
