@@ -154,6 +154,16 @@ def test_what_was_trained_is_not_lost(toy, tmp_path, monkeypatch):
     assert set(epochs) == {1} and not list(tmp_path.glob('runs/*/resume.pth'))
 
 
+def test_a_loss_that_runs_away_stops_no_other_run(toy, tmp_path):
+    "Not in the command that finds it, and not in the next."
+    rows = [TableRow(r, r) for r in ('B', 'B+CA')]
+    wild = replace(toy, run={**toy.run, 'lr': 1e25, 'warmup': 0})
+    for _ in range(2):
+        with pytest.raises(rp.RunawayError, match='lower lr'): rp.reproduce(dict(mine=RecipeTable('Mine', rows)), wild, tmp_path, quiet=True)
+        assert set(states(tmp_path).values()) == {'failed'} and len(list(tmp_path.glob('runs/*/ran_away.json'))) == 2
+    assert not (tmp_path/'set_aside').exists()
+
+
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='looks for processes as Linux has them')
 def test_a_killed_worker_fails_nothing(toy, people, tmp_path):
     code = f"""from tmpa.all import *

@@ -9,6 +9,7 @@ __all__ = ['reproduce', 'pick_tables', 'with_fields', 'sweep']
 import itertools, shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from .callback.loop import RunawayError
 from .core import ConfigError, TMPAError
 from .experiment import OverBudget, evaluate_run, train_runs
 from .run import OtherImages, alone, earlier_run, images_key, new_folder, write_json
@@ -42,6 +43,7 @@ def _todo(cfgs, budget, images):
         (Path(cfg.out)/'failed.json').unlink(missing_ok=True)
         try:
             if earlier_run(cfg, images[cfg.spec.trial]): continue
+        except RunawayError: pass  # it says so again, and the others run
         except ConfigError as e:
             if isinstance(e, OtherImages) or status == 'done': raise
             print(f'{cfg.out} cannot be gone on with; it is kept in {_set_aside(Path(cfg.out))}, and the run begins again', flush=True)
