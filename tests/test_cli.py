@@ -181,6 +181,21 @@ def test_demo(run, tmp_path):
     assert run(*args, '--resume')[0] == 0
 
 
+def test_a_cache_changes_no_score(run, regdb, tmp_path):
+    scores = []
+    for cache in ('off', tmp_path/'images'):
+        out = tmp_path/f'run{len(scores)}'
+        status, _, err = run('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', out, '--cache', cache, '--precision', 'fp32', *SMALL)
+        assert status == 0, err
+        scores.append(json.loads((out/'metrics.json').read_text())['scores'])
+    assert scores[0] == scores[1]
+    assert len(list((tmp_path/'images').glob('48x24-*.images'))) == 1
+    file = tmp_path/'file'
+    file.touch()
+    one_line(run('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'x', '--cache', file, *SMALL), file, '--cache off')
+    assert not (tmp_path/'x').exists()
+
+
 def test_a_run_whose_loss_runs_away(run, regdb, tmp_path):
     args = ('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'wild', '--lr', 1e25, *SMALL)
     one_line(run(*args), 'in epoch 1 of 1, batch', 'is nan', 'lower lr')

@@ -124,6 +124,7 @@ def tmpa_train(
     beta_warmup:int=0, # Epochs over which the weight of the modality losses rises from 0
     ir_range:str=None, # low,high of 16-bit infrared files (default: 0,65535)
     workers:int=None, # Loader processes
+    cache:str='auto', # Decode all images once, into a file: on, off, auto (for a GPU), or a folder for it
     log:Param('Logger besides history.csv', str, choices=('csv','tensorboard','wandb'))='csv',
     ids:int=400, # Synthetic data: rendered identities
     resume:store_true=False, # Go on in a folder that exists: finished models are kept, one that was cut off while training goes on after its last whole epoch
@@ -134,9 +135,10 @@ def tmpa_train(
     per_model = data in ('regdb','synthetic')
     trial = trial or ('1' if per_model else 'all')
     ir_range = parse_range(ir_range)
+    decoded = dict(auto=None, on=True, off=False).get(cache, cache)
     def cfg(trial, out):
         return RunConfig(get_recipe(recipe), DataSpec(data, path, trial, ids, parse_size(size)), str(out), arch, not scratch, epochs, lr, P=p, K=k, seed=seed,
-            patch=patch, select=select, eval_every=eval_every, precision=precision, compile=compile, beta_warmup=beta_warmup, num_workers=workers, ir_range=ir_range, log=log)
+            patch=patch, select=select, eval_every=eval_every, precision=precision, compile=compile, beta_warmup=beta_warmup, num_workers=workers, ir_range=ir_range, cache=decoded, log=log)
     if not (per_model and trial == 'all'):
         m = train_run(cfg(trial, out), quiet=quiet, resume=resume)
         print(f"\n{m['recipe']} on {data}, per cent:\n{text_table(score_rows(m['scores']))}\n\nReport: {Path(out)/'report.html'}")

@@ -95,6 +95,7 @@ class Watch(Callback):
 def make_learner(
     cfg:RunConfig,
     train:list, # Training items
+    others=(), # Images that the cache of decoded ones holds too
 ):
     "Loaders and learner of a run, seeded."
     check_arch(cfg.arch)
@@ -108,7 +109,7 @@ def make_learner(
     valid = None
     if cfg.select == 'held_out': train,valid = held_out_split(cfg, train)
     kw = {} if cfg.num_workers is None else dict(num_workers=cfg.num_workers)
-    dls = ReIDDataLoaders.from_items(train, valid, size=cfg.spec.size, P=cfg.P, K=cfg.K, seed=cfg.seed, channel_exchange=cfg.recipe.channel_exchange, ir_range=cfg.ir_range, cache=cfg.cache, **kw)
+    dls = ReIDDataLoaders.from_items(train, valid, size=cfg.spec.size, P=cfg.P, K=cfg.K, seed=cfg.seed, channel_exchange=cfg.recipe.channel_exchange, ir_range=cfg.ir_range, cache=cfg.cache, cache_with=others, **kw)
     return _learner(cfg, dls, mix)
 
 def _learner(cfg, dls, mix):
@@ -142,7 +143,7 @@ def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure,
     done = going_on and trained(cfg)  # but not scored
     remove_leftovers(out)
     try:
-        learn = make_learner(cfg, train)
+        learn = make_learner(cfg, train, test)
         loggers = [] if done else _log_cbs(cfg.log, out)
     except Exception:
         if not going_on: shutil.rmtree(out)  # made above, and holds nothing yet
@@ -165,7 +166,8 @@ def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure,
     if watch.over:
         write_json(out/'over_budget.json', dict(budget=budget, epochs_done=learn.epoch, epochs=cfg.epochs, seconds=seconds))
         raise OverBudget(f'{cfg.recipe.name}, seed {cfg.seed}: {budget:g} minutes of one core were over in epoch {learn.epoch+1} of {cfg.epochs}')
-    try: feats = extract_features(learn.model, test, spec.size, ir_range=cfg.ir_range, num_workers=cfg.num_workers)
+    decoded = learn.dls.train_ds.cache
+    try: feats = extract_features(learn.model, test, spec.size, ir_range=cfg.ir_range, num_workers=cfg.num_workers, cache=decoded)
     except TMPAError as e: raise type(e)(f'{e}; the trained weights are kept, and the same command (tmpa_train: with --resume) only scores them') from None
     for f in ('over_budget.json','resume.pth'): (out/f).unlink(missing_ok=True)  # of an earlier try with less, or one that was cut off in the very end
     scores,results = score_feats(feats, test, settings)

@@ -90,7 +90,7 @@ class RunConfig:
     compile:bool = False # Compile the network with `torch.compile`
     beta_warmup:int = 0
     num_workers:int|None = None
-    cache:bool = False # Keep decoded training images in memory, for small sets
+    cache:bool|str|None = None # Decoded images in a file: True, False, or the folder for it; None: for a GPU
     ir_range:tuple|None = None
     log:str = 'csv' # 'csv', 'tensorboard' or 'wandb'
 
