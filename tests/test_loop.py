@@ -1,4 +1,4 @@
-"A step of training asks for nothing on the way: reads are counted on the CPU, and on a pretended GPU nothing may be read at all."
+"A step of training asks for nothing on the way: reads are counted on the CPU, and none may be on a pretended GPU."
 import sys
 from collections import Counter
 from functools import partial

@@ -41,7 +41,9 @@ class SaveWeights(Callback):
     def __init__(self, folder, meta): self.folder,self.meta,self.best = Path(folder),meta,-1.
     def after_epoch(self):
         if hasattr(self, 'lr_finder') or hasattr(self, 'gather_preds'): return
-        if name := not_finite(self.model): raise RunawayError(f'{name} is not finite after epoch {self.epoch+1}: the weights in {self.folder} stay as they are; lower lr or warm up longer', epoch=self.epoch+1, batch=self.n_iter, terms=[name])
+        if name := not_finite(self.model):
+            why = f'{name} is not finite after epoch {self.epoch+1}: the weights in {self.folder} stay as they are'
+            raise RunawayError(f'{why}; lower lr or warm up longer', epoch=self.epoch+1, batch=self.n_iter, terms=[name])
         meta = {**self.meta, 'epoch': self.epoch+1}
         save_weights(self.model, self.folder/'last.pth', **meta)
         mAP = self.learn.re_id_metrics.value('mAP') if hasattr(self.learn, 're_id_metrics') else float('nan')
@@ -160,7 +162,8 @@ def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure,
             try: learn.fit_tmpa(cfg.epochs, lr=cfg.lr, warmup=cfg.warmup, decay=cfg.decay, beta_warmup=cfg.beta_warmup, cbs=cbs)
             except RunawayError as e:
                 write_json(out/'ran_away.json', dict(why=str(e), **e.where))
-                kept = f"the weights after epoch {e.where['epoch']-1} stay in {out/'last.pth'}" if (out/'last.pth').exists() else 'no epoch was finished'
+                last,epoch = out/'last.pth',e.where['epoch']-1
+                kept = f'the weights after epoch {epoch} stay in {last}' if last.exists() else 'no epoch was finished'
                 raise RunawayError(f'{out}: {e}; {kept}', **e.where) from None
     seconds = None if done else round(watch.resume_state()[1], 1)
     if watch.over:
