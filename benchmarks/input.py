@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torchvision.transforms as T
 from PIL import Image
-from tmpa.core import ReIDImage
+from tmpa.core import ReIDImage, keep_memory
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import render_person
 from tmpa.data.transforms import ReIDAug
@@ -114,6 +114,7 @@ def main():
     p.add_argument('--out', help='JSON file to write')
     args = p.parse_args()
     torch.set_num_threads(1)
+    keep_memory()  # as the commands do, for both
     warnings.simplefilter('ignore', UserWarning)
     size, sources, n_ids = ((96, 48), [(128, 64)], 16) if args.quick else ((288, 144), [(128, 64), (288, 144), (384, 160)], 32)
     results = {}

@@ -11,7 +11,7 @@ import functools, sys
 from pathlib import Path
 import numpy as np
 from fastcore.script import call_parse, Param, store_true
-from .core import ConfigError, TMPAError
+from .core import ConfigError, TMPAError, keep_memory
 from .demo import compare, demo_patch, demo_rows, summarise
 from .experiment import evaluate_run, train_run
 from .run import RunConfig, check_arch, new_folder, write_json
@@ -25,6 +25,7 @@ from .setup import SCALES, make_setup
 def _one_line_errors(f):
     @functools.wraps(f)
     def _f(*args, **kwargs):
+        keep_memory()
         try: return f(*args, **kwargs)
         except TMPAError as e: print(f'{f.__name__}: error: {e}', file=sys.stderr)
         except OSError as e: print(f"{f.__name__}: error: {e.filename or 'writing'}: {e.strerror}: choose a place that can be read and written, and has room", file=sys.stderr)

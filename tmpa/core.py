@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Modality', 'ReIDImage', 'plain', 'TMPAError', 'DataError', 'ProtocolError', 'CheckpointError', 'ConfigError',
-           'check_record', 'rand_on', 'slots', 'tmpa_home', 'atomic_write']
+           'check_record', 'rand_on', 'slots', 'tmpa_home', 'keep_memory', 'atomic_write']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
-import os, tempfile
+import ctypes, os, tempfile
 from contextlib import contextmanager
 from enum import IntEnum
 from numbers import Integral
@@ -110,6 +110,14 @@ def slots(
 def tmpa_home()->Path: # The folder; it need not exist
     "Where the library keeps what it has made and can make again."
     return Path(os.environ.get('TMPA_HOME') or '~/.cache/tmpa').expanduser()
+
+# %% ../nbs/00_core.ipynb #3acd8266
+def keep_memory()->bool: # Whether there was anybody to ask
+    "Let this process keep the memory of a batch for the next one; it is given back when the process ends."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError): return False  # not glibc
+    trim, top_pad, mmap = -1, -2, -3
+    return bool(mallopt(mmap, 2**25) and mallopt(trim, 2**31 - 1) and mallopt(top_pad, 2**28))
 
 # %% ../nbs/00_core.ipynb #501bdac8
 @contextmanager

@@ -14,14 +14,13 @@ from contextlib import ExitStack
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from pathlib import Path
-from fastcore.xtras import modified_env
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
 from .callback.loop import RunawayError, not_finite
 from .callback.resume import ResumeFit
-from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic_write
+from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic_write, keep_memory
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION
@@ -204,11 +203,10 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
         [('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
 # %% ../nbs/18_experiment.ipynb #e69931fe
-# glibc gives memory back to the system after every batch and asks for it again, page by page: a tenth of a CPU training, unless told to keep it
-_KEEP_MEMORY = dict(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**32), MALLOC_TOP_PAD_=str(2**28))
-
 def _run(cfg, quiet, budget, resume, one_thread=False):
-    if one_thread: torch.set_num_threads(1)
+    if one_thread:
+        torch.set_num_threads(1)
+        keep_memory()
     try: return train_run(cfg, quiet=quiet, budget=budget, resume=resume)
     except KeyboardInterrupt:
         if one_thread: os._exit(130)  # a process of a pool would return the interruption as a result and take the next run
@@ -237,7 +235,7 @@ def train_runs(
         return
     pool = ProcessPoolExecutor(workers, get_context('spawn'), _end_with_parent)
     try:
-        with modified_env(**{k: os.environ.get(k, v) for k,v in _KEEP_MEMORY.items()}): jobs = {pool.submit(_run, cfg, True, budget, resume, True): i for i,cfg in enumerate(cfgs)}  # starts the processes
+        jobs = {pool.submit(_run, cfg, True, budget, resume, True): i for i,cfg in enumerate(cfgs)}  # starts the processes
         for job in as_completed(jobs): yield jobs[job],result(job.result)
     except BaseException:  # an interruption, or an error of the caller: the pool would end what runs, and begin what it has fetched already
         for p in list((pool._processes or {}).values()): p.terminate()

@@ -48,15 +48,23 @@ class ImageCache:
     @property
     def nbytes(self): return self.start[-1]
 
+    def rows(self,
+        items, # ReIDImages
+        ir_range:tuple|None=None, # As in read_image
+    )->list: # Place of each; None: not in here
+        "Where images are."
+        return [self.row.get(_name(o, ir_range)) for o in items]
+
     def get(self,
         o, # A ReIDImage
         ir_range:tuple|None=None, # As in read_image
     )->np.ndarray|None: # (1 or 3, height, width), read only; None: not in here
         "The pixels of a record."
-        i = self.row.get(_name(o, ir_range))
+        i, = self.rows([o], ir_range)
         return None if i is None else self[i]
 
     def __getitem__(self, i):
+        "The pixels at a place."
         if self.bytes is None: self.bytes = np.asarray(np.memmap(self.file, mode='r', dtype=np.uint8))
         channels, dtype = _KINDS[self.kinds[i]]
         a = self.bytes[self.start[i]:self.start[i] + _n_bytes(self.kinds[i], self.size)]

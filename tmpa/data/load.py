@@ -45,6 +45,7 @@ class ReIDDataset:
         self.o2i = {p: i for i, p in enumerate(self.vocab)}
         rows = [(int(o.modality), self.o2i.get(o.pid, -1), o.pid, o.cam) for o in self.items]
         self.numbers = torch.tensor(rows, dtype=torch.int64).view(-1, 4)  # modality, label, pid, cam of each item
+        self.kept = [None]*len(rows) if cache is None else cache.rows(self.items, ir_range)
 
     @property
     def c(self): return len(self.vocab)
@@ -55,9 +56,9 @@ class ReIDDataset:
 
     def pixels(self, i):
         "Image `i` as `decoded` gives it (1 or 3, height, width); one from the cache is read only."
+        if self.kept[i] is not None: return self.cache[self.kept[i]]
         o = self.items[i]
-        a = None if self.cache is None else self.cache.get(o, self.ir_range)
-        return decoded(o.path, self.size, item_range(o, self.ir_range)) if a is None else a
+        return decoded(o.path, self.size, item_range(o, self.ir_range))
 
     def new(self, items=(), split_idx=1):
         "Other items, with labels and sizes as here."

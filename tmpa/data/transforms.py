@@ -72,7 +72,8 @@ def channel_exchange(
     on, pick = (on < p) & (modality == 0), (pick*3).long()
     if _one_by_one(x):
         if not inplace: x = x.clone()
-        for i in on.nonzero()[:, 0].tolist(): x[i] = x[i, pick[i]].clone()
+        for i, k in zip(on.nonzero()[:, 0].tolist(), pick[on].tolist()):
+            for other in {0, 1, 2} - {k}: x[i, other] = x[i, k]
         return x
     source = torch.where(on[:, None], pick[:, None], torch.arange(3, device=x.device))
     return x[torch.arange(n, device=x.device)[:, None], source]
@@ -84,8 +85,8 @@ def _first_fit(h, w, H, W):
     return h.gather(1, i).clamp(1, H),w.gather(1, i).clamp(1, W)
 
 def _erased(x, on, boxes, colour):
-    for i in on[:, 0].nonzero()[:, 0].tolist():
-        top, bottom, left, right = boxes[i].int().tolist()
+    on = on[:, 0]
+    for i, (top, bottom, left, right) in zip(on.nonzero()[:, 0].tolist(), boxes[on].int().tolist()):
         x[i, :, top:bottom, left:right] = colour
     return x
 
@@ -149,6 +150,6 @@ class PixelNorm(Normalize):
         one = 65535 if x.dtype == torch.uint16 else 255
         scale, shift = 1/(one*std), mean/std
         if not _one_by_one(x): return TensorImage(x.float().mul_(scale).sub_(shift))
-        y = torch.empty(x.shape, dtype=torch.float32)
-        for new, old in zip(y, x): new.copy_(old).mul_(scale[0]).sub_(shift[0])  # one image stays in the processor's cache
+        y, scale, shift = torch.empty(x.shape, dtype=torch.float32), scale[0], shift[0]
+        for new, old in zip(y, x): new.copy_(old).mul_(scale).sub_(shift)  # one image stays in the processor's cache
         return TensorImage(y)
