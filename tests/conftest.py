@@ -1,5 +1,72 @@
-"""One thread a process: pytest-xdist runs several side by side, and more threads than cores are many times slower."""
+"""Threads and devices of the suite.
+
+A test with the argument `device` runs once on every device there is: the CPU, CUDA, and a stand-in (see pretend.py), so that a machine without a GPU finds what would fail on one.
+All others run on the CPU, also where there is a GPU, and fail when they ask fastai for its default device.
+"""
 import os
 
-for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(name, '1')
+for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(name, '1')  # pytest-xdist runs several processes side by side, and more threads than cores are many times slower
 os.environ.setdefault('MPLBACKEND', 'agg')
+
+from contextlib import contextmanager
+
+import fastai.torch_core, pytest, torch
+
+import pretend
+
+CUDA = torch.cuda.is_available()
+DEVICES = ['cpu', *(['cuda'] if CUDA else []), pretend.NAME]
+if CUDA: torch.cuda.init()  # before a test hides it from its processes
+
+
+@pytest.fixture(scope='module', params=DEVICES)
+def device(request):
+    "Name of the device that is fastai's default during the test."
+    return request.param
+
+@pytest.fixture
+def tol(device):
+    "`tol(precision)`: how far numbers may lie apart that two ways of computing give, on this device and in this precision."
+    def of(precision='fp32'): return {'fp32': 1e-5 if device == 'cpu' else 1e-4, 'fp16': 4e-3, 'bf16': 3e-2}[precision]
+    return of
+
+@contextmanager
+def _on_cpu():
+    "No CUDA for this process nor for those that it starts."
+    with pytest.MonkeyPatch.context() as patch:
+        if CUDA:
+            patch.setattr(torch.cuda, 'is_available', lambda: False)
+            patch.setenv('CUDA_VISIBLE_DEVICES', '')
+        yield
+
+@contextmanager
+def _on_cuda(): yield
+
+_ON = {'cpu': _on_cpu, 'cuda': _on_cuda, pretend.NAME: pretend.pretending}
+
+def _device_of(item): return getattr(item, 'callspec', None) and item.callspec.params.get('device')
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    with _ON[_device_of(item) or 'cpu'](): return (yield)
+
+_asked = []
+
+def _recorded(default_device):
+    def asked(*args, **kwargs):
+        _asked.append(1)
+        return default_device(*args, **kwargs)
+    return asked
+
+pretend.replace(fastai.torch_core.default_device, _recorded(fastai.torch_core.default_device))
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    result = yield
+    if _asked and not _device_of(item): pytest.fail('depends on the default device: give it the argument `device`, so that it runs on every device there is')
+    return result
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    _asked.clear()
+    return (yield)

@@ -157,14 +157,14 @@ def fit(folder, epochs=2, mix=None, seed=0, cbs=None, dls=None, **kw):
     return learn
 
 @pytest.mark.parametrize('mix', [None, lambda: PedMix(patch=6, seed=1)])
-def test_one_seed_one_result(folder, mix):
+def test_one_seed_one_result(folder, mix, device):
     a,b = (fit(folder, mix=mix and mix()) for _ in range(2))
     for p,q in zip(a.model.state_dict().values(), b.model.state_dict().values()): assert torch.equal(p, q)
     assert torch.equal(a.dart.conf, b.dart.conf) and str(a.recorder.values) == str(b.recorder.values)
     assert np.isfinite(a.recorder.values[-1][0]) and a.loss_func.conf is None
     assert not torch.equal(a.model.state_dict()['a.mfe.shared.conv1.weight'], fit(folder, mix=mix and mix(), seed=1).model.state_dict()['a.mfe.shared.conv1.weight'])
 
-def test_measuring_disturbs_nothing(folder):
+def test_measuring_disturbs_nothing(folder, device):
     "Confidences of one, and a quadruplet loss that is switched off: the same training with and without the measuring pass."
     class Ones(DART):
         def before_batch(self): self.loss_func.conf = None
@@ -179,7 +179,7 @@ def test_measuring_disturbs_nothing(folder):
     for p,q in zip(*(r.model.state_dict().values() for r in runs)): assert torch.equal(p, q)
     assert str(runs[0].recorder.values) == str(runs[1].recorder.values)
 
-def test_warmup_is_plain(folder):
+def test_warmup_is_plain(folder, device):
     seen = []
     class Look(Callback):
         def after_loss(self):
@@ -187,12 +187,12 @@ def test_warmup_is_plain(folder):
     fit(folder, epochs=3, warmup=2, cbs=[Look()])
     assert {(e, c) for e,c,_ in seen} == {(0, True), (1, True), (2, False)} and all(math.isnan(q) == c for _,c,q in seen)
 
-def test_rows_with_loader_processes(folder):
+def test_rows_with_loader_processes(folder, device):
     dls = loaders(folder, num_workers=1, cache=False, bs_valid=16)
     learn = fit(folder, dls=dls)
     assert learn.dart.losses.isfinite().all() and torch.equal(sample_losses(learn.model, dls, 5), sample_losses(learn.model, loaders(folder, bs_valid=16), 5))
 
-def test_wrong_company(folder):
+def test_wrong_company(folder, device):
     dls = loaders(folder)
     learn = tmpa_learner(dls, micro_resnet, pretrained=False, mfe=False, mix=None, cbs=[DART()])
     with pytest.raises(ConfigError, match='make the learner with dart_learner'), learn.no_bar(): learn.fit(1)
@@ -202,6 +202,6 @@ def test_wrong_company(folder):
     with pytest.raises(ConfigError, match='reorders'): fit(folder, cbs=[Reorder()])
     with pytest.raises(ConfigError, match='evaluate'): TwinNet(3, tiny_resnet, False, evaluate='c')
 
-def test_pickles(folder):
+def test_pickles(folder, device):
     learn = fit(folder)
     assert pickle.loads(pickle.dumps(learn.dart)).warmup is None and len(pickle.dumps(learn.loss_func)) < 5000

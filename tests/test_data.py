@@ -443,7 +443,7 @@ class Net(torch.nn.Module):
 
 def loss(out, label, pid, cam): return torch.nn.functional.cross_entropy(out, label) if (label>=0).all() else out.new_tensor(float('nan'))
 
-def test_learner_end_to_end(people, tmp_path):
+def test_learner_end_to_end(people, tmp_path, device):
     train,valid = split_by_pid(people, .3)
     dls = mk(train, valid, cache=tmp_path/'images', num_workers=None)
     learn = Learner(dls, Net(dls.c), loss, path=tmp_path)
@@ -465,7 +465,7 @@ def test_learner_end_to_end(people, tmp_path):
     with again.no_bar(): assert torch.allclose(again.get_preds(dl=again.dls.test_dl(people[::7]))[0], some, atol=1e-6)
     assert (again.dls.c, again.dls.P, again.dls.vocab, again.dls.settings)==(7, 4, dls.vocab, [])
 
-def test_training_without_validation(people):
+def test_training_without_validation(people, device):
     dls = mk(people)
     learn = Learner(dls, Net(dls.c), loss)
     with learn.no_bar(), learn.no_logging():
@@ -656,7 +656,7 @@ def test_listed_people_without_images_are_said(sysu_small, tmp_path):
         warnings.simplefilter('ignore')
         with pytest.raises(ProtocolError, match='visible ones of cameras 1 and 2'): sysu_settings(sysu_items(tmp_path/'sysu', 'test'))
 
-def test_a_fixed_range_is_the_infrared_cameras(tmp_path):
+def test_a_fixed_range_is_the_infrared_cameras(tmp_path, device):
     "In the loaders as in `extract_features`: visible files of more than 8 bits keep their own."
     from tmpa.learner import extract_features
     items = []
@@ -670,7 +670,7 @@ def test_a_fixed_range_is_the_infrared_cameras(tmp_path):
         def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.zeros(1))
         def forward(self, x, m): return x.mean((2, 3))
     dl = dls.test_dl(items)
-    x = torch.cat([b[0] for b in dl]).as_subclass(torch.Tensor).mean((2, 3))
+    x = torch.cat([b[0] for b in dl]).as_subclass(torch.Tensor).mean((2, 3)).cpu()
     assert torch.allclose(x, extract_features(Mean(), items, (8, 4), ir_range=(0, 4095)), atol=1e-5)
     assert (x[::2] < x[1::2]).all()
 

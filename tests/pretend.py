@@ -1,0 +1,192 @@
+"""A second device for machines that have none: PyTorch's spare device 'pretend', whose memory is the CPU's.
+
+Every operation runs, by its CPU kernel, so numbers are real; but its tensors are another device's to PyTorch and to everybody who asks: to mix them
+with the CPU's, to make a numpy array of one, or to leave a network behind raises what a GPU would raise. Not for threads, streams or autocast.
+"""
+import ctypes, sys
+from contextlib import contextmanager
+
+import torch
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+NAME = 'pretend'
+EXTERNAL, UINT = 12, 1  # DLPack's codes of a device of somebody else's and of unsigned numbers
+CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+# ---------------------------------------------------------------- memory: a CPU tensor, handed over as one of the device by DLPack
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = [('data', ctypes.c_void_p), ('device_type', ctypes.c_int32), ('device_id', ctypes.c_int32), ('ndim', ctypes.c_int32), ('code', ctypes.c_uint8), ('bits', ctypes.c_uint8),
+                ('lanes', ctypes.c_uint16), ('shape', ctypes.c_void_p), ('strides', ctypes.c_void_p), ('byte_offset', ctypes.c_uint64)]
+
+class _Managed(ctypes.Structure): _fields_ = [('tensor', _DLTensor), ('context', ctypes.c_void_p), ('deleter', ctypes.c_void_p)]
+
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+_libc = ctypes.CDLL(None)
+_libc.calloc.restype, _libc.calloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]*2
+
+def _bytes_of(n):
+    "n bytes of the device, zeros. Description and numbers are one block, so that C's `free` is all that ends them."
+    head = -(-ctypes.sizeof(_Managed)//64)*64
+    block = _libc.calloc(1, head + 64 + max(n, 1))
+    sizes = (ctypes.c_int64*2).from_address(block + head)
+    sizes[0], sizes[1] = n, 1
+    managed = _Managed.from_address(block)
+    managed.tensor = _DLTensor(block + head + 64, EXTERNAL, 0, 1, UINT, 8, 1, block + head, block + head + 8, 0)
+    managed.deleter = ctypes.cast(_libc.free, ctypes.c_void_p).value
+    return torch._C._from_dlpack(_capsule(block, b'dltensor', None))
+
+def _there(x, like=None):
+    "A CPU tensor's numbers on the device, with its strides."
+    span = 1 + sum((n-1)*s for n,s in zip(x.shape, x.stride())) if x.numel() else 0
+    raw = _bytes_of(span*x.element_size())
+    typed = torch.ops.aten.view.dtype.redispatch(CPU_KEYS, raw, x.dtype)
+    out = torch.ops.aten.as_strided.default.redispatch(CPU_KEYS, typed, x.shape, x.stride(), 0)
+    _here(out).copy_(x)
+    return out
+
+def _set_(x, storage, offset, shape, strides=()): return torch.ops.aten.set_.source_Storage_storage_offset.redispatch(CPU_KEYS, x, storage, offset, shape, strides)
+def _set(x, y): "Make `x` what `y` is."; _set_(x, y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+
+def _here(x):
+    "The same memory as a CPU tensor."
+    s = x.untyped_storage()
+    if not s.nbytes(): return torch.empty(x.shape, dtype=x.dtype)
+    s = torch._C._construct_storage_from_data_pointer(s.data_ptr(), torch.device('cpu'), s.nbytes())
+    return torch.empty(0, dtype=x.dtype).set_(s, x.storage_offset(), x.shape, x.stride())
+
+
+# ---------------------------------------------------------------- operations
+
+def _is_there(x): return isinstance(x, torch.Tensor) and x.device.type == NAME
+
+def _each(f, x):
+    "`f` of everything in tuples and lists; torch's own tree functions take most of the time here."
+    return type(x)(_each(f, o) for o in x) if type(x) in (tuple, list) else f(x)
+
+def _tensors(x, out=None):
+    out = [] if out is None else out
+    _each(lambda o: out.append(o) if isinstance(o, torch.Tensor) else None, x)
+    return out
+
+def _run(op, args, kwargs):
+    "Run `op` on the same memory by the CPU's kernel; its results are views of an argument, an argument itself, or new."
+    mine = [x for x in _tensors((args, tuple(kwargs.values()))) if _is_there(x)]
+    pairs = [(x, _here(x)) for x in mine]
+    known = {id(x): c for x,c in pairs}
+    def lower(x):
+        if isinstance(x, torch.device) and x.type == NAME: return torch.device('cpu')
+        return known.get(id(x), x)
+    out = op(*_each(lower, args), **{k: _each(lower, v) for k,v in kwargs.items()})
+    for x,c in pairs:
+        if c.numel() > x.numel() == 0: _set(x, _there(c))  # an empty one that was to be filled
+    def lift(c):
+        if not isinstance(c, torch.Tensor): return c
+        for x,k in pairs:
+            if c is k: return x
+        memory = c.untyped_storage().data_ptr()
+        for x,k in pairs:
+            if memory and memory == k.untyped_storage().data_ptr():
+                x = x if x.dtype == c.dtype else torch.ops.aten.view.dtype.redispatch(CPU_KEYS, x, c.dtype)
+                return torch.ops.aten.as_strided.default.redispatch(CPU_KEYS, x, c.shape, c.stride(), c.storage_offset())
+        return _there(c)
+    return _each(lift, out)
+
+def _fallback(op, *args, **kwargs):
+    with torch._C.DisableTorchFunctionSubclass():
+        takes_indices = 'index' in op._schema.name  # which may be the CPU's, in a list; numbers that are one may be too
+        look = (args[0], args[2:]) if takes_indices and isinstance(args[1], (tuple, list)) else args
+        devices = {x.device.type for x in _tensors((look, tuple(kwargs.values()))) if x.dim() or _is_there(x)}
+        if len(devices) > 1: raise RuntimeError(f'Expected all tensors to be on the same device, but found at least two devices, {" and ".join(sorted(devices))}! ({op})')
+        return _run(op, args, kwargs)
+
+def _copy_(self, src, non_blocking=False):
+    with torch._C.DisableTorchFunctionSubclass():
+        (_here(self) if _is_there(self) else self).copy_(_here(src) if _is_there(src) else src)
+    return self
+
+def _convolution(*args): return _fallback(torch.ops.aten.convolution.default, *args)
+def _convolution_backward(grad, x, w, stride, padding, dilation, transposed, output_padding, groups, mask):
+    return _fallback(torch.ops.aten.convolution_backward.default, grad, x, w, None, stride, padding, dilation, transposed, output_padding, groups, mask)
+
+
+
+# ---------------------------------------------------------------- what PyTorch does in C++ with memory of a device it knows
+
+def _instead(cls, name, mine):
+    "Let `mine` do what a method does, for what is on the device."
+    theirs = getattr(cls, name)
+    def method(self, *args, **kwargs): return mine(self, *args, **kwargs) if self.device.type == NAME else theirs(self, *args, **kwargs)
+    setattr(cls, name, method)
+
+def _restored(storage, where):
+    "A storage of a file, on the device if it is to go there."
+    if not where.startswith(NAME): return None
+    return _there(torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))).untyped_storage()
+
+_OfCPU = torch.Generator
+
+class _Generator(_OfCPU):
+    "Random numbers of the device: the CPU's under another name."
+    def __new__(cls, device='cpu'):
+        self = super().__new__(cls)
+        self.where = torch.device(device)
+        return self
+    @property
+    def device(self): return self.where
+
+class _GeneratorOf(type):
+    def __instancecheck__(cls, x): return isinstance(x, _OfCPU)
+    def __call__(cls, device='cpu'): return _Generator(device) if torch.device(device).type == NAME else _OfCPU(device)
+
+class Generator(metaclass=_GeneratorOf): pass
+
+
+_libraries = []
+
+class _Module(_DummyBackendModule):
+    "`torch.pretend`."
+    here = False
+    def is_available(self): return self.here  # outside of `pretending` nobody is to see a device: FakeTensorMode would expect a driver of CUDA
+    def get_amp_supported_dtype(self): return [torch.float16, torch.bfloat16]
+
+def _register():
+    _setup_privateuseone_for_python_backend(NAME, _Module())
+    every, aten = torch.library.Library('_', 'IMPL'), torch.library.Library('aten', 'IMPL')
+    every.fallback(_fallback, 'PrivateUse1')
+    for name,f in (('copy_', _copy_), ('convolution_overrideable', _convolution), ('convolution_backward_overrideable', _convolution_backward)): aten.impl(name, f, 'PrivateUse1')
+    _libraries.extend([every, aten])
+    aten.impl('set_.source_Storage_storage_offset', _set_, 'PrivateUse1')
+    torch.serialization.register_package(1, lambda storage: None, _restored)
+    _instead(torch.Tensor, '__deepcopy__', lambda self, memo: memo.setdefault(id(self), self.detach().clone().requires_grad_(self.requires_grad)))
+    _instead(torch.UntypedStorage, 'cpu', lambda self: torch._C._construct_storage_from_data_pointer(self.data_ptr(), torch.device('cpu'), self.nbytes()).clone())
+
+if not _libraries: _register()
+
+
+# ---------------------------------------------------------------- in place of a GPU
+
+def replace(old, new):
+    "Put `new` in place of a function in every module that has it; returns how to undo it."
+    places = [(m, k) for m in list(sys.modules.values()) if m is not sys.modules[__name__] for k,v in list(getattr(m, '__dict__', {}).items()) if v is old]
+    for m,k in places: setattr(m, k, new)
+    return lambda: replace(new, old)
+
+@contextmanager
+def pretending():
+    "While this lasts, the device is fastai's default one: what a GPU is where there is one."
+    import fastai.torch_core
+    asked = fastai.torch_core.default_device
+    def default_device(use=-1):
+        asked()  # who counts goes on counting
+        return torch.device(NAME, 0)
+    undo = [replace(asked, default_device), replace(_OfCPU, Generator)]
+    torch.__future__.set_swap_module_params_on_conversion(True)  # a network that moves keeps its parameters, as between CPU and CUDA
+    _Module.here = True
+    try: yield torch.device(NAME, 0)
+    finally:
+        _Module.here = False
+        for f in undo: f()
+        torch.__future__.set_swap_module_params_on_conversion(False)
