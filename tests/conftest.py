@@ -1,7 +1,7 @@
 """Threads and devices of the suite.
 
 A test with the argument `device` runs once on every device there is: the CPU, CUDA, and a stand-in (see pretend.py), so that a machine without a GPU finds what would fail on one.
-All others run on the CPU, also where there is a GPU, and fail when they ask fastai for its default device.
+All others run on the CPU, also where there is a GPU. They fail when they ask fastai for its default device, unless they are marked `cpu` with a reason.
 """
 import os
 
@@ -50,6 +50,8 @@ def _device_of(item): return getattr(item, 'callspec', None) and item.callspec.p
 def pytest_runtest_protocol(item, nextitem):
     with _ON[_device_of(item) or 'cpu'](): return (yield)
 
+def pytest_configure(config): config.addinivalue_line('markers', 'cpu(reason): asks for the default device and is a test of the CPU alone')
+
 _asked = []
 
 def _recorded(default_device):
@@ -63,7 +65,8 @@ pretend.replace(fastai.torch_core.default_device, _recorded(fastai.torch_core.de
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     result = yield
-    if _asked and not _device_of(item): pytest.fail('depends on the default device: give it the argument `device`, so that it runs on every device there is')
+    if _asked and not _device_of(item) and not item.get_closest_marker('cpu'):
+        pytest.fail('depends on the default device: give it the argument `device`, so that it runs on every device there is')
     return result
 
 @pytest.hookimpl(wrapper=True)

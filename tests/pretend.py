@@ -1,7 +1,7 @@
 """A second device for machines that have none: PyTorch's spare device 'pretend', whose memory is the CPU's.
 
 Every operation runs, by its CPU kernel, so numbers are real; but its tensors are another device's to PyTorch and to everybody who asks: to mix them
-with the CPU's, to make a numpy array of one, or to leave a network behind raises what a GPU would raise. Not for threads, streams or autocast.
+with the CPU's, to make a numpy array of one, or to leave a network behind raises what a GPU would raise. Autocast lowers what takes the time, not all that CUDA's does. Nothing here is asynchronous.
 """
 import ctypes, sys
 from contextlib import contextmanager
@@ -144,6 +144,17 @@ class _GeneratorOf(type):
 class Generator(metaclass=_GeneratorOf): pass
 
 
+_LOWER = 'conv2d linear matmul mm bmm addmm baddbmm scaled_dot_product_attention'.split()
+
+def _lowered(name):
+    "An operation that autocast runs in half precision."
+    op, keys = getattr(torch.ops.aten, name).default, torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    def run(*args, **kwargs):
+        dtype = torch.get_autocast_dtype(NAME)
+        cast = lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
+        with torch._C._ExcludeDispatchKeyGuard(keys): return op(*map(cast, args), **{k: cast(v) for k,v in kwargs.items()})
+    return run
+
 _libraries = []
 
 class _Module(_DummyBackendModule):
@@ -157,6 +168,8 @@ def _register():
     every, aten = torch.library.Library('_', 'IMPL'), torch.library.Library('aten', 'IMPL')
     every.fallback(_fallback, 'PrivateUse1')
     for name,f in (('copy_', _copy_), ('convolution_overrideable', _convolution), ('convolution_backward_overrideable', _convolution_backward)): aten.impl(name, f, 'PrivateUse1')
+    every.fallback(torch.library.fallthrough_kernel, 'AutocastPrivateUse1')
+    for name in _LOWER: aten.impl(name, _lowered(name), 'AutocastPrivateUse1')
     _libraries.extend([every, aten])
     aten.impl('set_.source_Storage_storage_offset', _set_, 'PrivateUse1')
     torch.serialization.register_package(1, lambda storage: None, _restored)

@@ -57,7 +57,7 @@ def test_help_is_complete(run, command):
     assert f'{command}=tmpa.cli:{command}' in cfg['DEFAULT']['console_scripts']
 
 
-def test_train_then_evaluate(run, regdb, tmp_path):
+def test_train_then_evaluate(run, regdb, tmp_path, device):
     status, out, err = run('tmpa_train', '--data', 'regdb', '--path', regdb, '--trial', 2, '--out', tmp_path/'r', *SMALL)
     assert status == 0, err
     assert 'Rank-1' in out and 'v2t' in out and 't2v' in out and 'mINP' in out
@@ -73,7 +73,7 @@ def test_train_then_evaluate(run, regdb, tmp_path):
     one_line(run('tmpa_evaluate', '--weights', tmp_path/'none.pth', '--path', regdb), 'none.pth')
 
 
-def test_sysu_prints_counts(run, tmp_path):
+def test_sysu_prints_counts(run, tmp_path, device):
     rows = [dict(pid=p, split='train' if p < 8 else 'val' if p < 9 else 'test', cam1=2, cam2=2, cam3=2, cam4=1, cam5=1, cam6=2) for p in range(1, 13)]
     root = make_sysu(tmp_path/'sysu', structure=rows, size=(48, 24))
     status, out, err = run('tmpa_train', '--data', 'sysu', '--path', root, '--out', tmp_path/'r', *SMALL)
@@ -96,7 +96,7 @@ def test_missing_folder_and_files(run, broken, tmp_path):
 
 @pytest.mark.parametrize('workers', [0, 1])
 @pytest.mark.parametrize('damage', ['truncated', 'empty'])
-def test_damaged_images(run, broken, tmp_path, damage, workers):
+def test_damaged_images(run, broken, tmp_path, damage, workers, device):
     line = (broken/'idx'/'train_thermal_1.txt').read_text().splitlines()[0]
     img = broken/line.rsplit(' ', 1)[0]
     if damage == 'empty': img.write_bytes(b'')
@@ -129,7 +129,7 @@ def test_arguments(run, regdb, tmp_path):
     assert not (tmp_path/'r').exists()
 
 
-def test_offline(run, regdb, tmp_path, monkeypatch):
+def test_offline(run, regdb, tmp_path, monkeypatch, device):
     from urllib.error import URLError
     def no_network(*a, **k): raise URLError('no network')
     monkeypatch.setattr(torch.hub, 'download_url_to_file', no_network)
@@ -170,7 +170,7 @@ def test_other_peoples_features(run, tmp_path):
     one_line(run('tmpa_evaluate', '--features', tmp_path/'odd.npz', tmp_path/'g.npz'), 'odd.npz', 'x')
 
 
-def test_demo(run, tmp_path):
+def test_demo(run, tmp_path, device):
     args = ('tmpa_demo', '--out', tmp_path/'demo', '--data', tmp_path/'people', '--ids', 16, '--size', '48x24', '--epochs', 1, '--quiet')
     status, out, err = run(*args)
     assert status == 0, err
@@ -236,7 +236,7 @@ def test_ten_trials_go_on_where_they_were_cut_off(run, regdb, tmp_path, monkeypa
     one_line(run(*args, '--resume'), 'other things')
 
 
-def test_llcm_both_directions(run, tmp_path):
+def test_llcm_both_directions(run, tmp_path, device):
     root = make_llcm(tmp_path/'llcm', n_ids=15, n_cams=3, per_cam=2, size=(48, 24))
     status, out, err = run('tmpa_train', '--data', 'llcm', '--path', root, '--out', tmp_path/'r', *SMALL)
     assert status == 0, err

@@ -212,12 +212,11 @@ def test_threads():
         identical(a, cmc_map(d, *labels, rule='sysu'))
     finally: torch.set_num_threads(n)
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('rule', RULES)
-def test_gpu(rule):
+def test_on_a_device(rule, device):
     q, g, *labels = make()
     d = torch.from_numpy(-q@g.T)
-    identical(cmc_map(d, *labels, rule=rule), cmc_map(d.cuda(), *labels, rule=rule))
+    identical(cmc_map(d, *labels, rule=rule), cmc_map(d.to(device), *labels, rule=rule))
 
 @pytest.mark.parametrize('rule', RULES)
 def test_path_of_other_devices(rule, monkeypatch):

@@ -153,6 +153,7 @@ def test_inductor_agrees(tmp_path):
     for (k,a),b in zip(m.named_parameters(), eager.parameters()): assert (a.grad-b.grad).abs().max() <= 1e-5*max(1, b.grad.abs().max()), k
     assert sorted(m.state_dict()) == sorted(eager.state_dict())
 
+@pytest.mark.cpu(reason='compilers know no stand-in')
 def test_a_learner_trains_a_compiled_network(tmp_path):
     "Batches with fastai's types, a mix, scores after every epoch and an export, and the weights of the eager learner."
     dls = lambda: ReIDDataLoaders.from_synthetic(tmp_path/'people', n_ids=12, per_modality=4, size=(48,24), P=3, K=2, num_workers=0)
@@ -171,6 +172,7 @@ def test_a_learner_trains_a_compiled_network(tmp_path):
     again = load_learner(tmp_path/'learner.pkl').model
     assert type(again) is TMPANet and sorted(again.state_dict()) == sorted(b.model.state_dict())
 
+@pytest.mark.cpu(reason='nothing is computed')
 def test_compile_is_an_argument(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(TMPANet, 'compile', lambda self, **kw: asked.append(kw))

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import pretend
+from conftest import DEVICES
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(q.startswith(('.', '_')) for q in p.relative_to(ROOT).parts))
 
@@ -25,10 +28,18 @@ def printed(path):
             yield o.get('name', o['output_type']), ''.join(o.get('text', [])) + '\n'.join(''.join(v) for k,v in o.get('data', {}).items() if k.startswith('text/'))
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/'nbs')))
-def test_runs(path):
-    nbdev_test = 'import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1], n_workers=0)'
-    run = subprocess.run([sys.executable, '-c', nbdev_test, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=600, env=dict(os.environ, MPLBACKEND='agg'))
+def uses_device(path):
+    "Do its cells make loaders or learners, which go to the default device? (Pages that only train at length are left out.)"
+    return re.search(r'ReIDDataLoaders\.from_|_learner\(|default_device', '\n'.join(code(path))) and path.name != 'ablation.ipynb'
+
+RUN = 'import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1], n_workers=0)'
+PRETENDING = 'import sys, pretend; from nbdev.test import nbdev_test\nwith pretend.pretending(): nbdev_test(path=sys.argv[1], n_workers=0)'
+RUNS = [(p, d) for p in NOTEBOOKS for d in DEVICES if d == 'cpu' or uses_device(p)]
+
+@pytest.mark.parametrize('path,device', RUNS, ids=lambda x: x if isinstance(x, str) else str(x.relative_to(ROOT/'nbs')))
+def test_runs(path, device):
+    env = dict(os.environ, MPLBACKEND='agg', PYTHONPATH=os.pathsep.join([str(ROOT/'tests'), os.environ.get('PYTHONPATH', '')]))
+    run = subprocess.run([sys.executable, '-c', PRETENDING if device == pretend.NAME else RUN, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
     assert run.returncode == 0 and 'Success' in run.stdout + run.stderr, (run.stdout + run.stderr)[-6000:]
 
 

@@ -38,7 +38,7 @@ def run_cli(monkeypatch, capsys, tmp_path, *args):
     return status, out.out, out.err
 
 
-def test_two_runs_are_equal_bit_for_bit(toy, tmp_path):
+def test_two_runs_are_equal_bit_for_bit(toy, tmp_path, device):
     cfg = toy.config('TMPA', toy.specs[0], 0, tmp_path)
     for name, seed in (('a', 0), ('b', 0), ('c', 1)): train_run(replace(cfg, out=str(tmp_path/name), seed=seed, epochs=2), quiet=True)
     a, b, c = (torch.load(tmp_path/o/'last.pth', weights_only=True)['model'] for o in 'abc')
@@ -55,6 +55,7 @@ def test_two_runs_are_equal_bit_for_bit(toy, tmp_path):
     assert 'git' in env and env['versions']['torch']
 
 
+@pytest.mark.cpu(reason='the files of runs are the same on every device')
 def test_tables_share_runs_and_never_repeat_them(toy, tmp_path, capsys):
     rp.reproduce(rp.pick_tables('table2,table3'), toy, tmp_path, only=['B+CA', 'none', 'all'])
     assert capsys.readouterr().out.startswith('2 runs, 2 to do')
@@ -71,6 +72,7 @@ def test_tables_share_runs_and_never_repeat_them(toy, tmp_path, capsys):
     assert '76.83' in text and '8×8: not run yet. `reproduce(...)' in text  # the command line cannot say this toy setup
 
 
+@pytest.mark.cpu(reason='the files of runs are the same on every device')
 def test_a_killed_command_goes_on(toy, people, tmp_path):
     code = f"""from tmpa.all import *
 if __name__ == '__main__': reproduce(pick_tables('table2'), make_setup('small', path={people!r}, **{TOY!r}), {str(tmp_path/'out')!r}, only=['B', 'B+CA'])"""
@@ -89,6 +91,7 @@ if __name__ == '__main__': reproduce(pick_tables('table2'), make_setup('small', 
     assert [l['recipe'] for l in rp.read_lines(tmp_path/'out'/'results.csv')] == ['B', 'B+CA']
 
 
+@pytest.mark.cpu(reason='the files of runs are the same on every device')
 def test_other_settings_are_kept_apart(toy, people, tmp_path):
     more = rp.make_setup('small', path=people, **{**TOY, 'epochs': 2})
     for s in (toy, more): rp.reproduce(rp.pick_tables('table2'), s, tmp_path, only=['B'], quiet=True)
@@ -104,6 +107,7 @@ def test_one_command_at_a_time(toy, tmp_path):
     with rp.alone(tmp_path), pytest.raises(ConfigError, match='in use'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path, quiet=True)
 
 
+@pytest.mark.cpu(reason='the files of runs are the same on every device')
 def test_budget(toy, tmp_path, capsys):
     short = replace(toy, budget=1e-3)
     for _ in range(2): rp.reproduce(rp.pick_tables('table2'), short, tmp_path, only=['B'])
@@ -119,6 +123,7 @@ def test_budget(toy, tmp_path, capsys):
     assert states(tmp_path) == {'b': 'done'}
 
 
+@pytest.mark.cpu(reason='the files of runs are the same on every device')
 def test_a_row_that_fails_does_not_stop_the_others(toy, tmp_path, capsys):
     class Odd(rp.SlotMix):
         def masks(self, n, size, device=None): raise self.error('nobody to mix')
@@ -129,6 +134,7 @@ def test_a_row_that_fails_does_not_stop_the_others(toy, tmp_path, capsys):
     with pytest.raises(ConfigError, match='nobody'): rp.reproduce(dict(mine=RecipeTable('Mine', rows[:1])), toy, tmp_path, quiet=True)
 
 
+@pytest.mark.cpu(reason='the files of runs are the same on every device')
 def test_what_was_trained_is_not_lost(toy, tmp_path, monkeypatch):
     "Scoring that failed, and an interruption in the second epoch: the next command only does the rest."
     from tmpa import experiment as ex
@@ -182,6 +188,7 @@ if __name__ == '__main__':
     assert not list(tmp_path.glob('out/runs/*/failed.json')) and len(list(tmp_path.glob('out/runs/*/resume.pth'))) == 2
 
 
+@pytest.mark.cpu(reason='the files of runs are the same on every device')
 def test_other_images_and_foreign_folders(toy, people, tmp_path, capsys):
     import shutil
     from tmpa.run import earlier_run
@@ -217,6 +224,7 @@ def test_the_papers_numbers_stand_beside_their_own_kind(toy):
     assert len(rows) == 2 and all('±' not in c for r in rows for c in r)
 
 
+@pytest.mark.cpu(reason='the files of runs are the same on every device')
 def test_workers_and_parts(toy, tmp_path):
     "Two processes give what one gives, and a finished network can be scored by its parts."
     rp.reproduce(rp.pick_tables('table2,parts'), toy, tmp_path/'two', only=['B+CA', 'TMPA'], workers=2, quiet=True)
@@ -244,7 +252,7 @@ def test_errors_are_one_line(monkeypatch, capsys, tmp_path):
     assert not (tmp_path/'out').exists()
 
 
-def test_command_line(monkeypatch, capsys, tmp_path):
+def test_command_line(monkeypatch, capsys, tmp_path, device):
     args = 'table3', '--scale', 'small', '--ids', 16, '--epochs', 1, '--seeds', 1, '--rows', 'none', '--out', tmp_path/'out', '--path', tmp_path/'people'
     status, out, err = run_cli(monkeypatch, capsys, tmp_path, *args)
     assert status == 0, err
@@ -298,6 +306,7 @@ def test_recipes_that_contradict_themselves(toy, tmp_path, change, words):
     assert not (tmp_path/'out').exists()
 
 
+@pytest.mark.cpu(reason='the files of runs are the same on every device')
 def test_sweep(toy, tmp_path):
     "A patch is in pixels; two sweeps in one folder have tables of their own; what cannot be run is said before the first run."
     a = rp.sweep('B+CA+PedMix', {'mix.patch': [4, 8]}, toy, tmp_path, quiet=True)
@@ -314,7 +323,7 @@ def test_sweep(toy, tmp_path):
     with pytest.raises(ConfigError, match='lrr'): rp.make_setup('small', lrr=1)
 
 
-def test_scoring_again(toy, tmp_path, capsys):
+def test_scoring_again(toy, tmp_path, capsys, device):
     "Own blocks are known; a network that is gone costs one row; `show` scores nothing; a folder of another row may be damaged."
     class Block(torch.nn.Module):
         def __init__(self, c): super().__init__(); self.c = torch.nn.Conv2d(c, c, 1)

@@ -205,11 +205,11 @@ def test_top_columns_with_hidden_ones(k):
     assert i.tolist() == sim.argsort(dim=1, descending=True, stable=True)[:, :k].tolist()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-def test_cuda(people, model):
-    g = Gallery(model.cuda(), (48, 24))
+def test_on_a_device(people, model, device):
+    g = Gallery(model.to(device), (48, 24))
     g.add(people)
-    assert g.device.type == 'cuda' and g.search(people[3], k=3)[0].item == people[3]
+    assert g.device.type == device and g.search(people[3], k=3)[0].item == people[3]
+    assert [h.pos for h in g.search([people[3]], k=5, rule='sysu', records=[people[3]])[0]]
 
 
 def test_an_interrupted_add_can_be_saved(people, model, tmp_path):

@@ -28,9 +28,9 @@ def close_figures():
 
 
 @pytest.fixture(scope='module')
-def loaders(tmp_path_factory):
+def loaders(tmp_path_factory, device):
     "The three protocols, with small rendered sets."
-    d,kw = tmp_path_factory.mktemp('sets'),dict(size=(48, 24), P=4, K=2, num_workers=0, device='cpu')
+    d,kw = tmp_path_factory.mktemp('sets'),dict(size=(48, 24), P=4, K=2, num_workers=0)
     return dict(sysu=ReIDDataLoaders.from_sysu(make_sysu(d/'sysu', n_ids=20, per_cam=2, size=(48, 24)), **kw),
                 regdb=ReIDDataLoaders.from_regdb(make_regdb(d/'regdb', n_ids=16, per_modality=4, size=(48, 24)), **kw),
                 llcm=ReIDDataLoaders.from_llcm(make_llcm(d/'llcm', n_ids=18, size=(48, 24)), **kw))
@@ -75,10 +75,10 @@ class TestInterpretation:
 
     def test_validation_items_where_there_is_no_test(self, loaders):
         src = loaders['regdb']
-        dls = ReIDDataLoaders.from_items(src.train_items, src.valid_items, size=(48, 24), P=4, K=2, num_workers=0, device='cpu')
+        dls = ReIDDataLoaders.from_items(src.train_items, src.valid_items, size=(48, 24), P=4, K=2, num_workers=0)
         learn = tmpa_learner(dls, micro_resnet, pretrained=False, mfe=False, mft=False, mix=None)
         assert ReIDInterpretation.from_learner(learn).items == dls.valid_items
-        dls = ReIDDataLoaders.from_items(src.train_items, size=(48, 24), P=4, K=2, num_workers=0, device='cpu')
+        dls = ReIDDataLoaders.from_items(src.train_items, size=(48, 24), P=4, K=2, num_workers=0)
         with pytest.raises(ConfigError, match='pass items='): ReIDInterpretation.from_learner(tmpa_learner(dls, micro_resnet, pretrained=False, mix=None))
 
     def test_memory_does_not_grow_with_the_pairs(self):
