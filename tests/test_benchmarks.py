@@ -1,0 +1,45 @@
+"The benchmarks run, at a size that shows only that they do."
+import importlib.util, json
+from pathlib import Path
+
+import pytest, torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='module')
+def gpu():
+    spec = importlib.util.spec_from_file_location('gpu_benchmark', ROOT/'benchmarks'/'gpu.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def few(precisions, compiled):
+    p = precisions[0]
+    yield from [('step', 'TMPA', p, False), ('nothing', 'TMPA', p, False), ('loop', 'B+PedMix', p, False), ('loader', '', '', False), ('kernels', 'B', p, False), ('syncs', 'B', p, False)]
+
+@pytest.mark.cpu(reason='chooses its device itself')
+def test_gpu_benchmark(gpu, tmp_path, monkeypatch):
+    "A part that fails is a row, and not the end."
+    monkeypatch.setattr(gpu, 'plan', few)
+    out = tmp_path/'new'/'gpu.json'
+    gpu.run(gpu.TINY, torch.device('cpu'), ('fp32',), False, 2, out)
+    result = json.loads(out.read_text())
+    assert {'made', 'card', 'device', 'cores', 'versions', 'setting', 'rows'} <= set(result) and {'tmpa', 'torch', 'fastai', 'cuda'} <= set(result['versions'])
+    step, nothing, loop, loader, kernels, syncs = result['rows']
+    for r in result['rows']: assert {'measure', 'network', 'precision', 'compiled'} <= set(r)
+    assert 'KeyError' in nothing['error'] and not any('error' in r for r in result['rows'] if r is not nothing)
+    for r in (step, loop, loader): assert r['ms'] > 0 and r['originals_s'] == pytest.approx(8e3/r['ms'])
+    assert kernels['kernels'] > 10 and 0 < kernels['share_products'] < 1 and syncs['syncs'] is None
+
+@pytest.mark.cpu(reason='chooses its device itself')
+def test_what_there_is_no_time_for_is_said(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, 'plan', few)
+    rows = gpu.run(gpu.TINY, torch.device('cpu'), ('fp32',), False, 0, tmp_path/'gpu.json')['rows']
+    assert len(rows) == 6 and all('out of time' in r['error'] for r in rows)
+
+def test_everything_is_planned_once(gpu):
+    for compiled in (False, True):
+        parts = list(gpu.plan(('fp16', 'bf16'), compiled))
+        assert len(parts) == len(set(parts)) and parts[0][:2] == ('step', 'TMPA')
+        assert {o[:3] for o in parts} >= {(m, n, p) for m in ('step', 'loop') for n in gpu.NETWORKS for p in ('fp16', 'bf16')}
