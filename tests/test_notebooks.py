@@ -30,7 +30,7 @@ def printed(path):
 
 def uses_device(path):
     "Do its cells make loaders or learners, which go to the default device? (Pages that only train at length are left out.)"
-    return re.search(r'ReIDDataLoaders\.from_|_learner\(|default_device', '\n'.join(code(path))) and path.name != 'ablation.ipynb'
+    return re.search(r'ReIDDataLoaders\.from_|_learner\(|default_device', '\n'.join(code(path))) and path.name not in ('ablation.ipynb', 'own_method.ipynb')
 
 RUN = 'import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1], n_workers=0)'
 PRETENDING = 'import sys, pretend; from nbdev.test import nbdev_test\nwith pretend.pretending(): nbdev_test(path=sys.argv[1], n_workers=0)'
