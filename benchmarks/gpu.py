@@ -51,7 +51,7 @@ def step_of(dls, setting, network, precision, compiled):
     net, device = learn.model.to(dls.device, memory_format=torch.channels_last).train(), dls.device
     images, modality, label, *_ = map(plain, dls.one_batch())
     images = images.contiguous(memory_format=torch.channels_last)
-    opt = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, nesterov=True, weight_decay=5e-4)
+    opt = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, nesterov=True, weight_decay=5e-4, fused=device.type == 'cuda')
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     def step():
         mixed = () if mix is None else (mix.mix(images, modality, label),)
@@ -183,7 +183,7 @@ def run(setting, device, precisions, compiled, minutes, out):
     originals = 2*setting['P']*setting['K']
     with tempfile.TemporaryDirectory() as d:
         people = make_regdb(Path(d)/'people', n_ids=setting['ids'], size=setting['size'], seed=0, n_workers=setting['workers'])
-        dls = ReIDDataLoaders.from_regdb(people, size=setting['size'], P=setting['P'], K=setting['K'], valid=None, cache=True, device=device)
+        dls = ReIDDataLoaders.from_regdb(people, size=setting['size'], P=setting['P'], K=setting['K'], valid=None, cache=Path(d)/'images', device=device)
         for measure, network, precision, is_compiled in plan(precisions, compiled):
             row = dict(measure=measure, network=network, precision=precision, compiled=is_compiled)
             if device.type == 'cuda':

@@ -487,6 +487,7 @@ def trained_weights(items, folder, **kwargs):
     with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(2, lr=.01)
     return learn.model.state_dict()
 
+@pytest.mark.cpu(reason='compares bit for bit')
 def test_a_cache_and_workers_change_no_weight(people, tmp_path):
     want = trained_weights(people, tmp_path, cache=False, num_workers=0)
     for kwargs in (dict(cache=tmp_path/'images'), dict(cache=False, num_workers=2), dict(cache=tmp_path/'images', num_workers=1)):

@@ -22,7 +22,7 @@ from tmpa.models.backbone import micro_resnet
 @pytest.fixture(scope='module')
 def people(tmp_path_factory): return tmp_path_factory.mktemp('loop')/'people'
 
-def loaders(people): return ReIDDataLoaders.from_synthetic(people, n_ids=24, per_modality=4, size=(48,24), P=3, K=2, num_workers=0, bs_valid=16)
+def loaders(people): return ReIDDataLoaders.from_synthetic(people, n_ids=24, per_modality=4, size=(48,24), P=3, K=2, num_workers=0, bs_valid=16, device='cpu')
 
 MAKE = {
     'B': lambda dls, **kw: tmpa_learner(dls, micro_resnet, pretrained=False, mfe=False, mft=False, mix=None, **kw),

@@ -160,6 +160,7 @@ def test_what_was_trained_is_not_lost(toy, tmp_path, monkeypatch):
     assert set(epochs) == {1} and not list(tmp_path.glob('runs/*/resume.pth'))
 
 
+@pytest.mark.cpu(reason='test_cli runs away on every device')
 def test_a_loss_that_runs_away_stops_no_other_run(toy, tmp_path):
     "Not in the command that finds it, and not in the next."
     rows = [TableRow(r, r) for r in ('B', 'B+CA')]

@@ -85,10 +85,12 @@ def fit_tmpa(self:Learner,
             if isinstance(c, StayOnDevice): c.settle()  # after an interruption too, so that losses can be drawn
 
 # %% ../nbs/16_learner.ipynb #d67364a6
-def _precision_cbs(precision):
+def _precision_cbs(precision, device):
+    "Mixed precision where the loaders put their batches on a GPU."
     if precision not in ('auto','fp32','fp16','bf16'): raise ConfigError(f"precision={precision!r}: choose 'auto', 'fp32', 'fp16' or 'bf16'")
-    cuda = torch.cuda.is_available()
-    if precision in ('fp16','bf16') and not cuda: raise ConfigError(f"precision={precision!r} needs a CUDA device and none is here: pass precision='auto' or 'fp32'")
+    cuda = torch.device(device or 'cpu').type == 'cuda'
+    if precision in ('fp16','bf16') and not cuda:
+        raise ConfigError(f"precision={precision!r} needs a CUDA device and the batches are on {device}: pass precision='auto' or 'fp32'")
     if precision == 'fp32' or not cuda: return []
     return [AsyncMixedPrecision('bf16' if precision == 'bf16' else 'fp16')]
 
@@ -125,7 +127,7 @@ def reid_learner(dls, # ReIDDataLoaders
     loss_func, # Its terms are attributes
     terms:tuple|list|None=None, # Names of those that become columns; None: those that the loss has for this network
     mix=None, # A mix callback; 'pedmix' for the paper's, None for none
-    precision:str='auto', # 'auto': fp16 where there is CUDA, fp32 elsewhere; or 'fp32', 'fp16', 'bf16'
+    precision:str='auto', # 'auto': fp16 where batches are on a GPU, fp32 elsewhere; or 'fp32', 'fp16', 'bf16'
     eval_every:int=1, # Score the validation identities every so many epochs
     cbs=None, # More callbacks
     compile:bool=False, # Compile the network with `torch.compile` at its first batch
@@ -137,7 +139,7 @@ def reid_learner(dls, # ReIDDataLoaders
     scores = [ReIDMetrics(every=eval_every)] if len(getattr(dls, 'valid_items', ())) else []
     terms = _terms(model, loss_func) if terms is None else terms
     own = [*scores, NeedsMonitor(), PlainTensors(), LossTerms(terms), StayOnDevice(), StopRunaway(), ChannelsLast()]  # channels last: nearly twice as fast on a CPU
-    own += ([] if mix is None else [mix]) + _precision_cbs(precision)
+    own += ([] if mix is None else [mix]) + _precision_cbs(precision, getattr(dls, 'device', None))
     if compile: model.compile()  # one graph, for each of training, evaluation and their sizes: past eight of them eager, not an end
     kwargs = {'opt_func': sgd, 'splitter': split_params, 'wd_bn_bias': True, **kwargs}
     return Learner(dls, model, loss_func=loss_func, cbs=own + list(L(cbs)), **kwargs)
@@ -152,7 +154,7 @@ def tmpa_learner(dls, # ReIDDataLoaders
     mix='pedmix', # A mix callback; 'pedmix' for the paper's, None for none
     loss_func=None, # Default TMPALoss()
     model_kw:dict|None=None, # More arguments of TMPANet: `complete`, `keep_originals`, `heads` ...
-    precision:str='auto', # 'auto': fp16 where there is CUDA, fp32 elsewhere; or 'fp32', 'fp16', 'bf16'
+    precision:str='auto', # 'auto': fp16 where batches are on a GPU, fp32 elsewhere; or 'fp32', 'fp16', 'bf16'
     eval_every:int=1, # Score the validation identities every so many epochs
     cbs=None, # More callbacks
     compile:bool=False, # Compile the network with `torch.compile` at its first batch
