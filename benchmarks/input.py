@@ -7,14 +7,17 @@ Both resize (Lanczos), pad and crop, mirror, exchange channels, erase and normal
 begins with JPEG files; `warm` with images that were decoded and resized before: an array in memory for the chain, the
 cache file for tmpa. `first epoch` makes that file on the way. Seconds are of processor time, with one thread.
 """
-import argparse, json, os, random, statistics, sys, tempfile, time, warnings
+import argparse, json, os, platform, random, statistics, tempfile, time, warnings
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+from datetime import date
 from pathlib import Path
 import numpy as np
+import PIL
+import tmpa
 import torch
 import torchvision.transforms as T
 from PIL import Image
-from tmpa.core import ReIDImage, keep_memory
+from tmpa.core import ReIDImage, atomic_write, keep_memory
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import render_person
 from tmpa.data.transforms import ReIDAug
@@ -107,12 +110,18 @@ def summary(rows):
                'warm ratio': ratio('tmpa warm', 'chain warm')}
     return {k: dict(median=statistics.median(v), low=min(v), high=max(v)) for k, v in values.items()}
 
-def main():
+def cpu_name():
+    "What Linux calls the processor."
+    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError: return platform.processor() or platform.machine()
+    return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.machine())
+
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quick', action='store_true')
     p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--out', help='JSON file to write')
-    args = p.parse_args()
+    args = p.parse_args(argv)
     torch.set_num_threads(1)
     keep_memory()  # as the commands do, for both
     warnings.simplefilter('ignore', UserWarning)
@@ -125,6 +134,9 @@ def main():
         for k, v in results[name].items():
             digits = 2 if 'ratio' in k else 0
             print(f"  {k:18} {v['median']:8.{digits}f}  ({v['low']:.{digits}f} to {v['high']:.{digits}f})", flush=True)
-    if args.out: Path(args.out).write_text(json.dumps(dict(size=size, torch=torch.__version__, results=results), indent=1) + '\n')
+    if args.out:
+        versions = dict(tmpa=tmpa.__version__, torch=torch.__version__, pillow=PIL.__version__, python=platform.python_version())
+        record = dict(made=date.today().isoformat(), cpu=cpu_name(), versions=versions, size=size, results=results)
+        with atomic_write(args.out) as f: f.write_text(json.dumps(record, indent=1) + '\n')
 
 if __name__ == '__main__': main()

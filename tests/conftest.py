@@ -3,10 +3,13 @@
 A test with the argument `device` runs once on every device there is: the CPU, CUDA, and a stand-in (see pretend.py), so that a machine without a GPU finds what would fail on one.
 All others run on the CPU, also where there is a GPU. They fail when they ask fastai for its default device, unless they are marked `cpu` with a reason.
 """
-import os, sys
+import atexit, os, shutil, sys, tempfile
 
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(name, '1')  # pytest-xdist runs several processes side by side, and more threads than cores are many times slower
 os.environ.setdefault('MPLBACKEND', 'agg')
+if 'TMPA_HOME' not in os.environ:  # what tests render and decode goes with them; processes of pytest-xdist find it here
+    os.environ['TMPA_HOME'] = tempfile.mkdtemp(prefix='tmpa-tests-')
+    atexit.register(shutil.rmtree, os.environ['TMPA_HOME'], ignore_errors=True)
 
 from contextlib import contextmanager
 

@@ -43,3 +43,16 @@ def test_everything_is_planned_once(gpu):
         parts = list(gpu.plan(('fp16', 'bf16'), compiled))
         assert len(parts) == len(set(parts)) and parts[0][:2] == ('step', 'TMPA')
         assert {o[:3] for o in parts} >= {(m, n, p) for m in ('step', 'loop') for n in gpu.NETWORKS for p in ('fp16', 'bf16')}
+
+@pytest.mark.cpu(reason='is about one core')
+def test_input_benchmark(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location('input_benchmark', ROOT/'benchmarks'/'input.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    try: module.main(['--quick', '--out', str(tmp_path/'input.json')])
+    finally: torch.set_num_threads(threads)
+    result = json.loads((tmp_path/'input.json').read_text())
+    rates, = result['results'].values()
+    for k in ('cold', 'first epoch', 'warm'): assert rates[f'tmpa {k}']['median'] > 0 and rates[f'{k} ratio']['low'] <= rates[f'{k} ratio']['high']
+    assert 'images a second and core' in capsys.readouterr().out

@@ -1,5 +1,5 @@
 "Data: readers on folders of true shape, hostile images, the sampler, augmentation, loaders. The whole reference set runs where TMPA_ORACLES names its folder."
-import csv, io, json, os, pickle, random, shutil, struct, warnings, zlib
+import csv, io, json, os, pickle, random, shutil, struct, threading, warnings, zlib
 from collections import Counter
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -15,7 +15,7 @@ from fasttransform import ItemTransform, Transform
 from multiprocessing import get_context
 from tmpa.callback.pedmix import PedMix
 from tmpa.data.cache import image_cache
-from tmpa.data.load import ReIDDataLoaders, ReIDDataset, ReIDDL, _cache_for, identity_batches, one_ahead, split_by_pid
+from tmpa.data.load import ReIDDataLoaders, ReIDDataset, ReIDDL, _cache_for, identity_batches, on_device, one_ahead, split_by_pid
 from tmpa.learner import tmpa_learner
 from tmpa.models.backbone import micro_resnet
 from tmpa.data.transforms import ReIDAug, channel_exchange, hflip, pad_crop, random_erase
@@ -564,6 +564,31 @@ def test_one_ahead_keeps_the_order_raises_and_stops():
     ahead.close()
     assert max(asked) <= 2                                          # one ahead, no more
     with pytest.raises(DataError): list(one_ahead(numbers(2), lambda i: (_ for _ in ()).throw(DataError('no room'))))
+
+def test_a_gpu_gets_each_batch_by_a_copy_of_its_own(monkeypatch):
+    "What the host asks of a GPU, in order: copies go to another stream than the steps, which wait for theirs alone."
+    log,copies = [],threading.local()                               # of the thread that copies
+    class Stream:
+        def __init__(self, name): self.name = name
+        def record_event(self): return copies.last
+        def wait_event(self, event): log.append(('wait', event))
+        def __enter__(self): copies.stream = self.name
+        def __exit__(self, *_): copies.stream = None
+    class Pixels:
+        def __init__(self, i): self.i = i
+        def to(self, device, non_blocking=False):
+            log.append(('copy', self.i, device.type, non_blocking, copies.stream))
+            copies.last = self.i
+            return self
+        def record_stream(self, stream): log.append(('keep', self.i, stream.name))
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: Stream('copies'))
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: Stream('steps'))
+    got = [b[0].i for b in on_device(((Pixels(i),) for i in range(4)), torch.device('cuda'))]
+    assert got == [0, 1, 2, 3]
+    copied = [('copy', i, 'cuda', True, 'copies') for i in range(4)]
+    assert [o for o in log if o[0] == 'copy'] == copied
+    for i in range(4): assert log.index(copied[i]) < log.index(('wait', i)) < log.index(('keep', i, 'steps'))
 
 def test_a_users_transform_sees_floats(people):
     seen = []

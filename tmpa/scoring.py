@@ -6,11 +6,11 @@
 __all__ = ['DATA', 'DataSpec', 'read_data', 'synthetic_path', 'as_scores', 'score_feats', 'score_model', 'save_queries']
 
 # %% ../nbs/17c_scoring.ipynb #5c0e0003
-import csv, os
+import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from .core import ConfigError, atomic_write
+from .core import ConfigError, atomic_write, tmpa_home
 from .data.external import csv_items, llcm_items, regdb_items, sysu_items, cross_settings, llcm_settings, regdb_settings, sysu_settings
 from .data.load import split_by_pid
 from .data.synthetic import GENERATOR_VERSION, make_regdb
@@ -60,8 +60,7 @@ def read_data(spec:DataSpec):
 def synthetic_path(spec:DataSpec):
     "Where the built-in data of this description is rendered, once."
     h,w = spec.size
-    home = Path(os.environ.get('TMPA_HOME', '~/.cache/tmpa')).expanduser()
-    return Path(spec.path) if spec.path else home/f'v{GENERATOR_VERSION}-{spec.n_ids}x10-{h}x{w}-{spec.seed}'
+    return Path(spec.path) if spec.path else tmpa_home()/f'v{GENERATOR_VERSION}-{spec.n_ids}x10-{h}x{w}-{spec.seed}'
 
 # %% ../nbs/17c_scoring.ipynb #5c2c2958
 def as_scores(

@@ -43,7 +43,9 @@ class ImageCache:
         self.bytes = None
 
     def __len__(self): return len(self.row)
-    def __repr__(self): return f'ImageCache of {len(self):,} images of {self.size[0]} x {self.size[1]}, {self.nbytes/2**20:.1f} MB in {self.file}'
+    def __repr__(self):
+        h, w = self.size
+        return f'ImageCache of {len(self):,} images of {h} x {w}, {self.nbytes/2**20:.1f} MB in {self.file}'
     def __getstate__(self): return {**self.__dict__, 'bytes': None}  # another process maps the file itself
     @property
     def nbytes(self): return self.start[-1]

@@ -73,8 +73,8 @@ class ReIDDataset:
 def batch(self:ReIDDataset,
     idxs:list, # Which items
     pin:bool=False, # Into memory from which a GPU copies by itself
-)->tuple: # Pixels (n, 3, height, width), uint8, or uint16 where an image has more than 8 bits; and modality, label, pid, cam (4, n)
-    "Several items at once, in whole numbers."
+)->tuple: # Pixels (n, 3, height, width) and modality, label, pid, cam (4, n)
+    "Several items at once, in whole numbers: pixels are uint8, or uint16 where an image has more than 8 bits."
     idxs = list(idxs)
     arrays = [self.pixels(i) for i in idxs]
     deep = any(a.dtype != np.uint8 for a in arrays)
@@ -195,16 +195,14 @@ def on_device(
         yield b
 
 # %% ../../nbs/03_data.load.ipynb #f7f365fb
-def _tidied(pipeline): return bool(getattr(pipeline, 'fs', ()))
-
 @patch
 def create_batches(self:ReIDDL, samps):
-    "Batches as `(pixels, numbers)`; as fastai makes them where items or batches have transforms of their own, or the dataset is another."
-    if _tidied(self.after_item) or _tidied(self.before_batch) or not hasattr(self.dataset, 'batch'):
+    "Batches as `(pixels, numbers)`; as fastai makes them where items have transforms, or the dataset is another."
+    if any(getattr(o, 'fs', ()) for o in (self.after_item, self.before_batch)) or not hasattr(self.dataset, 'batch'):
         made = super(ReIDDL, self).create_batches(samps)
     else:
-        here = self.pin_memory and torch.utils.data.get_worker_info() is None  # what a worker makes is pinned when it arrives
-        made = (self.dataset.batch(b, here) for b in chunked(samps, self.bs, self.drop_last))
+        pin = self.pin_memory and torch.utils.data.get_worker_info() is None  # what a worker makes is pinned on arrival
+        made = (self.dataset.batch(b, pin) for b in chunked(samps, self.bs, self.drop_last))
     for b in made:
         modality, label, *_ = b[1] if len(b) == 2 else b[1:]
         if self.shuffle: slots(modality, label)   # here, on the CPU, a wrong batch costs a line; on a GPU nobody looks

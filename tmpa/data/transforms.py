@@ -24,7 +24,8 @@ def _moves(n, pad, device, generator):
 
 def _moved(x, moves, pad):
     h, w = x.shape[2:]
-    windows = F.pad(x, (pad,)*4).unfold(2, h, 1).unfold(3, w, 1)  # a view (n, c, 2 pad + 1, 2 pad + 1, h, w) of every crop
+    # a view (n, c, 2 pad + 1, 2 pad + 1, h, w) of every crop
+    windows = F.pad(x, (pad,)*4).unfold(2, h, 1).unfold(3, w, 1)
     down, right = moves + pad
     return windows[torch.arange(len(x), device=x.device), :, down, right]
 
@@ -125,7 +126,9 @@ def _each(x, pad, moves, mirror, channel, boxes):
     down, right = (none, none) if moves is None else moves
     if mirror is not None: right = torch.where(mirror, -right, right)  # the crop of a mirror image, the other way
     # rows and columns of the crop that hold something
-    held = torch.stack([(-down).clamp(0, h), h - down.clamp(0, h), (-right).clamp(0, w), w - right.clamp(0, w), down, right], 1)
+    rows = [(-down).clamp(0, h), h - down.clamp(0, h)]
+    cols = [(-right).clamp(0, w), w - right.clamp(0, w)]
+    held = torch.stack([*rows, *cols, down, right], 1)
     mirror = none if mirror is None else mirror
     channel = none - 1 if channel is None else channel
     boxes = torch.zeros(n, 4, dtype=torch.long) if boxes is None else boxes
