@@ -1,7 +1,8 @@
 """How fast training is on this card, and what it waits for: one command, under four minutes.
 
-A *step* is mix, forward, loss, backward and optimiser on a batch that is on the device already; the *loop* is the same through the Learner with the real loader; the *loader* is the
-loader alone. A loop that takes longer than its step waits for something. Without CUDA the script runs at a tiny size on the CPU, to show that it works.
+A *step* is mix, forward, loss, backward and optimiser on a batch that is on the device already; the *loop* is the same
+through the Learner with the real loader; the *loader* is the loader alone. A loop that takes longer than its step waits
+for something. Without CUDA the script runs at a tiny size on the CPU, to show that it works.
 
     python benchmarks/gpu.py --out runs/gpu.json
 """
@@ -48,14 +49,18 @@ def step_of(dls, setting, network, precision, compiled):
     "A function that makes one step on one batch, which stays on the device."
     learn = learner(dls, setting, network, precision, compiled)
     mix = next((c for c in learn.cbs if isinstance(c, PedMix)), None)
-    net, device = learn.model.to(dls.device, memory_format=torch.channels_last).train(), dls.device
+    device = dls.device
+    net = learn.model.to(device, memory_format=torch.channels_last).train()
     images, modality, label, *_ = map(plain, dls.one_batch())
     images = images.contiguous(memory_format=torch.channels_last)
-    opt = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, nesterov=True, weight_decay=5e-4, fused=device.type == 'cuda')
+    opt = torch.optim.SGD(
+        net.parameters(), lr=.01, momentum=.9, nesterov=True, weight_decay=5e-4,
+        fused=device.type == 'cuda')
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     def step():
         mixed = () if mix is None else (mix.mix(images, modality, label),)
-        with torch.autocast(device.type, DTYPES[precision], enabled=precision != 'fp32'): out = net(images, modality, *mixed)
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != 'fp32'):
+            out = net(images, modality, *mixed)
         scaler.scale(learn.loss_func(out, label)).backward()
         scaler.step(opt)
         scaler.update()
@@ -67,14 +72,17 @@ def measure_step(dls, setting, network, precision, compiled):
     begun = time.perf_counter()
     for _ in range(setting['warm']): step()
     wait(dls.device)
-    warm_s, begun = time.perf_counter() - begun, time.perf_counter()
+    warm_s = time.perf_counter() - begun
+    begun = time.perf_counter()
     for _ in range(setting['steps']): step()
     wait(dls.device)
-    return dict(ms=1e3*(time.perf_counter() - begun)/setting['steps'], warm_s=round(warm_s, 1), peak_gib=peak_gib(dls.device))
+    ms = 1e3*(time.perf_counter() - begun)/setting['steps']
+    return dict(ms=ms, warm_s=round(warm_s, 1), peak_gib=peak_gib(dls.device))
 
 def measure_kernels(dls, setting, network, precision, compiled):
     "What a step consists of; on the CPU its operations instead of kernels."
-    step, cuda = step_of(dls, setting, network, precision, compiled), dls.device.type == 'cuda'
+    cuda = dls.device.type == 'cuda'
+    step = step_of(dls, setting, network, precision, compiled)
     for _ in range(setting['warm']): step()
     wait(dls.device)
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*cuda) as seen:
@@ -83,14 +91,15 @@ def measure_kernels(dls, setting, network, precision, compiled):
     events = [e for e in seen.key_averages() if not cuda or e.device_type == torch.autograd.DeviceType.CUDA]
     spent = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e.key.lower()) for e in events]
     total = sum(t for t,_ in spent)
-    share = sum(t for t,name in spent if any(o in name for o in PRODUCTS))/total if total else None
+    products = sum(t for t,name in spent if any(o in name for o in PRODUCTS))
+    share = products/total if total else None
     return dict(kernels=sum(e.count for e in events), kernels_ms=total/1e3, share_products=share)
 
 
 # ---------------------------------------------------------------- the loop and the loader
 
 class Clock(Callback):
-    "Times the batches of the last epoch after the first few of it, and waits for the device only before and after them."
+    "Times the last epoch's batches after its first few, and waits for the device only before and after them."
     order, run_valid = -1000, False
     def __init__(self, skip): self.skip = skip
     def before_batch(self):
@@ -111,7 +120,8 @@ class Syncs(Callback):
         if self.iter == self.first + self.n: torch.cuda.set_sync_debug_mode('default')
 
 def measure_loop(dls, setting, network, precision, compiled):
-    learn = learner(dls, setting, network, precision, compiled, cbs=[clock := Clock(setting['warm'])])
+    clock = Clock(setting['warm'])
+    learn = learner(dls, setting, network, precision, compiled, cbs=[clock])
     with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(2, lr=.01)
     return dict(ms=clock.ms, peak_gib=peak_gib(dls.device))
 
@@ -133,7 +143,13 @@ def measure_loader(dls, setting, *_):
         wait(dls.device)
     return dict(ms=1e3*(time.perf_counter() - begun)/len(dls.train))
 
-MEASURES = dict(step=measure_step, loop=measure_loop, loader=measure_loader, kernels=measure_kernels, syncs=measure_syncs)
+MEASURES = dict(
+    step=measure_step,
+    loop=measure_loop,
+    loader=measure_loader,
+    kernels=measure_kernels,
+    syncs=measure_syncs,
+)
 
 
 # ---------------------------------------------------------------- all of it, most decisive first
@@ -141,17 +157,25 @@ MEASURES = dict(step=measure_step, loop=measure_loop, loader=measure_loader, ker
 def plan(precisions, compiled):
     "(measure, network, precision, compiled) in the order in which they are wanted."
     first = precisions[0]
-    yield from [('step', 'TMPA', first, False), ('loop', 'TMPA', first, False), ('loader', '', '', False), ('syncs', 'TMPA', first, False), ('kernels', 'TMPA', first, False)]
+    yield 'step', 'TMPA', first, False
+    yield 'loop', 'TMPA', first, False
+    yield 'loader', '', '', False
+    yield 'syncs', 'TMPA', first, False
+    yield 'kernels', 'TMPA', first, False
     for network in ('B', 'B+PedMix'):
         for what in ('step', 'loop'): yield what, network, first, False
-    if compiled: yield from [('step', 'TMPA', first, True), ('loop', 'TMPA', first, True)]
+    if compiled:
+        for what in ('step', 'loop'): yield what, 'TMPA', first, True
     for precision in precisions[1:]:
         for network in ('TMPA', 'B', 'B+PedMix'):
             for what in ('step', 'loop'): yield what, network, precision, False
     for network in ('B', 'B+PedMix'):
         for what in ('kernels', 'syncs'): yield what, network, first, False
         if compiled: yield 'step', network, first, True
-    if compiled: yield from [('kernels', 'TMPA', first, True), *(('step', n, p, True) for p in precisions[1:] for n in ('TMPA', 'B', 'B+PedMix'))]
+    if not compiled: return
+    yield 'kernels', 'TMPA', first, True
+    for precision in precisions[1:]:
+        for network in ('TMPA', 'B', 'B+PedMix'): yield 'step', network, precision, True
 
 @contextmanager
 def until(deadline):
@@ -168,22 +192,46 @@ def until(deadline):
 
 def environment(device, setting):
     card = torch.cuda.get_device_name() if device.type == 'cuda' else platform.processor() or platform.machine()
-    versions = dict(tmpa=tmpa.__version__, torch=torch.__version__, torchvision=torchvision.__version__, fastai=fastai.__version__, python=platform.python_version(),
-                    cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
-    return dict(made=date.today().isoformat(), card=card, device=device.type, cores=os.cpu_count(), versions=versions, setting=setting)
+    versions = dict(
+        tmpa=tmpa.__version__,
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+        fastai=fastai.__version__,
+        python=platform.python_version(),
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version(),
+    )
+    return dict(
+        made=date.today().isoformat(),
+        card=card,
+        device=device.type,
+        cores=os.cpu_count(),
+        versions=versions,
+        setting=setting,
+    )
 
 def shown(row):
-    name = f"{row['network'] or 'all':9} {row['precision']:5}{'compiled' if row['compiled'] else 'eager':9} {row['measure']:8}"
-    values = {k: round(v, 3) if isinstance(v, float) else v for k,v in row.items() if k not in ('network', 'precision', 'compiled', 'measure')}
-    return name + '  '.join(f'{k} {v}' for k,v in values.items())
+    network = row['network'] or 'all'
+    mode = 'compiled' if row['compiled'] else 'eager'
+    name = f"{network:9} {row['precision']:5}{mode:9} {row['measure']:8}"
+    values = []
+    for k,v in row.items():
+        if k in ('network', 'precision', 'compiled', 'measure'): continue
+        if isinstance(v, float): v = round(v, 3)
+        values.append(f'{k} {v}')
+    return name + '  '.join(values)
 
 def run(setting, device, precisions, compiled, minutes, out):
     "Measure what the time allows; every row is on disk as soon as it is known."
-    deadline, result = time.monotonic() + 60*minutes, dict(environment(device, setting), rows=[])
+    deadline = time.monotonic() + 60*minutes
+    result = dict(environment(device, setting), rows=[])
     originals = 2*setting['P']*setting['K']
     with tempfile.TemporaryDirectory() as d:
-        people = make_regdb(Path(d)/'people', n_ids=setting['ids'], size=setting['size'], seed=0, n_workers=setting['workers'])
-        dls = ReIDDataLoaders.from_regdb(people, size=setting['size'], P=setting['P'], K=setting['K'], valid=None, cache=Path(d)/'images', device=device)
+        size = setting['size']
+        people = make_regdb(Path(d)/'people', n_ids=setting['ids'], size=size, seed=0, n_workers=setting['workers'])
+        dls = ReIDDataLoaders.from_regdb(
+            people, size=size, P=setting['P'], K=setting['K'], valid=None,
+            cache=Path(d)/'images', device=device)
         for measure, network, precision, is_compiled in plan(precisions, compiled):
             row = dict(measure=measure, network=network, precision=precision, compiled=is_compiled)
             if device.type == 'cuda':
@@ -191,7 +239,8 @@ def run(setting, device, precisions, compiled, minutes, out):
                 torch.cuda.reset_peak_memory_stats()
             torch._dynamo.reset()
             try:
-                with until(deadline): row.update(MEASURES[measure](dls, setting, network, precision, is_compiled))
+                with until(deadline):
+                    row.update(MEASURES[measure](dls, setting, network, precision, is_compiled))
             except Exception as e: row['error'] = f'{type(e).__name__}: {e}'.strip().splitlines()[0][:200]
             if 'ms' in row: row['originals_s'] = 1e3*originals/row['ms']
             result['rows'].append(row)

@@ -1,13 +1,17 @@
 """Threads and devices of the suite.
 
-A test with the argument `device` runs once on every device there is: the CPU, CUDA, and a stand-in (see pretend.py), so that a machine without a GPU finds what would fail on one.
-All others run on the CPU, also where there is a GPU. They fail when they ask fastai for its default device, unless they are marked `cpu` with a reason.
+A test with the argument `device` runs once on every device there is: the CPU, CUDA, and a stand-in (see pretend.py), so
+that a machine without a GPU finds what would fail on one. All others run on the CPU, also where there is a GPU. They
+fail when they ask fastai for its default device, unless they are marked `cpu` with a reason.
 """
 import atexit, os, shutil, sys, tempfile
 
-for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(name, '1')  # pytest-xdist runs several processes side by side, and more threads than cores are many times slower
+# pytest-xdist runs several processes side by side, and more threads than cores are many times slower
+for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(name, '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
-if 'TMPA_HOME' not in os.environ:  # what tests render and decode goes with them; processes of pytest-xdist find it here
+
+# what tests render and decode goes with them; processes of pytest-xdist find it here
+if 'TMPA_HOME' not in os.environ:
     os.environ['TMPA_HOME'] = tempfile.mkdtemp(prefix='tmpa-tests-')
     atexit.register(shutil.rmtree, os.environ['TMPA_HOME'], ignore_errors=True)
 
@@ -29,8 +33,10 @@ def device(request):
 
 @pytest.fixture
 def tol(device):
-    "`tol(precision)`: how far numbers may lie apart that two ways of computing give, on this device and in this precision."
-    def of(precision='fp32'): return {'fp32': 1e-5 if device == 'cpu' else 1e-4, 'fp16': 4e-3, 'bf16': 3e-2}[precision]
+    "`tol(precision)`: how far apart two ways of computing may lie, on this device and in this precision."
+    full = 1e-5 if device == 'cpu' else 1e-4
+    tolerances = {'fp32': full, 'fp16': 4e-3, 'bf16': 3e-2}
+    def of(precision='fp32'): return tolerances[precision]
     return of
 
 @contextmanager
@@ -51,16 +57,19 @@ def _device_of(item): return getattr(item, 'callspec', None) and item.callspec.p
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    with _ON[_device_of(item) or 'cpu'](): return (yield)
+    on_its_device = _ON[_device_of(item) or 'cpu']
+    with on_its_device(): return (yield)
 
-def pytest_configure(config): config.addinivalue_line('markers', 'cpu(reason): asks for the default device and is a test of the CPU alone')
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'cpu(reason): asks for the default device and is a test of the CPU alone')
 
 _asked = []
 
 def _recorded(default_device):
     def asked(*args, **kwargs):
         caller = sys._getframe(1).f_globals.get('__name__')
-        if caller not in ('fastai.callback.core', 'fastai.learner'): _asked.append(caller)  # these ask, and take that of the loaders
+        # these two ask, and take that of the loaders
+        if caller not in ('fastai.callback.core', 'fastai.learner'): _asked.append(caller)
         return default_device(*args, **kwargs)
     return asked
 
@@ -70,7 +79,8 @@ pretend.replace(fastai.torch_core.default_device, _recorded(fastai.torch_core.de
 def pytest_runtest_call(item):
     result = yield
     if _asked and not _device_of(item) and not item.get_closest_marker('cpu'):
-        pytest.fail('depends on the default device: give it the argument `device`, so that it runs on every device there is')
+        pytest.fail('depends on the default device: '
+                    'give it the argument `device`, so that it runs on every device there is')
     return result
 
 @pytest.hookimpl(wrapper=True)

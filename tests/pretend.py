@@ -1,7 +1,8 @@
 """A second device for machines that have none: PyTorch's spare device 'pretend', whose memory is the CPU's.
 
-Every operation runs, by its CPU kernel, so numbers are real; but its tensors are another device's to PyTorch and to everybody who asks: to mix them
-with the CPU's, to make a numpy array of one, or to leave a network behind raises what a GPU would raise. Autocast lowers what takes the time, not all that CUDA's does. Nothing here is asynchronous.
+Every operation runs, by its CPU kernel, so numbers are real; but its tensors are another device's to PyTorch and to
+everybody who asks: to mix them with the CPU's, to make a numpy array of one, or to leave a network behind raises what a
+GPU would raise. Autocast lowers what takes the time, not all that CUDA's does. Nothing here is asynchronous.
 """
 import ctypes, sys
 from contextlib import contextmanager
@@ -14,13 +15,21 @@ EXTERNAL, UINT = 12, 1  # DLPack's codes of a device of somebody else's and of u
 CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
-# ---------------------------------------------------------------- memory: a CPU tensor, handed over as one of the device by DLPack
+# ---------------------------------------------------------------- memory
+# A CPU tensor, handed over as one of the device by DLPack.
 
 class _DLTensor(ctypes.Structure):
-    _fields_ = [('data', ctypes.c_void_p), ('device_type', ctypes.c_int32), ('device_id', ctypes.c_int32), ('ndim', ctypes.c_int32), ('code', ctypes.c_uint8), ('bits', ctypes.c_uint8),
-                ('lanes', ctypes.c_uint16), ('shape', ctypes.c_void_p), ('strides', ctypes.c_void_p), ('byte_offset', ctypes.c_uint64)]
+    _fields_ = [
+        ('data', ctypes.c_void_p),
+        ('device_type', ctypes.c_int32), ('device_id', ctypes.c_int32),
+        ('ndim', ctypes.c_int32),
+        ('code', ctypes.c_uint8), ('bits', ctypes.c_uint8), ('lanes', ctypes.c_uint16),
+        ('shape', ctypes.c_void_p), ('strides', ctypes.c_void_p),
+        ('byte_offset', ctypes.c_uint64),
+    ]
 
-class _Managed(ctypes.Structure): _fields_ = [('tensor', _DLTensor), ('context', ctypes.c_void_p), ('deleter', ctypes.c_void_p)]
+class _Managed(ctypes.Structure):
+    _fields_ = [('tensor', _DLTensor), ('context', ctypes.c_void_p), ('deleter', ctypes.c_void_p)]
 
 _capsule = ctypes.pythonapi.PyCapsule_New
 _capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
@@ -40,15 +49,21 @@ def _bytes_of(n):
 
 def _there(x, like=None):
     "A CPU tensor's numbers on the device, with its strides."
-    span = 1 + sum((n-1)*s for n,s in zip(x.shape, x.stride())) if x.numel() else 0
+    last = sum((n-1)*s for n,s in zip(x.shape, x.stride()))
+    span = last + 1 if x.numel() else 0
     raw = _bytes_of(span*x.element_size())
     typed = torch.ops.aten.view.dtype.redispatch(CPU_KEYS, raw, x.dtype)
     out = torch.ops.aten.as_strided.default.redispatch(CPU_KEYS, typed, x.shape, x.stride(), 0)
     _here(out).copy_(x)
     return out
 
-def _set_(x, storage, offset, shape, strides=()): return torch.ops.aten.set_.source_Storage_storage_offset.redispatch(CPU_KEYS, x, storage, offset, shape, strides)
-def _set(x, y): "Make `x` what `y` is."; _set_(x, y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+def _set_(x, storage, offset, shape, strides=()):
+    op = torch.ops.aten.set_.source_Storage_storage_offset
+    return op.redispatch(CPU_KEYS, x, storage, offset, shape, strides)
+
+def _set(x, y):
+    "Make `x` what `y` is."
+    _set_(x, y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 def _here(x):
     "The same memory as a CPU tensor."
@@ -89,17 +104,22 @@ def _run(op, args, kwargs):
         memory = c.untyped_storage().data_ptr()
         for x,k in pairs:
             if memory and memory == k.untyped_storage().data_ptr():
-                x = x if x.dtype == c.dtype else torch.ops.aten.view.dtype.redispatch(CPU_KEYS, x, c.dtype)
-                return torch.ops.aten.as_strided.default.redispatch(CPU_KEYS, x, c.shape, c.stride(), c.storage_offset())
+                if x.dtype != c.dtype: x = torch.ops.aten.view.dtype.redispatch(CPU_KEYS, x, c.dtype)
+                as_strided = torch.ops.aten.as_strided.default
+                return as_strided.redispatch(CPU_KEYS, x, c.shape, c.stride(), c.storage_offset())
         return _there(c)
     return _each(lift, out)
 
 def _fallback(op, *args, **kwargs):
     with torch._C.DisableTorchFunctionSubclass():
-        takes_indices = 'index' in op._schema.name  # which may be the CPU's, in a list; numbers that are one may be too
+        # indices may be the CPU's, in a list; so may tensors without a dimension
+        takes_indices = 'index' in op._schema.name
         look = (args[0], args[2:]) if takes_indices and isinstance(args[1], (tuple, list)) else args
         devices = {x.device.type for x in _tensors((look, tuple(kwargs.values()))) if x.dim() or _is_there(x)}
-        if len(devices) > 1: raise RuntimeError(f'Expected all tensors to be on the same device, but found at least two devices, {" and ".join(sorted(devices))}! ({op})')
+        if len(devices) > 1:
+            found = ' and '.join(sorted(devices))
+            raise RuntimeError('Expected all tensors to be on the same device, but found at least two devices, '
+                               f'{found}! ({op})')
         return _run(op, args, kwargs)
 
 def _copy_(self, src, non_blocking=False):
@@ -108,23 +128,36 @@ def _copy_(self, src, non_blocking=False):
     return self
 
 def _convolution(*args): return _fallback(torch.ops.aten.convolution.default, *args)
-def _convolution_backward(grad, x, w, stride, padding, dilation, transposed, output_padding, groups, mask):
-    return _fallback(torch.ops.aten.convolution_backward.default, grad, x, w, None, stride, padding, dilation, transposed, output_padding, groups, mask)
+
+def _convolution_backward(grad, x, w, *rest):
+    bias_sizes = None
+    return _fallback(torch.ops.aten.convolution_backward.default, grad, x, w, bias_sizes, *rest)
 
 
-
-# ---------------------------------------------------------------- what PyTorch does in C++ with memory of a device it knows
+# ---------------------------------------------------------------- what PyTorch does in C++
+# with the memory of a device that it knows.
 
 def _instead(cls, name, mine):
     "Let `mine` do what a method does, for what is on the device."
     theirs = getattr(cls, name)
-    def method(self, *args, **kwargs): return mine(self, *args, **kwargs) if self.device.type == NAME else theirs(self, *args, **kwargs)
+    def method(self, *args, **kwargs):
+        f = mine if self.device.type == NAME else theirs
+        return f(self, *args, **kwargs)
     setattr(cls, name, method)
 
 def _restored(storage, where):
     "A storage of a file, on the device if it is to go there."
     if not where.startswith(NAME): return None
-    return _there(torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))).untyped_storage()
+    numbers = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
+    return _there(numbers).untyped_storage()
+
+def _deepcopy(x, memo):
+    copied = x.detach().clone().requires_grad_(x.requires_grad)
+    return memo.setdefault(id(x), copied)
+
+def _storage_on_cpu(storage):
+    same = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), torch.device('cpu'), storage.nbytes())
+    return same.clone()
 
 _OfCPU = torch.Generator
 
@@ -139,7 +172,9 @@ class _Generator(_OfCPU):
 
 class _GeneratorOf(type):
     def __instancecheck__(cls, x): return isinstance(x, _OfCPU)
-    def __call__(cls, device='cpu'): return _Generator(device) if torch.device(device).type == NAME else _OfCPU(device)
+    def __call__(cls, device='cpu'):
+        of = _Generator if torch.device(device).type == NAME else _OfCPU
+        return of(device)
 
 class Generator(metaclass=_GeneratorOf): pass
 
@@ -148,33 +183,39 @@ _LOWER = 'conv2d linear matmul mm bmm addmm baddbmm scaled_dot_product_attention
 
 def _lowered(name):
     "An operation that autocast runs in half precision."
-    op, keys = getattr(torch.ops.aten, name).default, torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    op = getattr(torch.ops.aten, name).default
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
     def run(*args, **kwargs):
         dtype = torch.get_autocast_dtype(NAME)
-        cast = lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
-        with torch._C._ExcludeDispatchKeyGuard(keys): return op(*map(cast, args), **{k: cast(v) for k,v in kwargs.items()})
+        def cast(x): return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*map(cast, args), **{k: cast(v) for k,v in kwargs.items()})
     return run
 
 _libraries = []
 
 class _Module(_DummyBackendModule):
     "`torch.pretend`."
+    # outside of `pretending` nobody is to see a device: FakeTensorMode would expect a driver of CUDA
     here = False
-    def is_available(self): return self.here  # outside of `pretending` nobody is to see a device: FakeTensorMode would expect a driver of CUDA
+    def is_available(self): return self.here
     def get_amp_supported_dtype(self): return [torch.float16, torch.bfloat16]
 
 def _register():
     _setup_privateuseone_for_python_backend(NAME, _Module())
-    every, aten = torch.library.Library('_', 'IMPL'), torch.library.Library('aten', 'IMPL')
+    every = torch.library.Library('_', 'IMPL')
+    aten = torch.library.Library('aten', 'IMPL')
     every.fallback(_fallback, 'PrivateUse1')
-    for name,f in (('copy_', _copy_), ('convolution_overrideable', _convolution), ('convolution_backward_overrideable', _convolution_backward)): aten.impl(name, f, 'PrivateUse1')
+    aten.impl('copy_', _copy_, 'PrivateUse1')
+    aten.impl('convolution_overrideable', _convolution, 'PrivateUse1')
+    aten.impl('convolution_backward_overrideable', _convolution_backward, 'PrivateUse1')
     every.fallback(torch.library.fallthrough_kernel, 'AutocastPrivateUse1')
     for name in _LOWER: aten.impl(name, _lowered(name), 'AutocastPrivateUse1')
     _libraries.extend([every, aten])
     aten.impl('set_.source_Storage_storage_offset', _set_, 'PrivateUse1')
     torch.serialization.register_package(1, lambda storage: None, _restored)
-    _instead(torch.Tensor, '__deepcopy__', lambda self, memo: memo.setdefault(id(self), self.detach().clone().requires_grad_(self.requires_grad)))
-    _instead(torch.UntypedStorage, 'cpu', lambda self: torch._C._construct_storage_from_data_pointer(self.data_ptr(), torch.device('cpu'), self.nbytes()).clone())
+    _instead(torch.Tensor, '__deepcopy__', _deepcopy)
+    _instead(torch.UntypedStorage, 'cpu', _storage_on_cpu)
 
 if not _libraries: _register()
 
@@ -183,8 +224,11 @@ if not _libraries: _register()
 
 def replace(old, new):
     "Put `new` in place of a function in every module that has it; returns how to undo it."
-    places = [(m, k) for m in list(sys.modules.values()) if m is not sys.modules[__name__] for k,v in list(getattr(m, '__dict__', {}).items()) if v is old]
-    for m,k in places: setattr(m, k, new)
+    this = sys.modules[__name__]
+    for module in list(sys.modules.values()):
+        if module is this: continue
+        names = [k for k,v in list(getattr(module, '__dict__', {}).items()) if v is old]
+        for k in names: setattr(module, k, new)
     return lambda: replace(new, old)
 
 @contextmanager
@@ -196,7 +240,8 @@ def pretending():
         asked()  # who counts goes on counting
         return torch.device(NAME, 0)
     undo = [replace(asked, default_device), replace(_OfCPU, Generator)]
-    torch.__future__.set_swap_module_params_on_conversion(True)  # a network that moves keeps its parameters, as between CPU and CUDA
+    # a network that moves keeps its parameters, as between CPU and CUDA
+    torch.__future__.set_swap_module_params_on_conversion(True)
     _Module.here = True
     try: yield torch.device(NAME, 0)
     finally:

@@ -12,7 +12,9 @@ from fastai.torch_core import set_seed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tmpa.callback.loop import AsyncMixedPrecision, CalmProgress, DeviceAvgLoss, DeviceSmoothLoss, RunawayError, StayOnDevice, StopRunaway, TorchOptim, not_finite
+from tmpa.callback.loop import (
+    AsyncMixedPrecision, CalmProgress, DeviceAvgLoss, DeviceSmoothLoss, RunawayError, StayOnDevice, StopRunaway,
+    TorchOptim, not_finite)
 from tmpa.callback.pedmix import PedMix
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.dart import dart_learner
@@ -22,7 +24,12 @@ from tmpa.models.backbone import micro_resnet
 @pytest.fixture(scope='module')
 def people(tmp_path_factory): return tmp_path_factory.mktemp('loop')/'people'
 
-def loaders(people): return ReIDDataLoaders.from_synthetic(people, n_ids=24, per_modality=4, size=(48,24), P=3, K=2, num_workers=0, bs_valid=16, device='cpu')
+def loaders(people):
+    return ReIDDataLoaders.from_synthetic(
+        people, n_ids=24, per_modality=4, size=(48,24),
+        P=3, K=2, num_workers=0, bs_valid=16, device='cpu')
+
+def sgd_of(fused): return partial(sgd.func, opt=partial(sgd.keywords['opt'], fused=fused))
 
 MAKE = {
     'B': lambda dls, **kw: tmpa_learner(dls, micro_resnet, pretrained=False, mfe=False, mft=False, mix=None, **kw),
@@ -39,7 +46,9 @@ def called_by(name):
 
 class Reads(TorchDispatchMode):
     "Counts the numbers that Python asks for, but for the check of slots, which on a GPU is an assertion there."
-    def __init__(self): super().__init__(); self.n = 0
+    def __init__(self):
+        super().__init__()
+        self.n = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.n += func is torch.ops.aten._local_scalar_dense.default and not called_by('slots')
         return func(*args, **(kwargs or {}))
@@ -48,10 +57,13 @@ class CountReads(Callback):
     "Reads of each step, from before the first callback to after the last; a batch is made before that."
     order = -999
     def __init__(self): self.steps,self.batches = [],[]
-    def before_batch(self): self.mode = Reads(); self.mode.__enter__()
+    def before_batch(self):
+        self.mode = Reads()
+        self.mode.__enter__()
     def end(self):
         self.mode.__exit__(None, None, None)
-        (self.steps if self.learn.training else self.batches).append((self.iter, self.mode.n))
+        counts = self.steps if self.learn.training else self.batches
+        counts.append((self.iter, self.mode.n))
 
 class EndCount(Callback):
     order = 9999
@@ -64,10 +76,14 @@ def counted(learn, n=2):
 
 @pytest.mark.parametrize('name', MAKE)
 def test_a_step_reads_at_most_one_number(name, people):
-    "That one is the guard's, which on a CPU looks before the backward pass. The first step of an epoch may check the batch."
+    """That one is the guard's, which on a CPU looks before the backward pass.
+
+    The first step of an epoch may check the batch.
+    """
     set_seed(0)
     learn = MAKE[name](loaders(people))
-    CalmProgress.every,was = 1e9,CalmProgress.every  # the text of the bar is read by the clock
+    was = CalmProgress.every
+    CalmProgress.every = 1e9  # the text of the bar is read by the clock
     try: count = counted(learn)
     finally: CalmProgress.every = was
     assert len(count.steps) > 6
@@ -92,22 +108,25 @@ def test_numbers_are_those_of_fastai(name, people):
         with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(2, lr=.01)
         return learn
     a,b = fit(True),fit(False)
-    assert (type(a.recorder.smooth_loss) is AvgSmoothLoss, type(b.recorder.smooth_loss) is AvgSmoothLoss) == (False, True)
+    assert type(a.recorder.smooth_loss) is not AvgSmoothLoss
+    assert type(b.recorder.smooth_loss) is AvgSmoothLoss
     assert [float(v) for v in a.recorder.losses] == [float(v) for v in b.recorder.losses]
     assert str(a.recorder.values) == str(b.recorder.values)
-    for (k,v),w in zip(a.model.state_dict().items(), b.model.state_dict().values()): assert torch.equal(v, w), k
+    theirs = b.model.state_dict()
+    for k,v in a.model.state_dict().items(): assert torch.equal(v, theirs[k]), k
 
 def test_fused_learner_trains_alike(people):
     "What a GPU does, on the CPU: fused SGD, and a look one batch later."
     def fit(fused):
         set_seed(0, reproducible=True)
-        learn = MAKE['TMPA'](loaders(people), opt_func=partial(sgd.func, opt=partial(sgd.keywords['opt'], fused=fused)))
+        learn = MAKE['TMPA'](loaders(people), opt_func=sgd_of(fused))
         if fused: learn.stop_runaway.late = True
         with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(2, lr=.01)
         return learn
     a,b = fit(True),fit(None)
     assert a.opt.fuse() and not b.opt.fuse()
-    for (k,v),w in zip(a.model.state_dict().items(), b.model.state_dict().values()): assert torch.allclose(v, w, atol=1e-4), k
+    unfused = b.model.state_dict()
+    for k,v in a.model.state_dict().items(): assert torch.allclose(v, unfused[k], atol=1e-4), k
 
 # ---------------------------------------------------------------- a loss that runs away
 
@@ -116,40 +135,52 @@ class Poison(Callback):
     order,run_valid = -500,False
     def __init__(self, epoch, batch, value): self.at,self.value = (epoch, batch),value
     def before_batch(self):
-        w = self.learn.loss_func.weighted if 'weighted' not in vars(self.learn.loss_func) else self.was
-        self.was = w
-        if (self.epoch, self.iter) != self.at: self.learn.loss_func.__dict__.pop('weighted', None); return
-        names = self.learn.loss_func.terms
-        self.learn.loss_func.weighted = lambda p, y: ((n, k, v*self.value if n == names[1] else v) for n,k,v in w(p, y))
+        loss = self.learn.loss_func
+        if 'weighted' not in vars(loss): self.was = loss.weighted
+        if (self.epoch, self.iter) != self.at:
+            vars(loss).pop('weighted', None)
+            return
+        was,poisoned = self.was,loss.terms[1]
+        def weighted(p, y):
+            for name,weight,value in was(p, y):
+                yield name, weight, value*self.value if name == poisoned else value
+        loss.weighted = weighted
 
 @pytest.mark.parametrize('name', ['B', 'TMPA'])
 @pytest.mark.parametrize('late', [False, True])
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_the_term_epoch_and_batch_are_named(name, late, value, people):
     set_seed(0)
-    learn = MAKE[name](loaders(people), opt_func=partial(sgd.func, opt=partial(sgd.keywords['opt'], fused=late or None)))
+    learn = MAKE[name](loaders(people), opt_func=sgd_of(late or None))
     learn.stop_runaway.late = late
-    with learn.no_bar(), learn.no_logging(), pytest.raises(RunawayError) as e: learn.fit_tmpa(3, lr=.01, cbs=Poison(1, 1, value))
+    with learn.no_bar(), learn.no_logging(), pytest.raises(RunawayError) as e:
+        learn.fit_tmpa(3, lr=.01, cbs=Poison(1, 1, value))
     assert e.value.where == dict(epoch=2, batch=2, terms=['loss_wrt'])
-    assert str(e.value).startswith(f'loss_wrt is {value} in epoch 2 of 3, batch 2 of') and '\n' not in str(e.value)
+    message = str(e.value)
+    assert message.startswith(f'loss_wrt is {value} in epoch 2 of 3, batch 2 of') and '\n' not in message
     assert not_finite(learn.model) is None and len(learn.recorder.values) == 1
 
 def test_a_rate_that_is_far_too_high_ends_the_fit(people):
     learn = MAKE['TMPA'](loaders(people))
-    with learn.no_bar(), learn.no_logging(), pytest.raises(RunawayError, match='lower lr'): learn.fit_tmpa(9, lr=1e25, warmup=0)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(RunawayError, match='lower lr'):
+        learn.fit_tmpa(9, lr=1e25, warmup=0)
 
 # ---------------------------------------------------------------- a device that nobody waits for
 
+def devices_of(o): return {t.device.type for t in tree_leaves(o) if isinstance(t, torch.Tensor)}
+
 class Watch(TorchDispatchMode):
     "Notes reads of a number, and copies from the device that somebody waits for."
-    def __init__(self): super().__init__(); self.bad,self.ops = [],Counter()
+    def __init__(self):
+        super().__init__()
+        self.bad,self.ops = [],Counter()
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.ops[str(func)] += 1
         if func is torch.ops.aten._local_scalar_dense.default: self.bad.append(str(func))
         out = func(*args, **kwargs)
-        of = lambda o: {t.device.type for t in tree_leaves(o) if isinstance(t, torch.Tensor)}
-        if 'cuda' in of((args, kwargs)) and 'cpu' in of(out) and not kwargs.get('non_blocking'): self.bad.append(str(func))
+        left = 'cuda' in devices_of((args, kwargs)) and 'cpu' in devices_of(out)
+        if left and not kwargs.get('non_blocking'): self.bad.append(str(func))
         return out
 
 class FakeLearn:
@@ -160,10 +191,13 @@ def test_smoothing_and_flags_read_nothing_of_a_device():
     with FakeTensorMode(), Watch() as w:
         rec = FakeLearn(loss=torch.rand((), device='cuda'))
         smooth,mean = DeviceSmoothLoss(),DeviceAvgLoss()
-        smooth.reset(); mean.reset()
+        smooth.reset()
+        mean.reset()
         smooth.val = torch.zeros((), device='cuda')
         rec.yb = torch.zeros(4, device='cuda'),
-        for _ in range(3): smooth.accumulate(rec); mean.accumulate(rec); smooth.value; mean.value
+        for _ in range(3):
+            for metric in (smooth, mean): metric.accumulate(rec)
+            for metric in (smooth, mean): metric.value
         assert smooth.value.is_cuda and mean.value.is_cuda
     assert w.bad == [] and w.ops['aten.lerp.Scalar'] == 3
 
@@ -174,9 +208,13 @@ class NoEvent:
 
 def fake_batch():
     label = torch.arange(3, device='cuda').repeat_interleave(4)
-    return torch.rand(12, 3, 48, 24, device='cuda'),torch.randint(0, 2, (12,), device='cuda'),label,label,label
+    images = torch.rand(12, 3, 48, 24, device='cuda')
+    modality = torch.randint(0, 2, (12,), device='cuda')
+    return images,modality,label,label,label
 
-def on_fake_cuda(tensors): return {k: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device='cuda') for k,v in tensors.items() if v is not None}
+def on_fake_cuda(tensors):
+    def moved(v): return torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device='cuda')
+    return {k: moved(v) for k,v in tensors.items() if v is not None}
 
 def move_to_fake_cuda(net):
     for m in net.modules():
@@ -185,9 +223,10 @@ def move_to_fake_cuda(net):
 
 def steps_on_fake_cuda(learn, batches):
     "The events of a fit, without those that read once an epoch, around some steps."
-    learn.model.to = lambda *args, **kwargs: learn.model  # fake weights cannot be moved
-    def backward():                                       # nor does autograd run without a driver
+    # fake weights cannot be moved, nor does autograd run without a driver
+    def backward():
         for p in learn.model.parameters(): p.grad = learn.loss_grad.detach()*torch.ones_like(p)
+    learn.model.to = lambda *args, **kwargs: learn.model
     learn._backward = backward
     learn.n_iter,learn.epoch,learn.training = 9,0,True
     learn('before_fit')
@@ -195,17 +234,23 @@ def steps_on_fake_cuda(learn, batches):
     learn.recorder.before_epoch()
     for cb in (learn.recorder, learn.loss_terms): cb.before_train()
     with Watch() as w:
-        for i,b in enumerate(batches, 1): learn.one_batch(i, b)  # the first batch of an epoch may be checked
+        # the first batch of an epoch, 0, may be checked
+        for i,b in enumerate(batches, 1): learn.one_batch(i, b)
     return w
 
 @pytest.mark.parametrize('amp', [None, 'fp16', 'bf16'])
 @pytest.mark.parametrize('name', MAKE)
 def test_a_learner_on_a_device_reads_nothing(name, amp, people, monkeypatch):
-    "Whole steps of a Learner with all its callbacks, on a GPU of fake tensors; the fused kernel, which fake tensors do not know, is stood in for."
+    """Whole steps of a Learner with all its callbacks, on a GPU of fake tensors.
+
+    The fused kernel, which fake tensors do not know, is stood in for.
+    """
     arrived,fused = [],[]
+    def arrive(self, names, host, event, place): arrived.append((names[0], host.device.type, place[1]))
+    def fused_sgd(params, *args, found_inf=None, **kw): fused.append(found_inf.device.type)
     monkeypatch.setattr(torch.cuda, 'Event', NoEvent)
-    monkeypatch.setattr(StopRunaway, '_arrived', lambda self, names, host, event, place: arrived.append((names[0], host.device.type, place[1])))
-    monkeypatch.setattr(torch, '_fused_sgd_', lambda params, *args, found_inf=None, **kw: fused.append(found_inf.device.type))
+    monkeypatch.setattr(StopRunaway, '_arrived', arrive)
+    monkeypatch.setattr(torch, '_fused_sgd_', fused_sgd)
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *args: True)
     learn = MAKE[name](loaders(people))
@@ -217,7 +262,8 @@ def test_a_learner_on_a_device_reads_nothing(name, amp, people, monkeypatch):
         learn.create_opt()
         if name == 'DART':
             monkeypatch.setattr(type(learn.dart), 'before_fit', lambda self: None)
-            learn.dart.rows,learn.dart.conf = torch.zeros(9, 12, dtype=torch.long, device='cuda'),torch.rand(2, 99, device='cuda')
+            learn.dart.rows = torch.zeros(9, 12, dtype=torch.long, device='cuda')
+            learn.dart.conf = torch.rand(2, 99, device='cuda')
         w = steps_on_fake_cuda(learn, [fake_batch() for _ in range(3)])
         losses = list(learn.recorder.losses)
     assert w.bad == [] and sum(w.ops.values()) > 500
