@@ -9,6 +9,7 @@ __all__ = []
 from fastai.vision.all import *
 from fastai.callback.fp16 import *
 from .core import *
+from .processes import *
 from .data.external import *
 from .data.synthetic import *
 from .data.cache import *
@@ -36,6 +37,7 @@ from .learner import *
 from .robust import *
 from .dart import *
 from .callback.loop import *
+from .callback.distributed import *
 from .callback.resume import *
 from .recipes import *
 from .interpret import *

@@ -7,11 +7,14 @@ __all__ = ['parse_size', 'parse_ints', 'parse_range', 'tmpa_demo', 'mean_scores'
            'tmpa_reproduce']
 
 # %% ../nbs/18b_cli.ipynb #1e02945a
-import functools, sys
+import functools, os, sys, time
 from pathlib import Path
 import numpy as np
+from fastai.torch_core import num_distrib, rank_distrib
+from fastcore.basics import noop
 from fastcore.script import call_parse, Param, store_true
 from .core import ConfigError, TMPAError, keep_memory
+from .processes import agreed, is_told, on_rank0, this_process, together, told
 from .demo import compare, demo_patch, demo_rows, summarise
 from .experiment import evaluate_run, train_run
 from .run import RunConfig, check_arch, new_folder, write_json
@@ -26,12 +29,29 @@ def _one_line_errors(f):
     @functools.wraps(f)
     def _f(*args, **kwargs):
         keep_memory()
-        try: return f(*args, **kwargs)
-        except TMPAError as e: print(f'{f.__name__}: error: {e}', file=sys.stderr)
-        except OSError as e: print(f"{f.__name__}: error: {e.filename or 'writing'}: {e.strerror}: choose a place that can be read and written, and has room", file=sys.stderr)
-        except KeyboardInterrupt: print(f'{f.__name__}: interrupted; what was finished is on disk', file=sys.stderr)
+        def say(what): print(f'{f.__name__}: {what}', file=sys.stderr)
+        try:
+            _check_processes(f.__name__)
+            with together(): return f(*args, **kwargs)
+        except Exception as e:
+            if is_told(e): time.sleep(1 if 'TORCHELASTIC_RUN_ID' in os.environ else 0)  # a launcher ends all as soon as one has ended, and another has a line to print
+            elif isinstance(e, TMPAError): say(f'error: {e}')
+            elif isinstance(e, OSError): say(f"error: {e.filename or 'writing'}: {e.strerror}: choose a place that can be read and written, and has room")
+            elif _lost_others(e): say(f'error: process {rank_distrib()} of {num_distrib()} has lost another one, which says why')
+            else: raise
+        except KeyboardInterrupt:
+            if not rank_distrib(): say('interrupted; what was finished is on disk')
         sys.exit(2)
     return _f
+
+def _check_processes(command):
+    if num_distrib() < 2 or command == 'tmpa_train': return
+    e = ConfigError('several processes train one network with tmpa_train: start this command without accelerate launch')
+    raise told(e) if rank_distrib() else e
+
+def _lost_others(e):
+    "Whether this is what remains of a process that waited for one that ended."
+    return num_distrib() > 1 and isinstance(e, RuntimeError) and any(o in str(e) for o in ('gloo', 'NCCL'))
 
 def parse_size(s):
     "'288x144' -> (288, 144), height first."
@@ -122,6 +142,7 @@ def tmpa_train(
     eval_every:int=1, # With held_out: score every so many epochs
     precision:Param('Number format on CUDA', str, choices=('auto','fp32','fp16','bf16'))='auto',
     compile:store_true=False, # Compile the network with torch.compile
+    sync_bn:store_true=False, # On several GPUs: batch norm over the images of all
     beta_warmup:int=0, # Epochs over which the weight of the modality losses rises from 0
     ir_range:str=None, # low,high of 16-bit infrared files (default: 0,65535)
     workers:int=None, # Loader processes
@@ -132,27 +153,28 @@ def tmpa_train(
     quiet:store_true=False, # No progress bars
 ):
     "Train a recipe and score it by the data set's own protocol; everything goes into one folder."
-    check_arch(arch)
+    say = noop if this_process() else print
     per_model = data in ('regdb','synthetic')
     trial = trial or ('1' if per_model else 'all')
-    ir_range = parse_range(ir_range)
     decoded = dict(auto=None, on=True, off=False).get(cache, cache)
     def cfg(trial, out):
+        check_arch(arch)
         return RunConfig(get_recipe(recipe), DataSpec(data, path, trial, ids, parse_size(size)), str(out), arch, not scratch, epochs, lr, P=p, K=k, seed=seed,
-            patch=patch, select=select, eval_every=eval_every, precision=precision, compile=compile, beta_warmup=beta_warmup, num_workers=workers, ir_range=ir_range, cache=decoded, log=log)
+            patch=patch, select=select, eval_every=eval_every, precision=precision, compile=compile, sync_bn=sync_bn, beta_warmup=beta_warmup, num_workers=workers, ir_range=parse_range(ir_range), cache=decoded, log=log)
     if not (per_model and trial == 'all'):
-        m = train_run(cfg(trial, out), quiet=quiet, resume=resume)
-        print(f"\n{m['recipe']} on {data}, per cent:\n{text_table(score_rows(m['scores']))}\n\nReport: {Path(out)/'report.html'}")
+        m = train_run(agreed(lambda: cfg(trial, out)), quiet=quiet, resume=resume)
+        say(f"\n{m['recipe']} on {data}, per cent:\n{text_table(score_rows(m['scores']))}\n\nReport: {Path(out)/'report.html'}")
         return
-    out,scores = trials_folder(out, resume),[]
+    agreed(lambda: cfg(trial, out))
+    out,scores = on_rank0(lambda: trials_folder(out, resume)),[]
     try:
         for t in range(1, 11):
-            print(f'\nTrial {t} of 10', flush=True)
+            say(f'\nTrial {t} of 10', flush=True)
             scores.append(train_run(cfg(str(t), out/f'trial{t}'), quiet=quiet, resume=resume)['scores'])
-            write_json(out/'metrics.json', dict(trials=t, scores=mean_scores(scores)))
+            on_rank0(lambda: write_json(out/'metrics.json', dict(trials=t, scores=mean_scores(scores))))
     finally:
-        if not any(out.iterdir()): out.rmdir()  # a mistake found at once leaves nothing behind
-    print(f"\n{get_recipe(recipe).name} on {data}, mean of ten trials, per cent:\n{text_table(score_rows(mean_scores(scores)))}\n\nReports: {out}/trial*/report.html")
+        if not this_process() and not any(out.iterdir()): out.rmdir()  # a mistake found at once leaves nothing behind
+    say(f"\n{get_recipe(recipe).name} on {data}, mean of ten trials, per cent:\n{text_table(score_rows(mean_scores(scores)))}\n\nReports: {out}/trial*/report.html")
 
 # %% ../nbs/18b_cli.ipynb #512cbd9f
 @call_parse

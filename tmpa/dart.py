@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torchvision.models import resnet50
 from .core import ConfigError, plain
+from .processes import n_processes
 from .data.load import ReIDDL, identity_batches
 from .learner import n_identities, reid_learner
 from .losses import TMPALoss, id_loss
@@ -157,6 +158,9 @@ class DART(Callback):
 
     def before_fit(self):
         if not (isinstance(self.learn.model, TwinNet) and isinstance(self.loss_func, DARTLoss)): raise ConfigError('DART needs a TwinNet and a DARTLoss: make the learner with dart_learner')
+        if n_processes() > 1:
+            raise ConfigError('DART compares the losses of all images, and trains in one process: '
+                              'start it without accelerate launch')
         if not isinstance(self.dls.train, ReIDDL): raise ConfigError('DART must know which sample a row is: use ReIDDataLoaders')
         self.losses = self.conf = None
 

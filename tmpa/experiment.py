@@ -11,6 +11,7 @@ import os, shutil, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastai.torch_core import set_seed
 from .callback.loop import RunawayError, not_finite
 from .callback.resume import ResumeFit
 from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic_write, keep_memory
+from .processes import n_processes, on_rank0, rank0_first, this_process, together, told, is_told
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION
@@ -129,37 +131,61 @@ def train_run(
     budget:float|None=None, # Minutes of one core; a run that exceeds them writes `over_budget.json` and raises OverBudget
 )->dict: # What `metrics.json` holds
     "Train and score one recipe; the folder gets configuration, environment, log, weights, scores and a report. `metrics.json` comes last."
-    watch,out,spec = Watch(budget),Path(cfg.out),cfg.spec
-    if out.exists() and not resume: new_folder(out)  # says what to do
-    train,test,settings = read_data(spec)
-    images = images_key(spec, train, test)
-    with ExitStack() as held:
-        if out.is_dir(): held.enter_context(alone(out))
-        if before := earlier_run(cfg, images): return before
-        if not (going_on := out.exists()): held.enter_context(alone(new_folder(out)))
-        return _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure, watch, budget)
+    watch = Watch(budget)
+    with together(), ExitStack() as held:
+        cfg = replace(cfg, processes=n_processes())
+        on_rank0(lambda: _refuse(cfg, resume))
+        train,test,settings = rank0_first(lambda: read_data(cfg.spec))
+        images = images_key(cfg.spec, train, test)
+        going_on,before = on_rank0(lambda: _begin(cfg, images, held))
+        if before: return before
+        return _train_run(cfg, train, test, settings, images, going_on, quiet or this_process() > 0, rank_figure, watch, budget)
+
+def _refuse(cfg, resume):
+    if cfg.processes > 1 and cfg.recipe.method == 'dart':
+        raise ConfigError('DART compares the losses of all images, and trains in one process: '
+                          'start it without accelerate launch')
+    if not resume and Path(cfg.out).exists(): new_folder(cfg.out)  # says what to do
+
+def _begin(cfg, images, held):
+    "Whether a run goes on, and the metrics of one that is finished; its folder is there now, and held."
+    out = Path(cfg.out)
+    if out.is_dir(): held.enter_context(alone(out))
+    if before := earlier_run(cfg, images): return True, before
+    going_on = out.exists()
+    if not going_on: held.enter_context(alone(new_folder(out)))
+    return going_on, None
+
+def _first_files(cfg, images, loggers, done):
+    out = Path(cfg.out)
+    if not done: loggers += _log_cbs(cfg.log, out)
+    write_json(out/'config.json', {**cfg.asdict(), 'recipe_key': short_hash(content(cfg.recipe)), 'images': images})
+    save_environment(out/'environment.json')
 
 def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure, watch, budget):
     out,spec = Path(cfg.out),cfg.spec
-    done = going_on and trained(cfg)  # but not scored
-    remove_leftovers(out)
+    done = on_rank0(lambda: going_on and trained(cfg))  # but not scored
+    on_rank0(lambda: remove_leftovers(out))
+    loggers = []
     try:
-        learn = make_learner(cfg, train, test)
-        loggers = [] if done else _log_cbs(cfg.log, out)
+        learn = rank0_first(lambda: make_learner(cfg, train, test))  # the others find weights and decoded images
+        on_rank0(lambda: _first_files(cfg, images, loggers, done))
     except Exception:
-        if not going_on: shutil.rmtree(out)  # made above, and holds nothing yet
+        if not going_on: on_rank0(lambda: shutil.rmtree(out))  # made above, and holds nothing of use yet
         raise
-    write_json(out/'config.json', {**cfg.asdict(), 'recipe_key': short_hash(content(cfg.recipe)), 'images': images}); save_environment(out/'environment.json')
     meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids, data_seed=spec.seed)
     learn.path = out
     going = ResumeFit(out/'resume.pth', quiet)
-    cbs = [CSVLogger('history.csv'), SaveWeights(out, meta), watch, going] + loggers
+    writers = [] if this_process() else [CSVLogger('history.csv'), SaveWeights(out, meta), *loggers]
+    cbs = [*writers, watch, going]
     with ExitStack() as silence:
         if quiet: silence.enter_context(learn.no_bar()); silence.enter_context(learn.no_logging())
         if done: load_weights(learn.model.to(learn.dls.device), out/'last.pth')
         else:
-            try: learn.fit_tmpa(cfg.epochs, lr=cfg.lr, warmup=cfg.warmup, decay=cfg.decay, beta_warmup=cfg.beta_warmup, cbs=cbs)
+            try:
+                with learn.distrib_ctx(cfg.sync_bn): learn.fit_tmpa(cfg.epochs, lr=cfg.lr, warmup=cfg.warmup, decay=cfg.decay, beta_warmup=cfg.beta_warmup, cbs=cbs)
             except RunawayError as e:
+                if this_process(): raise told(e)  # they all stopped in the same batch
                 write_json(out/'ran_away.json', dict(why=str(e), **e.where))
                 last,epoch = out/'last.pth',e.where['epoch']-1
                 kept = f'the weights after epoch {epoch} stay in {last}' if last.exists() else 'no epoch was finished'
@@ -170,11 +196,18 @@ def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure,
         raise OverBudget(f'{cfg.recipe.name}, seed {cfg.seed}: {budget:g} minutes of one core were over in epoch {learn.epoch+1} of {cfg.epochs}')
     decoded = learn.dls.train_ds.cache
     try: feats = extract_features(learn.model, test, spec.size, ir_range=cfg.ir_range, num_workers=cfg.num_workers, cache=decoded)
-    except TMPAError as e: raise type(e)(f'{e}; the trained weights are kept, and the same command (tmpa_train: with --resume) only scores them') from None
+    except TMPAError as e:
+        again = type(e)(f'{e}; the trained weights are kept, and the same command (tmpa_train: with --resume) only scores them')
+        raise (told(again) if is_told(e) else again) from None
+    return on_rank0(lambda: _scored(cfg, learn, feats, test, settings, seconds, budget, going.resumed, rank_figure))
+
+def _scored(cfg, learn, feats, test, settings, seconds, budget, resumed, rank_figure):
+    "The files that a run ends with."
+    out,spec = Path(cfg.out),cfg.spec
     for f in ('over_budget.json','resume.pth'): (out/f).unlink(missing_ok=True)  # of an earlier try with less, or one that was cut off in the very end
     scores,results = score_feats(feats, test, settings)
     metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=seconds, budget=budget,
-        n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores, **({'resumed_after': going.resumed} if going.resumed else {}))
+        n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores, **({'processes': cfg.processes} if cfg.processes > 1 else {}), **({'resumed_after': resumed} if resumed else {}))
     save_report(out, cfg, learn, metrics, test, settings, feats if rank_figure else None)
     save_queries(out/'queries.csv', results, test, settings)
     write_json(out/'metrics.json', metrics)

@@ -21,10 +21,12 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.core import imagenet_stats
 from .core import ConfigError, DataError, plain
+from .processes import agreed, in_order, n_processes, own_batches, this_process
 from .data.cache import ImageCache
 from .data.load import ReIDDataset, ReIDDL
 from .data.transforms import PixelNorm
 from .callback.loop import AsyncMixedPrecision, StayOnDevice, StopRunaway, TorchOptim
+from .callback.distributed import Processes
 from .callback.pedmix import PedMix, SlotMix
 from .losses import TMPALoss, BetaWarmup
 from .metrics import LossTerms, ReIDMetrics
@@ -138,7 +140,7 @@ def reid_learner(dls, # ReIDDataLoaders
     if mix is not None and not isinstance(mix, Callback): raise ConfigError(f"mix={mix!r}: pass a mix callback such as PedMix(), 'pedmix', or None")
     scores = [ReIDMetrics(every=eval_every)] if len(getattr(dls, 'valid_items', ())) else []
     terms = _terms(model, loss_func) if terms is None else terms
-    own = [*scores, NeedsMonitor(), PlainTensors(), LossTerms(terms), StayOnDevice(), StopRunaway(), ChannelsLast()]  # channels last: nearly twice as fast on a CPU
+    own = [*scores, Processes(), NeedsMonitor(), PlainTensors(), LossTerms(terms), StayOnDevice(), StopRunaway(), ChannelsLast()]  # channels last: nearly twice as fast on a CPU
     own += ([] if mix is None else [mix]) + _precision_cbs(precision, getattr(dls, 'device', None))
     if compile: model.compile()  # one graph, for each of training, evaluation and their sizes: past eight of them eager, not an end
     kwargs = {'opt_func': sgd, 'splitter': split_params, 'wd_bn_bias': True, **kwargs}
@@ -177,8 +179,16 @@ def extract_features(
     flip:bool=False, # Average with the feature of the mirrored image (to be named beside the score)
     cache:ImageCache|None=None, # Decoded images; what is not in there is decoded
 )->torch.Tensor: # (n, D) float32 on the CPU, in the order of `items`; L2-normalised
-    "Features of all images, each from its own modality's path."
+    "Features of all images, each from its own modality's path; within `learn.distrib_ctx()` every process sees a share of the images, and gets all features."
     if not len(items): raise DataError('no images to extract features from: the item list is empty')
+    if n_processes() > 1:
+        own = items[own_batches(len(items), bs, this_process(), n_processes())]
+        one = partial(_extract, model, own, size, bs, ir_range, num_workers, device, flip, cache)
+        return torch.cat([f for f in in_order(agreed(lambda: one() if own else None)) if f is not None])
+    return _extract(model, items, size, bs, ir_range, num_workers, device, flip, cache)
+
+def _extract(model, items, size, bs, ir_range, num_workers, device, flip, cache):
+    "Features of the images of one process."
     device = next(model.parameters()).device if device is None else torch.device(device)
     if num_workers is None: num_workers = 0 if cache is not None or device.type == 'cpu' else min(8, defaults.cpus)
     dl = ReIDDL(ReIDDataset(items, size=size, ir_range=ir_range, cache=cache), bs=bs, num_workers=num_workers, device=device,

@@ -12,6 +12,7 @@ from fastai.callback.core import Callback
 from torch import Tensor, nn
 
 from .core import ConfigError, plain
+from .processes import gather, n_processes
 from .layers import full_precision
 
 # %% ../nbs/13_losses.ipynb #12273a1a
@@ -156,13 +157,13 @@ class TMPALoss(nn.Module):
         def labels(key, default): return y[p.get(key, p.get(default, slice(None)))]
         y_c, y_vis, y_ir = y[p.get('index', slice(None))], labels('slot_index', ''), labels('ir_index', 'slot_index')
         yield 'loss_id', self.alpha, id_loss(p['logits'], y_c, self.label_smoothing)
-        yield 'loss_wrt', self.alpha*self.w_wrt, wrt_loss(p['feat'], y_c)
+        yield 'loss_wrt', self.alpha*self.w_wrt, wrt_loss(gather(p['feat']), gather(y_c))
         beta = self.beta*self.beta_scale
         if 'logits_vis' in p:
             yield 'loss_msi', beta*self.w_msi, msi_loss(p['logits_vis'], p['logits_ir'], y_vis, y_ir)
         if 'f_vis' in p:
             mss, active = mss_loss(p['f_sh'], p['f_vis'], p['f_ir'], y_vis, self.margin, self.normalize, return_active=True)
-            yield 'loss_mss', beta*self.lam1, mss
+            yield 'loss_mss', beta*self.lam1, mss*n_processes()  # a sum, and gradients of processes are averaged
             yield 'mss_active', 0., active
         if 'logits_vis_gen' in p:
             y_gen_vis, y_gen_ir = labels('gen_vis_index', 'slot_index'), labels('gen_ir_index', 'slot_index')

@@ -13,6 +13,7 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import ValueMetric
 from .core import ConfigError
+from .processes import in_order, on_rank0
 from .evaluation import cross_settings_of, evaluate_settings
 
 # %% ../nbs/15_metrics.ipynb #b6e2e678
@@ -73,13 +74,20 @@ class ReIDMetrics(Callback):
         self._feats.append(_on_its_way(self.pred.detach().float()))
         self._meta.append(_on_its_way(torch.stack([pid, cam, self.xb[1]])))
     def after_validate(self):
-        if self._skip() or not self._feats: return
-        if self.pred.is_cuda: torch.cuda.synchronize(self.pred.device)  # once; what was on its way is there
-        feats,(pid,cam,mod) = torch.cat(self._feats),torch.cat(self._meta, 1)
-        self._feats,self._meta = [],[]
+        if self._skip(): return
+        parts = self._shares()
+        if not parts: return
+        feats, (pid, cam, mod) = torch.cat([f for f, _ in parts]), torch.cat([m for _, m in parts], 1)
         settings = self.settings if self.settings is not None else getattr(self.dls, 'settings', None)
         if not settings or self._other_images(pid, mod): settings = cross_settings_of(mod)
-        self.results = evaluate_settings(feats, pid, cam, settings) if settings else {}
+        self.results = on_rank0(lambda: evaluate_settings(feats, pid, cam, settings)) if settings else {}  # ranked once
+    def _shares(self):
+        "Features and what is known about them, of all processes that had a share of the images."
+        mine = (torch.cat(self._feats), torch.cat(self._meta, 1)) if self._feats else None
+        if mine and self.pred.is_cuda: torch.cuda.synchronize(self.pred.device)  # once; what was on its way is there
+        self._feats,self._meta = [],[]
+        parts = in_order(mine) if getattr(self.dl, 'world', 1) > 1 else [mine]
+        return [o for o in parts if o is not None]
     def _other_images(self, pid, mod): # `learn.validate(dl=...)` on other images: the stored indices do not apply
         items = getattr(self.dls, 'valid_items', None)
         if self.settings is not None or items is None: return False

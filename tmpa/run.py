@@ -88,6 +88,8 @@ class RunConfig:
     eval_every:int = 1
     precision:str = 'auto'
     compile:bool = False # Compile the network with `torch.compile`
+    processes:int = 1 # That train it together, with P identities each; `train_run` says how many there are
+    sync_bn:bool = False # With several, batch norm over the rows of all
     beta_warmup:int = 0
     num_workers:int|None = None
     cache:bool|str|None = None # Decoded images in a file: True, False, or the folder for it; None: for a GPU

@@ -26,14 +26,14 @@ class DeviceSmoothLoss(AvgSmoothLoss):
     "fastai's smoothed loss, left on the device of the loss."
     def accumulate(self, learn):
         self.count += 1
-        loss = to_detach(learn.loss.mean(), cpu=False)
+        loss = to_detach(learn.loss.mean(), cpu=False, gather=False)
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 class DeviceAvgLoss(AvgLoss):
     "fastai's mean of the validation loss, left on the device of the loss."
     def accumulate(self, learn):
         n = find_bs(learn.yb)
-        self.total = self.total + to_detach(learn.loss.mean(), cpu=False)*n
+        self.total = self.total + to_detach(learn.loss.mean(), cpu=False, gather=False)*n
         self.count += n
 
 class CalmProgress(ProgressCallback):
@@ -181,7 +181,7 @@ class StopRunaway(Callback):
     def after_loss(self):
         self.now = None
         if hasattr(self, 'lr_finder') or not len(self.yb): return
-        loss = self.learn.loss_grad.detach()
+        loss = self.learn.loss.detach()  # with several processes their mean, so that all stop in the same batch
         there = [(t, getattr(self.loss_func, t, None)) for t in self.terms]
         there = [(t, v.detach()) for t,v in there if isinstance(v, torch.Tensor) and v.device == loss.device]
         values = torch.stack([v.float().mean() for v in (loss, *(v for _,v in there))])

@@ -7,6 +7,7 @@ __all__ = ['other_partner', 'pedmix', 'same_partner', 'SlotMix', 'PedMix']
 
 # %% ../../nbs/05_callback.pedmix.ipynb #bfe3f8b8
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from fastcore.basics import patch
 from fastai.callback.core import Callback
@@ -15,6 +16,7 @@ from fastai.vision.core import imagenet_stats
 from torch import Tensor
 
 from ..core import ConfigError, plain, rand_on, slots
+from ..processes import n_processes, this_process
 from ..regions import feather, grid_size, patch_counts, region_map, region_mask
 
 # %% ../../nbs/05_callback.pedmix.ipynb #3e52bdfb
@@ -80,12 +82,12 @@ class SlotMix(Callback):
 
     def before_fit(self):
         if (size := getattr(self.learn.dls, 'size', None)) is not None: self.check(size)
-        self.rng = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        self.rng = None if self.seed is None else torch.Generator().manual_seed(self.seed + this_process())
         self.device_rng = None
 
     def before_batch(self):
         if len(self.xb) != 2: raise self.error(f'needs batches (images, modality), got {len(self.xb)} inputs: use ReIDDataLoaders, and one mixing callback at a time')
-        if self.p < 1 and torch.rand((), generator=self.rng) >= self.p: return  # on the CPU: nothing is read back
+        if self.p < 1 and self.coin() >= self.p: return  # on the CPU: nothing is read back
         images, modality = self.xb
         labels = self.yb[0] if len(self.yb) else None
         if not self.iter: slots(modality.cpu(), None if labels is None else labels.cpu())  # once an epoch: a line, not an assertion of the device
@@ -117,6 +119,14 @@ def set_resume_state(self:SlotMix, s):
     self.rng.set_state(states[0])
     device = torch.device(self.learn.dls.device)
     if len(states) > 1 and device.type != 'cpu': self.rng_on(device).set_state(states[1])
+
+# %% ../../nbs/05_callback.pedmix.ipynb #b0015bb0
+@patch
+def coin(self:SlotMix)->float:
+    "A number in [0, 1) for this batch."
+    if n_processes() == 1: return float(torch.rand((), generator=self.rng))
+    dl = self.learn.dls.train
+    return np.random.default_rng([dl.seed, dl.epoch, self.iter]).random()
 
 # %% ../../nbs/05_callback.pedmix.ipynb #3c71d7a9
 @patch

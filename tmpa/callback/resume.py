@@ -15,6 +15,7 @@ from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import get_model, num_distrib, to_device
 from ..core import CheckpointError, ConfigError, atomic_write
+from ..processes import in_order, n_processes, on_rank0, this_process
 from ..models.backbone import first_mismatch, load_torch
 
 # %% ../../nbs/16c_callback.resume.ipynb #c3a10006
@@ -28,20 +29,25 @@ def _plain(o):
     return o if isinstance(o, (str, int, float, bool, type(None))) else [_plain(v) for v in o]
 
 def random_state()->dict:
-    "The generators of Python, numpy and torch, those of all GPUs among them."
-    return _plain(dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []))
+    "The generators of Python, numpy and torch, those of all GPUs among them; with several processes that of their own GPU."
+    cuda = [] if not torch.cuda.is_available() else torch.cuda.get_rng_state_all() if n_processes() == 1 else [torch.cuda.get_rng_state()]
+    return _plain(dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), cuda=cuda))
 
 def set_random_state(s:dict):
     "Put the generators back to what `random_state` gave."
     random.setstate(s['python']); np.random.set_state(s['numpy']); torch.set_rng_state(s['torch'])
-    if torch.cuda.is_available() and len(s['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(s['cuda'])
+    if not torch.cuda.is_available() or not s['cuda']: return
+    if n_processes() > 1: torch.cuda.set_rng_state(s['cuda'][0])
+    elif len(s['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(s['cuda'])
 
 # %% ../../nbs/16c_callback.resume.ipynb #c3a10009
 def data_key(dls)->str:
     "Eight digits that differ when the training images, their order or the batches do."
     dl,items = dls.train,getattr(getattr(dls.train, 'dataset', None), 'items', None)
     who = [(str(o.pid), str(o.cam), int(o.modality), Path(o.path).name) for o in items] if items and hasattr(items[0], 'pid') else len(dl.dataset)
-    return hashlib.sha1(repr((who, [getattr(dl, k, None) for k in ('P','K','seed','bs')])).encode()).hexdigest()[:8]
+    how = [getattr(dl, k, None) for k in ('P','K','seed','bs')]
+    if n_processes() > 1: how.append(n_processes())
+    return hashlib.sha1(repr((who, how)).encode()).hexdigest()[:8]
 
 class ResumeFit(Callback):
     "Write what a fit needs to go on, after every epoch; go on from there when the file exists."
@@ -65,7 +71,7 @@ class ResumeFit(Callback):
         self._reset()
         if hasattr(self, 'lr_finder'): return
         if not hasattr(self.learn, 'recorder'): raise ConfigError('ResumeFit keeps what the Recorder has: leave that in the Learner')
-        if num_distrib() > 1: raise ConfigError('ResumeFit keeps the random numbers of one process: leave it out when training on several GPUs')
+        if num_distrib() > 1 and n_processes() == 1: raise ConfigError('ResumeFit: several processes would write one file: put the fit into `with learn.distrib_ctx():`')
 
     def before_epoch(self):
         if self.muted and self.epoch >= self.start: self._unmute()
@@ -81,7 +87,7 @@ class ResumeFit(Callback):
     def after_epoch(self): self.inside = False
     def after_cancel_fit(self): self.cut = self.inside  # between epochs it is early stopping, and the fit is over
     def after_fit(self):
-        if self.start is not None and not self.cut: self._leftovers(); self.file.unlink(missing_ok=True)
+        if self.start is not None and not self.cut and this_process() == 0: self._leftovers(); self.file.unlink(missing_ok=True)
         self.start = None
 
     def _leftovers(self):
@@ -91,7 +97,15 @@ class ResumeFit(Callback):
 @patch
 def _load(self:ResumeFit):
     self.start = 0
-    if not self.file.exists(): return
+    s = on_rank0(self._read)
+    if s is None: return
+    self.state,self.start = s,s['epoch']
+    self.resumed = [*s['resumed'], self.start]
+
+@patch
+def _read(self:ResumeFit):
+    "The state in the file, if it is one of this fit."
+    if not self.file.exists(): return None
     again = 'remove it to begin again'
     try: s = load_torch(self.file)
     except CheckpointError: raise CheckpointError(f'{self.file}: damaged, or not the state of a fit: {again}') from None
@@ -102,9 +116,8 @@ def _load(self:ResumeFit):
     if s['data'] != data_key(self.dls): raise no('the state of a fit on other images, or in other batches')
     if s['frozen'] != getattr(self.opt, 'frozen_idx', None): raise no('the state of a fit with other layers frozen')
     self._leftovers()
-    self.state,self.start = s,s['epoch']
-    self.resumed = [*s['resumed'], self.start]
-    if not self.quiet: print(f'{self.file}: going on after epoch {self.start} of {self.n_epoch}', flush=True)
+    if not self.quiet: print(f"{self.file}: going on after epoch {s['epoch']} of {self.n_epoch}", flush=True)
+    return s
 
 # %% ../../nbs/16c_callback.resume.ipynb #c3a10011
 @patch
@@ -114,7 +127,7 @@ def _mute(self:ResumeFit):
     for c in self.muted: c.run = False
 
 @patch
-def _log_file(self:ResumeFit): return next((c for c in self.learn.cbs if isinstance(c, CSVLogger)), None)
+def _log_file(self:ResumeFit): return next((c for c in self.learn.cbs if isinstance(c, CSVLogger) and this_process() == 0), None)
 
 def _state_of(c): # `last_saved_path` and the like of fastai's trackers, or what a callback says
     if 'resume_state' in dir(type(c)): return c.resume_state()
@@ -125,19 +138,29 @@ def _give_back(c, s):
     elif s:
         for k,v in s.items(): setattr(c, k, Path(v) if k == 'last_saved_path' and v else v)
 
+def _own(learn): # what no two processes share
+    dl = learn.dls.train
+    return _plain(dict(random=random_state(), loader=dict(epoch=getattr(dl, 'epoch', None), rng=dl.rng.getstate() if hasattr(dl, 'rng') else None),
+                       callbacks={c.name: _state_of(c) for c in learn.cbs}))
+
 @patch
 def _save(self:ResumeFit):
-    rec,scaler,log,dl = self.learn.recorder,getattr(self.learn, 'scaler', None),self._log_file(),self.dls.train
-    s = dict(epoch=self.epoch, n_epoch=self.n_epoch, resumed=self.resumed, train_iter=self.train_iter, data=data_key(self.dls), frozen=getattr(self.opt, 'frozen_idx', None),
-             model=get_model(self.learn.model).state_dict(), opt=self.opt.state_dict(), random=random_state(), loader=dict(epoch=getattr(dl, 'epoch', None), rng=dl.rng.getstate() if hasattr(dl, 'rng') else None),
+    own,*others = in_order(_own(self.learn))
+    on_rank0(lambda: self._write(own, others))
+
+@patch
+def _write(self:ResumeFit, own, others):
+    rec,scaler,log = self.learn.recorder,getattr(self.learn, 'scaler', None),self._log_file()
+    s = dict(**own, others=others, epoch=self.epoch, n_epoch=self.n_epoch, resumed=self.resumed, train_iter=self.train_iter, data=data_key(self.dls), frozen=getattr(self.opt, 'frozen_idx', None),
+             model=get_model(self.learn.model).state_dict(), opt=self.opt.state_dict(),
              recorder=dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=rec.values, count=rec.smooth_loss.count, val=rec.smooth_loss.val),
-             scaler=None if scaler is None else scaler.state_dict(), log=None if log is None else (log.path/log.fname).read_text(encoding='utf8'),
-             callbacks={c.name: _state_of(c) for c in self.learn.cbs})
+             scaler=None if scaler is None else scaler.state_dict(), log=None if log is None else (log.path/log.fname).read_text(encoding='utf8'))
     with atomic_write(self.file) as t, open(t, 'wb') as f: torch.save(_plain(s), f)
 
 @patch
 def _go_on(self:ResumeFit):
     s,self.state,dl = self.state,None,self.dls.train
+    own = s['others'][this_process()-1] if this_process() else s
     get_model(self.learn.model).load_state_dict(s['model'])
     self.opt.load_state_dict(to_device(s['opt'], next(self.learn.model.parameters()).device))
     self.learn.train_iter,rec,r = s['train_iter'],self.learn.recorder,s['recorder']
@@ -146,8 +169,8 @@ def _go_on(self:ResumeFit):
     if s['scaler'] is not None and getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(s['scaler'])
     if (log := self._log_file()) and s['log'] is not None: log.file.seek(0); log.file.truncate(); log.file.write(s['log']); log.file.flush()
     for c in self.learn.cbs:
-        _give_back(c, s['callbacks'].get(c.name))
+        _give_back(c, own['callbacks'].get(c.name))
         if 'nb_batches' in vars(c): c.nb_batches = list(r['iters'])  # fastai's ShowGraphCallback draws one point for each
-    if s['loader']['epoch'] is not None: dl.set_epoch(s['loader']['epoch'])
-    if s['loader']['rng'] is not None: dl.rng.setstate(s['loader']['rng'])
-    set_random_state(s['random'])  # last: nothing before the next batch may draw
+    if own['loader']['epoch'] is not None: dl.set_epoch(own['loader']['epoch'])
+    if own['loader']['rng'] is not None: dl.rng.setstate(own['loader']['rng'])
+    set_random_state(own['random'])  # last: nothing before the next batch may draw

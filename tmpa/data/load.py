@@ -18,10 +18,11 @@ from fastcore.basics import chunked, defaults, patch
 from fastcore.meta import delegates
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import _loaders
-from fastai.torch_core import TensorImage, default_device
+from fastai.torch_core import TensorImage, default_device, to_detach
 from fastai.vision.core import imagenet_stats
 from fasttransform import Transform
 from ..core import ConfigError, DataError, check_record, slots, tmpa_home
+from ..processes import own_batches
 from .external import (cross_settings, llcm_items, llcm_settings, item_range,
                                 as_float, decoded, regdb_items, regdb_settings, sysu_items, sysu_settings)
 from .cache import ImageCache, image_cache
@@ -102,11 +103,12 @@ def _pairs(items):
     for i, o in enumerate(items): groups[o.pid][int(o.modality)].append(i)
     return {p: (np.array(v), np.array(r)) for p, (v, r) in sorted(groups.items()) if v and r}
 
-def _epoch_shape(groups, P, K):
-    "Batches in an epoch and identities in a batch."
+def _epoch_shape(groups, P, K, world=1):
+    "Batches in an epoch, and identities in a batch of each of `world` processes."
     most = max((sum(len(g[m]) for g in groups) for m in range(2)), default=0)
-    P = min(P, len(groups))
-    return (max(ceil(len(groups)/P), ceil(most/(P*K))) if P else 0),P
+    P = min(P, len(groups)//world)
+    if not P: return 0, 0
+    return max(ceil(len(groups)/(P*world)), ceil(most/(P*world*K))), P
 
 def identity_batches(
     items:list, # ReIDImage
@@ -114,18 +116,22 @@ def identity_batches(
     K:int=4, # Images per identity and modality
     seed:int=0, # Seed
     epoch:int=0, # Epoch, the second half of the seed
+    rank:int=0, # Which process
+    world:int=1, # Of how many: a batch of all of them has `world` times P identities
 ) -> np.ndarray: # int64 (batches, P, 2, K): indices into `items`
     "One epoch of batches; identities without both modalities are passed over."
     groups,rng = list(_pairs(items).values()),np.random.default_rng([seed, epoch])
-    n,P = _epoch_shape(groups, P, K)
+    n,P = _epoch_shape(groups, P, K, world)
     if not n: return np.zeros((0, P, 2, K), np.int64)
     draw = lambda a: rng.choice(a, K, replace=len(a)<K)
-    return np.array([[[draw(a) for a in groups[j]] for j in row] for row in _deal(len(groups), P, n, rng)])
+    dealt = _deal(len(groups), P*world, n, rng)  # the same in all processes
+    return np.array([[[draw(a) for a in groups[j]] for j in row] for row in dealt])[:, rank*P:(rank + 1)*P]
 
 # %% ../../nbs/03_data.load.ipynb #e6ed831e
 class ReIDDL(TfmdDL):
     "Identity-balanced batches when `shuffle`, every item once and in order otherwise."
     _n_inp, _types = 2, {tuple: [TensorImage] + [torch.Tensor]*4}  # so that an empty loader need not be asked
+    rank, world = 0, 1                          # which process of how many, see `share`
     def __init__(self,
         dataset, # ReIDDataset
         P:int=8, # Identities in a shuffled batch
@@ -141,15 +147,23 @@ class ReIDDL(TfmdDL):
             self._n_batches, P = _epoch_shape(list(_pairs(dataset.items).values()), P, K)
         super().__init__(dataset, bs=2*max(P, 1)*K if shuffle else bs, shuffle=shuffle, **kwargs)
 
-    def __len__(self): return self._n_batches if self.shuffle else super().__len__()
+    def __len__(self):
+        if self.shuffle: return self._n_batches
+        own = own_batches(self.n, self.bs, self.rank, self.world)
+        return super().__len__() if self.world == 1 else ceil((own.stop - own.start)/self.bs)
+
     def set_epoch(self, epoch:int):
         "Make the next pass number `epoch` (from 0)."
         self.epoch = epoch
 
     def get_idxs(self):
-        if not self.shuffle: return list(range(self.n))
+        if not self.shuffle: return list(range(self.n))[own_batches(self.n, self.bs, self.rank, self.world)]
         self.epoch += 1
-        return identity_batches(self.dataset.items, self.P, self.K, self.seed, self.epoch-1).flatten().tolist()
+        return self.batches_of(self.epoch-1).flatten().tolist()
+
+    def batches_of(self, epoch:int):
+        "The `identity_batches` of an epoch, those of this process."
+        return identity_batches(self.dataset.items, self.P, self.K, self.seed, epoch, self.rank, self.world)
 
     def one_batch(self):
         epoch = self.epoch
@@ -159,6 +173,30 @@ class ReIDDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         mine = dict(P=self.P, K=self.K, seed=self.seed, epoch=self.epoch) if cls is None or issubclass(cls, ReIDDL) else {}
         return super().new(dataset, cls, **{**mine, **kwargs})
+
+# %% ../../nbs/03_data.load.ipynb #0f8e3a36
+@patch
+def share(self:ReIDDL,
+    rank:int=0, # Which process
+    world:int=1, # Of how many; 1: everything again
+):
+    "Give one process its part of each training batch, or of the items."
+    if self.shuffle:
+        groups = list(_pairs(self.dataset.items).values())
+        n, P = _epoch_shape(groups, self.P, self.K, world)
+        if world > 1 and not P:
+            raise ConfigError(f'{world} processes need as many training identities, one for each: '
+                              'start fewer, or give more identities')
+        if world > 1 and P < self.P and not rank:
+            warn(f'{len(groups)} training identities for {world} processes: '
+                 f'each takes {P} in a batch, not P={self.P}')
+        self._n_batches, self.bs = n, 2*max(P, 1)*self.K
+    self.rank, self.world = rank, world
+
+@patch
+def to_detach(self:ReIDDL, b, cpu=True, gather=True):
+    "As fastai does, but from this process alone: shares need not have as many batches."
+    return to_detach(b, cpu, False)
 
 # %% ../../nbs/03_data.load.ipynb #13e93431
 def one_ahead(

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 from ..core import ConfigError, plain, slots
+from ..processes import refuse_data_parallel
 from ..layers import BNNeck, Classifier, GeM, SpecificClassifier, avg_pool
 from .attention import get_attention
 from .backbone import arch_name, make_resnet, split_resnet
@@ -119,6 +120,7 @@ class TMPANet(ReIDNet, method='tmpa'):
         if not self.training:
             f = self.features(images, modality)                        # (B, D)
             return F.normalize((self.neck(f) if self.feature == 'bn' else f).float())
+        if getattr(self, '_is_replica', False): refuse_data_parallel()
         if self.mfe.visible is None: return self.train_one_trunk(images, modality, mixed)
         if self.complete == 'pair': return self.train_pairs(images, modality, mixed)
         return self.train_singles(images, modality, mixed)
