@@ -134,14 +134,15 @@ def train_run(
     watch = Watch(budget)
     with together(), ExitStack() as held:
         cfg = replace(cfg, processes=n_processes())
-        on_rank0(lambda: _refuse(cfg, resume))
+        on_rank0(lambda: _refuse(cfg, resume, budget))
         train,test,settings = rank0_first(lambda: read_data(cfg.spec))
         images = images_key(cfg.spec, train, test)
         going_on,before = on_rank0(lambda: _begin(cfg, images, held))
         if before: return before
         return _train_run(cfg, train, test, settings, images, going_on, quiet or this_process() > 0, rank_figure, watch, budget)
 
-def _refuse(cfg, resume):
+def _refuse(cfg, resume, budget):
+    if cfg.processes > 1 and budget is not None: raise ConfigError('a budget is of one core: leave it out when several processes train together')
     if cfg.processes > 1 and cfg.recipe.method == 'dart':
         raise ConfigError('DART compares the losses of all images, and trains in one process: '
                           'start it without accelerate launch')

@@ -83,8 +83,8 @@ class ReIDMetrics(Callback):
         self.results = on_rank0(lambda: evaluate_settings(feats, pid, cam, settings)) if settings else {}  # ranked once
     def _shares(self):
         "Features and what is known about them, of all processes that had a share of the images."
+        if self._feats and self.pred.is_cuda: torch.cuda.synchronize(self.pred.device)  # once; what was on its way is there
         mine = (torch.cat(self._feats), torch.cat(self._meta, 1)) if self._feats else None
-        if mine and self.pred.is_cuda: torch.cuda.synchronize(self.pred.device)  # once; what was on its way is there
         self._feats,self._meta = [],[]
         parts = in_order(mine) if getattr(self.dl, 'world', 1) > 1 else [mine]
         return [o for o in parts if o is not None]
