@@ -18,6 +18,7 @@ import torch
 import torchvision.transforms as T
 from PIL import Image
 from tmpa.core import ReIDImage, atomic_write, keep_memory
+from tmpa.data.cache import image_cache
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import render_person
 from tmpa.data.transforms import ReIDAug
@@ -87,6 +88,7 @@ def loaders(items, size, cache):
 def one_round(items, size, warm_chain, cached, folder):
     chain = lambda ds: torch.utils.data.DataLoader(ds, batch_size=64, shuffle=True)
     def first_epoch():
+        image_cache(items, size, folder=folder, num_workers=0, progress=False)  # in this process, whose time is taken
         yield from loaders(items, size, folder).train
     return {'chain cold': rate(chain(Chain(items, size, warm=False))),
             'tmpa cold': rate(loaders(items, size, False).train),
@@ -99,7 +101,7 @@ def measure(source, size, n_ids, rounds):
     with tempfile.TemporaryDirectory() as d:
         items = write_images(Path(d), source, n_ids)
         warm, cached = Chain(items, size, warm=True), loaders(items, size, Path(d)/'cache')
-        one_round(items[:64], size, Chain(items[:64], size, warm=True), cached, Path(d)/'begin')  # everything is loaded
+        one_round(items[:64], size, Chain(items[:64], size, warm=True), cached, Path(d)/"begin")  # everything is loaded
         return [one_round(items, size, warm, cached, Path(d)/f'round{r}') for r in range(rounds)]
 
 def summary(rows):
@@ -125,7 +127,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     keep_memory()  # as the commands do, for both
     warnings.simplefilter('ignore', UserWarning)
-    size, sources, n_ids = ((96, 48), [(128, 64)], 16) if args.quick else ((288, 144), [(128, 64), (288, 144), (384, 160)], 32)
+    size, sources, n_ids = ((96, 48), [(128, 64)], 16) if args.quick else ((288, 144), [(128, 64), (288, 144), (384, 160)], 128)
     results = {}
     for source in sources:
         name = f'{source[0]}x{source[1]}'

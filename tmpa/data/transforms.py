@@ -132,10 +132,12 @@ def _each(x, pad, moves, mirror, channel, boxes):
     mirror = none if mirror is None else mirror
     channel = none - 1 if channel is None else channel
     boxes = torch.zeros(n, 4, dtype=torch.long) if boxes is None else boxes
-    y, colour = torch.zeros_like(x), _colour(x, FILL).numpy()
+    y, colour = torch.empty_like(x), _colour(x, FILL).numpy()
     dice = zip(held.tolist(), mirror.tolist(), channel.tolist(), boxes.tolist())
     for new, old, ((top, bottom, left, end, a, b), m, c, box) in zip(y.numpy(), x, dice):
         old = (old.flip(2) if m else old).numpy()
+        new[:, :top], new[:, bottom:] = 0, 0
+        new[:, top:bottom, :left], new[:, top:bottom, end:] = 0, 0
         new[:, top:bottom, left:end] = old[:, top+a:bottom+a, left+b:end+b]
         if c >= 0: new[:] = new[c].copy()
         if box[1]: new[:, box[0]:box[1], box[2]:box[3]] = colour
