@@ -150,9 +150,9 @@ def image_cache(
     items:list, # ReIDImages, in any order
     size:tuple, # (height, width)
     ir_range:tuple|None=None, # As in read_image
-    folder:str|Path|None=None, # Where files are kept; None: `images` in `tmpa_home`
-    num_workers:int|None=None, # Processes that decode; None: up to 16 for more than a few hundred images
-    progress:bool|None=None, # Show a progress bar; None: for more than a few hundred images
+    folder:str|Path|None=None, # Where files are kept; None: in TMPA_HOME
+    num_workers:int|None=None, # Processes that decode; None: up to 16 for many images
+    progress:bool|None=None, # Show a progress bar; None: for many images
 )->ImageCache:
     "The decoded images of all `items`, made now or found; `ConfigError` where there is no place for them."
     names = sorted({_name(o, ir_range) for o in items}, key=str)
