@@ -18,7 +18,7 @@ from tmpa.data.cache import image_cache
 from tmpa.data.load import ReIDDataLoaders, ReIDDataset, ReIDDL, _cache_for, identity_batches, on_device, one_ahead, split_by_pid
 from tmpa.learner import tmpa_learner
 from tmpa.models.backbone import micro_resnet
-from tmpa.data.transforms import ReIDAug, channel_exchange, hflip, pad_crop, random_erase
+from tmpa.data.transforms import Pieces, ReIDAug, channel_exchange, hflip, pad_crop, random_erase
 
 ORACLES = os.environ.get('TMPA_ORACLES')
 needs_oracles = pytest.mark.skipif(not ORACLES, reason='TMPA_ORACLES does not name the folder of reference outputs')
@@ -511,6 +511,25 @@ def test_mixed_depth_is_the_same_from_a_cache(people, tmp_path):
     want = torch.stack([load_resized(o.path, (32, 16), item_range(o, (1000, 1765))) for o in items])
     got = torch.cat([a.decode(x)[0] for x in a.new(shuffle=False)])
     assert torch.allclose(got, want, atol=1e-6)
+
+def test_grey_and_colour_are_put_together_alike(people, tmp_path):
+    "Augmentation on a CPU takes images from where they lie, a worker sends a whole batch."
+    items = []
+    for o in people[:40]:
+        if o.modality == 1:
+            f = tmp_path/f'{o.path.stem}-grey.png'
+            Image.open(o.path).convert('L').save(f)
+            o = o._replace(path=f)
+        items.append(o)
+    def batches(**kwargs):
+        dl = ReIDDataLoaders.from_items(items, size=(32, 16), P=2, K=2, device='cpu', aug=ReIDAug(erase=.5), **kwargs).train
+        torch.manual_seed(7)
+        return dl, list(dl)
+    (dl,want),*others = (batches(**kw) for kw in (dict(num_workers=0), dict(num_workers=1), dict(cache=tmp_path/'images')))
+    assert type(next(dl.create_batches(iter(dl.get_idxs())))[0]) is Pieces
+    assert {len(dl.dataset.pixels(i)) for i in range(len(items))} == {1, 3}
+    for _,got in others: assert all(torch.equal(p, q) for x,y in zip(want, got) for p,q in zip(x, y))
+    assert type(want[0][0]) is TensorImage and want[0][0].shape == (8, 3, 32, 16)
 
 def test_one_cache_for_all_trials_and_splits(tmp_path):
     from tmpa.data.synthetic import make_regdb

@@ -60,14 +60,14 @@ class ImageCache:
     def get(self,
         o, # A ReIDImage
         ir_range:tuple|None=None, # As in read_image
-    )->np.ndarray|None: # (1 or 3, height, width), read only; None: not in here
+    )->np.ndarray|None: # (1 or 3, height, width), mapped: changes stay in this process; None: not in here
         "The pixels of a record."
         i, = self.rows([o], ir_range)
         return None if i is None else self[i]
 
     def __getitem__(self, i):
         "The pixels at a place."
-        if self.bytes is None: self.bytes = np.asarray(np.memmap(self.file, mode='r', dtype=np.uint8))
+        if self.bytes is None: self.bytes = np.asarray(np.memmap(self.file, mode='c', dtype=np.uint8))
         channels, dtype = _KINDS[self.kinds[i]]
         a = self.bytes[self.start[i]:self.start[i] + _n_bytes(self.kinds[i], self.size)]
         return a.view(dtype).reshape(channels, *self.size)
