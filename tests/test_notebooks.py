@@ -28,7 +28,8 @@ def printed(path):
             yield o.get('name', o['output_type']), ''.join(o.get('text', [])) + '\n'.join(''.join(v) for k,v in o.get('data', {}).items() if k.startswith('text/'))
 
 
-LONG = 'ablation.ipynb', 'own_method.ipynb', 'gallery.ipynb', 'train.ipynb', 'departures.ipynb'  # minutes on the stand-in
+# these take a minute or more on the stand-in
+LONG = 'ablation.ipynb', 'own_method.ipynb', 'gallery.ipynb', 'train.ipynb', 'departures.ipynb', '18_experiment.ipynb'
 
 def runs_on(path, device):
     "On other devices than the CPU only pages run that make loaders or learners, which go to the default device."

@@ -13,12 +13,13 @@ from datetime import timedelta
 from math import ceil
 import torch
 from torch import Tensor, distributed as dist
-from fastai.torch_core import num_distrib, rank_distrib
 from .core import ConfigError, TMPAError
 
 # %% ../nbs/00a_processes.ipynb #162216f7
 _inside = False  # whether this process now works on one thing with the others
 _hub = None      # group for objects, made once
+
+def _started(): return int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # how many, and which
 
 def n_processes()->int:
     "How many processes work together; 1 outside of `together`."
@@ -34,7 +35,7 @@ def _start():
     try: from accelerate import PartialState
     except ImportError:
         e = ConfigError('several processes need Accelerate: install it with `pip install "tmpa[distributed]"`')
-        raise (told(e) if rank_distrib() else e) from None
+        raise (told(e) if _started()[1] else e) from None
     cpu = not torch.cuda.is_available() or os.environ.get('ACCELERATE_USE_CPU', 'false').lower() in ('1', 'true')
     PartialState(cpu)  # the process group, and this process's GPU
     if _hub is None: _hub = dist.new_group(backend='gloo', timeout=timedelta(hours=12))
@@ -43,7 +44,7 @@ def _start():
 def together():
     "All processes run the code in this block, and share its work. Nothing is different where there is one."
     global _inside
-    if _inside or num_distrib() < 2:
+    if _inside or _started()[0] < 2:
         yield
         return
     _start()

@@ -101,7 +101,7 @@ class ShareFit:
         acc = self.accelerator
         if acc.ddp_handler is None: acc.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', '.*broadcast_buffers')  # newer names for it are not known to every torch
+            warnings.simplefilter('ignore')  # of broadcast_buffers: newer names for it are not known to every torch
             ddp = acc.prepare(model)  # with the weights of the first process
         acc._models.clear()       # which would keep each fit's
         for b in model.buffers(): dist.broadcast(b, 0)
