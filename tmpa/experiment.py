@@ -112,7 +112,9 @@ def make_learner(
     valid = None
     if cfg.select == 'held_out': train,valid = held_out_split(cfg, train)
     kw = {} if cfg.num_workers is None else dict(num_workers=cfg.num_workers)
-    dls = ReIDDataLoaders.from_items(train, valid, size=cfg.spec.size, P=cfg.P, K=cfg.K, seed=cfg.seed, channel_exchange=cfg.recipe.channel_exchange, ir_range=cfg.ir_range, cache=cfg.cache, cache_with=others, **kw)
+    dls = ReIDDataLoaders.from_items(
+        train, valid, size=cfg.spec.size, P=cfg.P, K=cfg.K, seed=cfg.seed, ir_range=cfg.ir_range,
+        channel_exchange=cfg.recipe.channel_exchange, cache=cfg.cache, cache_with=others, **kw)
     return _learner(cfg, dls, mix)
 
 def _learner(cfg, dls, mix):
@@ -142,7 +144,8 @@ def train_run(
         return _train_run(cfg, train, test, settings, images, going_on, quiet or this_process() > 0, rank_figure, watch, budget)
 
 def _refuse(cfg, resume, budget):
-    if cfg.processes > 1 and budget is not None: raise ConfigError('a budget is of one core: leave it out when several processes train together')
+    if cfg.processes > 1 and budget is not None:
+        raise ConfigError('a budget is of one core: leave it out when several processes train together')
     if cfg.processes > 1 and cfg.recipe.method == 'dart':
         raise ConfigError('DART compares the losses of all images, and trains in one process: '
                           'start it without accelerate launch')
@@ -195,8 +198,8 @@ def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure,
     if watch.over:
         write_json(out/'over_budget.json', dict(budget=budget, epochs_done=learn.epoch, epochs=cfg.epochs, seconds=seconds))
         raise OverBudget(f'{cfg.recipe.name}, seed {cfg.seed}: {budget:g} minutes of one core were over in epoch {learn.epoch+1} of {cfg.epochs}')
-    decoded = learn.dls.train_ds.cache
-    try: feats = extract_features(learn.model, test, spec.size, ir_range=cfg.ir_range, num_workers=cfg.num_workers, cache=decoded)
+    how = dict(ir_range=cfg.ir_range, num_workers=cfg.num_workers, cache=learn.dls.train_ds.cache)
+    try: feats = extract_features(learn.model, test, spec.size, **how)
     except TMPAError as e:
         again = type(e)(f'{e}; the trained weights are kept, and the same command (tmpa_train: with --resume) only scores them')
         raise (told(again) if is_told(e) else again) from None

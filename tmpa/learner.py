@@ -92,7 +92,8 @@ def _precision_cbs(precision, device):
     if precision not in ('auto','fp32','fp16','bf16'): raise ConfigError(f"precision={precision!r}: choose 'auto', 'fp32', 'fp16' or 'bf16'")
     cuda = torch.device(device or 'cpu').type == 'cuda'
     if precision in ('fp16','bf16') and not cuda:
-        raise ConfigError(f"precision={precision!r} needs a CUDA device and the batches are on {device}: pass precision='auto' or 'fp32'")
+        raise ConfigError(f"precision={precision!r} needs a CUDA device and the batches are on {device}: "
+                          "pass precision='auto' or 'fp32'")
     if precision == 'fp32' or not cuda: return []
     return [AsyncMixedPrecision('bf16' if precision == 'bf16' else 'fp16')]
 
@@ -140,7 +141,8 @@ def reid_learner(dls, # ReIDDataLoaders
     if mix is not None and not isinstance(mix, Callback): raise ConfigError(f"mix={mix!r}: pass a mix callback such as PedMix(), 'pedmix', or None")
     scores = [ReIDMetrics(every=eval_every)] if len(getattr(dls, 'valid_items', ())) else []
     terms = _terms(model, loss_func) if terms is None else terms
-    own = [*scores, Processes(), NeedsMonitor(), PlainTensors(), LossTerms(terms), StayOnDevice(), StopRunaway(), ChannelsLast()]  # channels last: nearly twice as fast on a CPU
+    own = [*scores, Processes(), NeedsMonitor(), PlainTensors(), LossTerms(terms), StayOnDevice(), StopRunaway()]
+    own += [ChannelsLast()]  # nearly twice as fast on a CPU
     own += ([] if mix is None else [mix]) + _precision_cbs(precision, getattr(dls, 'device', None))
     if compile: model.compile()  # one graph, for each of training, evaluation and their sizes: past eight of them eager, not an end
     kwargs = {'opt_func': sgd, 'splitter': split_params, 'wd_bn_bias': True, **kwargs}
@@ -174,12 +176,12 @@ def extract_features(
     size:tuple, # Height and width that the network was trained with
     bs:int=128, # Images a batch
     ir_range:tuple|None=None, # Fixed range of 16-bit infrared files, see read_image
-    num_workers:int|None=None, # Loader processes; default 0 on a CPU (which the network needs itself) and with a cache, else up to 8
+    num_workers:int|None=None, # Loader processes; default 0 on a CPU and with a cache, else up to 8
     device=None, # Default: where the model is
     flip:bool=False, # Average with the feature of the mirrored image (to be named beside the score)
     cache:ImageCache|None=None, # Decoded images; what is not in there is decoded
 )->torch.Tensor: # (n, D) float32 on the CPU, in the order of `items`; L2-normalised
-    "Features of all images, each from its own modality's path; within `learn.distrib_ctx()` every process sees a share of the images, and gets all features."
+    "Features of all images, each from its own modality's path; within `learn.distrib_ctx()` processes share the work."
     if not len(items): raise DataError('no images to extract features from: the item list is empty')
     if n_processes() > 1:
         own = items[own_batches(len(items), bs, this_process(), n_processes())]
@@ -191,7 +193,8 @@ def _extract(model, items, size, bs, ir_range, num_workers, device, flip, cache)
     "Features of the images of one process."
     device = next(model.parameters()).device if device is None else torch.device(device)
     if num_workers is None: num_workers = 0 if cache is not None or device.type == 'cpu' else min(8, defaults.cpus)
-    dl = ReIDDL(ReIDDataset(items, size=size, ir_range=ir_range, cache=cache), bs=bs, num_workers=num_workers, device=device,
+    ds = ReIDDataset(items, size=size, ir_range=ir_range, cache=cache)
+    dl = ReIDDL(ds, bs=bs, num_workers=num_workers, device=device,
                 pin_memory=device.type == 'cuda', after_batch=[PixelNorm.from_stats(*imagenet_stats, cuda=False)])
     was_training, out = model.training, []
     model.eval()

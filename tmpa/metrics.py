@@ -18,7 +18,7 @@ from .evaluation import cross_settings_of, evaluate_settings
 
 # %% ../nbs/15_metrics.ipynb #b6e2e678
 def _on_its_way(x):
-    "A copy on the CPU that no batch waits for (torch takes pinned memory for it): what is on a GPU must be waited for before it is read."
+    "A copy on the CPU, in pinned memory, that no batch waits for: wait for the GPU before it is read."
     return x.to('cpu', non_blocking=x.is_cuda)
 
 class ReIDMetrics(Callback):
@@ -83,7 +83,7 @@ class ReIDMetrics(Callback):
         self.results = on_rank0(lambda: evaluate_settings(feats, pid, cam, settings)) if settings else {}  # ranked once
     def _shares(self):
         "Features and what is known about them, of all processes that had a share of the images."
-        if self._feats and self.pred.is_cuda: torch.cuda.synchronize(self.pred.device)  # once; what was on its way is there
+        if self._feats and self.pred.is_cuda: torch.cuda.synchronize(self.pred.device)  # for what is on its way
         mine = (torch.cat(self._feats), torch.cat(self._meta, 1)) if self._feats else None
         self._feats,self._meta = [],[]
         parts = in_order(mine) if getattr(self.dl, 'world', 1) > 1 else [mine]

@@ -418,7 +418,7 @@ def from_items(cls:ReIDDataLoaders,
     channel_exchange:bool|float=True, # Whether visible images exchange channels, or the chance that they do
     aug=True, # False: no augmentation; or a transform in place of ReIDAug
     ir_range:tuple|None=None, # Raw values that mean 0 and 1 in infrared files of more than 8 bits
-    cache:bool|str|Path|None=None, # Decode all images once, into a file (`image_cache`): True, or the folder for it; None: for a GPU
+    cache:bool|str|Path|None=None, # Decode images once, into a file: True, or the folder for it; None: for a GPU
     cache_with=(), # More images for that file, such as the test images, or a function that gives them
     settings_fn=cross_settings, # Function from validation items to evaluation settings
     path:str|Path='.', # Where fastai saves models
@@ -426,7 +426,7 @@ def from_items(cls:ReIDDataLoaders,
     **kwargs
 ):
     "Loaders from lists of records."
-    if 'cache_gb' in kwargs: raise ConfigError('cache_gb: decoded images are kept in a file now, of as many bytes as it takes; leave cache_gb out')
+    if 'cache_gb' in kwargs: raise ConfigError('cache_gb: decoded images are kept in a file now: leave cache_gb out')
     if 'bs' in kwargs: raise ConfigError(f"bs={kwargs['bs']}: a training batch is 2 x P x K images, give P and K; bs_valid is the batch of validation and test")
     train_items,vocab = _checked(_records(train_items), P, K)
     valid_items = _records(valid_items or [])
@@ -439,7 +439,8 @@ def from_items(cls:ReIDDataLoaders,
     if num_workers is None: num_workers = min(4, defaults.cpus) if images is None else 0
     kwargs = dict(P=P, K=K, seed=seed, num_workers=num_workers, pin_memory=device.type == 'cuda') | kwargs
     norm = lambda: PixelNorm.from_stats(*imagenet_stats, cuda=False)
-    train = ReIDDL(mk(train_items, split_idx=0), shuffle=True, after_batch=[*_augmentation(aug, channel_exchange), norm()], **kwargs)
+    augmented = [*_augmentation(aug, channel_exchange), norm()]
+    train = ReIDDL(mk(train_items, split_idx=0), shuffle=True, after_batch=augmented, **kwargs)
     valid = ReIDDL(mk(valid_items), bs=bs_valid, after_batch=[norm()], **kwargs)
     return cls(train, valid, path=path, device=device, settings_fn=settings_fn)
 
