@@ -8,6 +8,7 @@ import ctypes, sys
 from contextlib import contextmanager
 
 import torch
+from torch.library import Library, fallthrough_kernel
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = 'pretend'
@@ -203,13 +204,13 @@ class _Module(_DummyBackendModule):
 
 def _register():
     _setup_privateuseone_for_python_backend(NAME, _Module())
-    every = torch.library.Library('_', 'IMPL')
-    aten = torch.library.Library('aten', 'IMPL')
+    every = Library('_', 'IMPL')
+    aten = Library('aten', 'IMPL')
     every.fallback(_fallback, 'PrivateUse1')
     aten.impl('copy_', _copy_, 'PrivateUse1')
     aten.impl('convolution_overrideable', _convolution, 'PrivateUse1')
     aten.impl('convolution_backward_overrideable', _convolution_backward, 'PrivateUse1')
-    every.fallback(torch.library.fallthrough_kernel, 'AutocastPrivateUse1')
+    every.fallback(fallthrough_kernel, 'AutocastPrivateUse1')
     for name in _LOWER: aten.impl(name, _lowered(name), 'AutocastPrivateUse1')
     _libraries.extend([every, aten])
     aten.impl('set_.source_Storage_storage_offset', _set_, 'PrivateUse1')

@@ -494,19 +494,21 @@ def test_a_cache_and_workers_change_no_weight(people, tmp_path):
         got = trained_weights(people, tmp_path, **kwargs)
         assert all(torch.equal(got[k], v) for k,v in want.items()), kwargs
 
+def with_infrared(people, folder, change):
+    "The same records, with changed infrared images."
+    def changed(o):
+        f = folder/f'{o.path.stem}-changed.png'
+        change(Image.open(o.path)).save(f)
+        return o._replace(path=f)
+    return [changed(o) if o.modality == 1 else o for o in people]
+
 def test_mixed_depth_is_the_same_from_a_cache(people, tmp_path):
     "Visible images of 8 bits, infrared ones of 16: a batch has 16, and loses nothing."
-    items = []
-    for o in people[:40]:
-        if o.modality == 1:
-            f = tmp_path/f'{o.path.stem}-deep.png'
-            Image.fromarray(np.asarray(Image.open(o.path).convert('L')).astype(np.uint16)*3+1000).save(f)
-            o = o._replace(path=f)
-        items.append(o)
+    deep = lambda im: Image.fromarray(np.asarray(im.convert('L')).astype(np.uint16)*3+1000)
+    items = with_infrared(people[:40], tmp_path, deep)
     kw = dict(size=(32, 16), ir_range=(1000, 1765), aug=False)
     a,b = (ReIDDataLoaders.from_items(items, P=2, K=2, device='cpu', num_workers=0, cache=c, **kw).train for c in (False, tmp_path/'images'))
-    deep = {a.dataset.pixels(i).dtype.name for i in range(len(items))}
-    assert deep == {'uint8', 'uint16'}
+    assert {a.dataset.pixels(i).dtype.name for i in range(len(items))} == {'uint8', 'uint16'}
     for x,y in zip(a, b): assert all(torch.equal(p, q) for p,q in zip(x, y))
     want = torch.stack([load_resized(o.path, (32, 16), item_range(o, (1000, 1765))) for o in items])
     got = torch.cat([a.decode(x)[0] for x in a.new(shuffle=False)])
@@ -514,13 +516,7 @@ def test_mixed_depth_is_the_same_from_a_cache(people, tmp_path):
 
 def test_grey_and_colour_are_put_together_alike(people, tmp_path):
     "Augmentation on a CPU takes images from where they lie, a worker sends a whole batch."
-    items = []
-    for o in people[:40]:
-        if o.modality == 1:
-            f = tmp_path/f'{o.path.stem}-grey.png'
-            Image.open(o.path).convert('L').save(f)
-            o = o._replace(path=f)
-        items.append(o)
+    items = with_infrared(people[:40], tmp_path, lambda im: im.convert('L'))
     def batches(**kwargs):
         dl = ReIDDataLoaders.from_items(items, size=(32, 16), P=2, K=2, device='cpu', aug=ReIDAug(erase=.5), **kwargs).train
         torch.manual_seed(7)

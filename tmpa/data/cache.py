@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 import numpy as np
+import PIL
 import torch
 from fastprogress.fastprogress import progress_bar
 from ..core import ConfigError, DataError, atomic_write, tmpa_home
 from .external import decoded, item_range
 
 # %% ../../nbs/01b_data.cache.ipynb #17b9c191
+_HOW = [1, PIL.__version__] # how images are decoded and resized: files made otherwise are made again
 _END = b'tmpa img' # the last bytes of a whole file, after the place of the index
 _KINDS = [(1, 'uint8'), (3, 'uint8'), (1, 'uint16'), (3, 'uint16')] # channels and type of a decoded image
 
@@ -91,7 +93,7 @@ def _open(file, size, names, sources):
             f.seek(place)
             index = json.loads(f.read()[:-16])
         cache = ImageCache(file, size, names, index['kinds'])
-        same = index['sources'] == sources and len(cache) == len(index['kinds']) and cache.nbytes == place
+        same = index['how'] == _HOW and index['sources'] == sources and len(cache) == len(index['kinds']) and cache.nbytes == place
     except (OSError, ValueError, KeyError, TypeError, IndexError): return None
     return cache if same else None
 
@@ -117,7 +119,7 @@ def _write(file, size, names, sources, num_workers, progress):
             kinds.append(_kind(a))
             f.write(a.tobytes().ljust(_aligned(a.nbytes), b'\0'))
         place = f.tell()
-        f.write(json.dumps(dict(sources=sources, kinds=kinds)).encode())
+        f.write(json.dumps(dict(how=_HOW, sources=sources, kinds=kinds)).encode())
         f.write(place.to_bytes(8, 'little') + _END)
     return ImageCache(file, size, names, kinds)
 

@@ -56,7 +56,7 @@ class ReIDDataset:
         return TensorImage(image), *self.numbers[i].tolist()
 
     def pixels(self, i):
-        "Image `i` as `decoded` gives it (1 or 3, height, width); one from the cache is read only."
+        "Image `i` as `decoded` gives it (1 or 3, height, width); changes to one from the cache stay in this process."
         if self.kept[i] is not None: return self.cache[self.kept[i]]
         o = self.items[i]
         return decoded(o.path, self.size, item_range(o, self.ir_range))
