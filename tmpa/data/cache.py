@@ -93,9 +93,10 @@ def _open(file, size, names, sources):
             f.seek(place)
             index = json.loads(f.read()[:-16])
         cache = ImageCache(file, size, names, index['kinds'])
-        same = index['how'] == _HOW and index['sources'] == sources and len(cache) == len(index['kinds']) and cache.nbytes == place
+        whole = len(cache) == len(index['kinds']) and cache.nbytes == place
+        same = index['how'] == _HOW and index['sources'] == sources
     except (OSError, ValueError, KeyError, TypeError, IndexError): return None
-    return cache if same else None
+    return cache if whole and same else None
 
 # %% ../../nbs/01b_data.cache.ipynb #7d533521
 class _Decoder(torch.utils.data.Dataset):
