@@ -31,12 +31,15 @@ def init_new(
     return m
 
 # %% ../nbs/07_layers.ipynb #ca588920
+@torch.compiler.assume_constant_result
+def _has_autocast(device): return torch.amp.is_autocast_available(device)  # torch 2.11 cannot trace this question
+
 def full_precision(
     x:torch.Tensor, # Any tensor on the device in question
 ):                  # Context manager
     "No `autocast` inside this block; the caller converts its tensors with `float()`."
     t = x.device.type
-    return torch.autocast(t, enabled=False) if torch.amp.is_autocast_available(t) else nullcontext()
+    return torch.autocast(t, enabled=False) if _has_autocast(t) else nullcontext()
 
 # %% ../nbs/07_layers.ipynb #004a8ce3
 def avg_pool(
