@@ -156,26 +156,26 @@ MEASURES = dict(
 
 def plan(precisions, compiled):
     "(measure, network, precision, compiled) in the order in which they are wanted."
-    first = precisions[0]
-    yield 'step', 'TMPA', first, False
-    yield 'loop', 'TMPA', first, False
+    first, both = precisions[0], ('step', 'loop')
+    for network in ('TMPA', 'B'):
+        for what in both: yield what, network, first, False
     yield 'loader', '', '', False
     yield 'syncs', 'TMPA', first, False
-    yield 'kernels', 'TMPA', first, False
-    for network in ('B', 'B+PedMix'):
-        for what in ('step', 'loop'): yield what, network, first, False
     if compiled:
-        for what in ('step', 'loop'): yield what, 'TMPA', first, True
+        for network in ('TMPA', 'B'):
+            for what in both: yield what, network, first, True
+    yield 'kernels', 'TMPA', first, False
+    for what in both: yield what, 'B+PedMix', first, False
     for precision in precisions[1:]:
-        for network in ('TMPA', 'B', 'B+PedMix'):
-            for what in ('step', 'loop'): yield what, network, precision, False
+        for network in NETWORKS:
+            for what in both: yield what, network, precision, False
     for network in ('B', 'B+PedMix'):
         for what in ('kernels', 'syncs'): yield what, network, first, False
-        if compiled: yield 'step', network, first, True
     if not compiled: return
     yield 'kernels', 'TMPA', first, True
+    yield 'step', 'B+PedMix', first, True
     for precision in precisions[1:]:
-        for network in ('TMPA', 'B', 'B+PedMix'): yield 'step', network, precision, True
+        for network in NETWORKS: yield 'step', network, precision, True
 
 @contextmanager
 def until(deadline):
