@@ -53,6 +53,7 @@ def test_two_runs_are_equal_bit_for_bit(toy, tmp_path, device):
     assert {'config.json', 'environment.json', 'history.csv', 'last.pth', 'metrics.json', 'queries.csv'} <= {p.name for p in (tmp_path/'a').iterdir()}
     env = json.loads((tmp_path/'a'/'environment.json').read_text())
     assert 'git' in env and env['versions']['torch']
+    assert env['cpu'] and env['instructions'] == torch.backends.cpu.get_cpu_capability()
 
 
 @pytest.mark.cpu(reason='the files of runs are the same on every device')
@@ -351,6 +352,23 @@ def test_table1_says_what_is_missing(toy, tmp_path):
     assert '--direction v2t --out' in out[1].read_text()
     row = RecipeTable('Mine', [TableRow('a|b', 'B')])
     assert r'| a\|b |' in rp.markdown('mine', row, rp.fill(row, [], toy, 't2v'), toy, 't2v')
+
+
+def test_a_line_says_which_instruction_sets_made_the_run(toy, tmp_path):
+    from tmpa.run import environment, save_environment, write_json
+    cfg = toy.config('B', toy.specs[0], 0, tmp_path)
+    out = Path(cfg.out)
+    out.mkdir(parents=True)
+    write_json(out/'config.json', cfg.asdict())
+    write_json(out/'metrics.json', dict(seed=0))
+    here = torch.backends.cpu.get_cpu_capability()
+    said = lambda: rp.run_lines(out)[0]['instructions']
+    assert said() == ''  # of a version that did not note it
+    save_environment(out/'environment.json')
+    assert said() == here
+    write_json(out/'environment.json', {**environment(), 'instructions': 'AVX1024'})
+    save_environment(out/'environment.json')
+    assert said() == f'AVX1024+{here}'
 
 
 def test_real_data_has_no_number_of_rendered_people(toy, tmp_path):

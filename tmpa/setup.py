@@ -110,7 +110,7 @@ def make_setup(
         None if run or size != s['size'] else ' '.join(args))
 
 # %% ../nbs/18aa_setup.ipynb #ec7a657d
-RUN_FIELDS = ['recipe','recipe_key','setup','data','n_ids','size','arch','epochs','trial','seed','status','budget','seconds','tmpa','note']
+RUN_FIELDS = ['recipe','recipe_key','setup','data','n_ids','size','arch','epochs','trial','seed','status','budget','seconds','tmpa','instructions','note']
 
 def _read(f):
     return read_json(f) if f.exists() else None
@@ -129,9 +129,11 @@ def run_lines(folder)->list: # None of a run that was cut off; more than one whe
     cfg,(_,rkey,setup,_,_) = cfg or d.get('config'),folder.name.rsplit('-', 4)
     if not cfg: raise ConfigError(f'{folder} has no config.json: put it back, or remove the folder to run it again')
     env = _read(folder/'environment.json') or {}
+    sets = [e.get('instructions') for e in (env, *env.get('resumed_with', []))]
+    instructions = '+'.join(dict.fromkeys(filter(None, sets)))
     s,first = cfg['spec'],dict(recipe=cfg['recipe']['name'], recipe_key=rkey, setup=setup)
     rest = dict(data=s['data'], n_ids=s['n_ids'] if s['data'] == 'synthetic' else '', size='x'.join(map(str, s['size'])), arch=cfg['arch'], epochs=cfg['epochs'], trial=s['trial'], seed=cfg['seed'],
-                status=status, budget=d.get('budget') or '', seconds=d.get('train_seconds', d.get('seconds', '')), tmpa=env.get('versions', {}).get('tmpa', ''), note=d.get('error', ''))
+                status=status, budget=d.get('budget') or '', seconds=d.get('train_seconds', d.get('seconds', '')), tmpa=env.get('versions', {}).get('tmpa', ''), instructions=instructions, note=d.get('error', ''))
     lines = [{**first, **rest, **_flat(d.get('scores', {}))}]
     for f in sorted(folder.glob('scores-*.json')):
         e = _read(f)

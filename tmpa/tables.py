@@ -31,6 +31,7 @@ class FilledRow:
     wanted:int # One a seed and trial
     why:str = '' # Why runs are missing
     versions:tuple = () # Of tmpa that made them
+    instructions:tuple = () # Sets of the processors that made them
 
 def fill(table:RecipeTable, lines:list, setup:Setup, setting:str)->list: # FilledRows
     "Find the runs of each row."
@@ -46,7 +47,9 @@ def fill(table:RecipeTable, lines:list, setup:Setup, setting:str)->list: # Fille
         over,failed = ([l for l in base if l['status'] == s] for s in ('over budget','failed'))
         wanted = len(trials)*len(seeds)
         why = f"more than {float(over[0]['budget']):g} minutes" if over else f"failed: {failed[0]['note']}" if failed else f'{len(done)} of {wanted} runs' if done else 'not run yet'
-        out.append(FilledRow(row, {m: [100*float(l[f'{m}_{setting}']) for l in done] for m in table.metrics} if done else {}, len(done), wanted, why if len(done) < wanted else '', tuple({l.get('tmpa') for l in done} - {None, ''})))
+        values = {m: [100*float(l[f'{m}_{setting}']) for l in done] for m in table.metrics} if done else {}
+        made = [tuple({l.get(k) for l in done} - {None, ''}) for k in ('tmpa','instructions')]
+        out.append(FilledRow(row, values, len(done), wanted, why if len(done) < wanted else '', *made))
     return out
 
 # %% ../nbs/18ab_tables.ipynb #0487019c
@@ -80,6 +83,8 @@ def markdown(name:str, table:RecipeTable, filled:list, setup:Setup, setting:str,
     text = [f'## {table.title}', f'{setup.text}; {setting}. Per cent' + '; mean ± deviation over runs'*(len(setup.seeds)*len(setup.specs) > 1) + '.' + (f' {table.note}' if table.note else ''), markdown_table(cells(table, filled, sizes))]
     versions = sorted({v for f in filled for v in f.versions})
     if len(versions) > 1: text.append(f"The runs were made by different versions of tmpa: {', '.join(versions)}.")
+    sets = sorted({i for f in filled for i in f.instructions})
+    if len(sets) > 1: text.append(f"Processors with different instruction sets made them: {', '.join(sets)}. Equal seeds are no pairs there.")
     return '\n\n'.join(text + missing(name, table, filled, setup, setting, out)) + '\n'
 
 # %% ../nbs/18ab_tables.ipynb #55526740
