@@ -22,6 +22,7 @@ from tmpa.data.cache import image_cache
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import render_person
 from tmpa.data.transforms import ReIDAug
+from tmpa.run import cpu_name
 
 MEAN, STD = [.485, .456, .406], [.229, .224, .225]
 
@@ -111,12 +112,6 @@ def summary(rows):
     values |= {'cold ratio': ratio('tmpa cold', 'chain cold'), 'first epoch ratio': ratio('tmpa first epoch', 'chain cold'),
                'warm ratio': ratio('tmpa warm', 'chain warm')}
     return {k: dict(median=statistics.median(v), low=min(v), high=max(v)) for k, v in values.items()}
-
-def cpu_name():
-    "What Linux calls the processor."
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError: return platform.processor() or platform.machine()
-    return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.machine())
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
