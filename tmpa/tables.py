@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import matplotlib.pyplot as plt, torch
 from torchvision.models import resnet50
+from .confidence import difference
 from .core import ConfigError, Modality, atomic_write
 from .callback.pedmix import pedmix
 from .data.external import load_resized
@@ -53,14 +54,27 @@ def fill(table:RecipeTable, lines:list, setup:Setup, setting:str)->list: # Fille
     return out
 
 # %% ../nbs/18ab_tables.ipynb #0487019c
+def _differences(table, filled): # The metric, and label -> Difference
+    "Rows against the table's base, where both have runs of their own."
+    metric = 'mAP' if 'mAP' in table.metrics else table.metrics[0]
+    base = next((f for f in filled if table.base_row and f.row.label == table.base_row.label), None)
+    if base is None or not base.n: return metric, {}
+    same = lambda f: content(get_recipe(f.row.recipe)) == content(get_recipe(base.row.recipe))
+    others = [f for f in filled if f.n and not same(f)]
+    return metric, {f.row.label: difference(f.values[metric], base.values[metric]) for f in others}
+
 def cells(table:RecipeTable, filled:list, sizes:dict|None=None)->list: # Header row and rows, as text; `sizes` from net_sizes adds parameters and GFLOPs
     "The table: the paper's numbers beside ours."
     columns = [(m, p) for m in table.metrics for p in (True, False) if not p or any(m in f.row.paper for f in filled)]
-    rows = [['', *[f"{COLUMNS[m]}{', paper'*p}" for m,p in columns], 'runs'] + (['params, paper','params','GFLOPs'] if sizes else [])]
+    metric,found = _differences(table, filled)
+    against = [f'{COLUMNS[metric]} − {table.base_row.label}', 'shown from'] if found else []
+    rows = [['', *[f"{COLUMNS[m]}{', paper'*p}" for m,p in columns], *against, 'runs'] + (['params, paper','params','GFLOPs'] if sizes else [])]
     number = lambda f, m, p: (f'{f.row.paper[m]:.2f}' if m in f.row.paper else '') if p else mean_std(f.values.get(m, [])) if f.wanted else ''
     for f in filled:
         more = [f"{f.row.paper['params']:.1f}" if 'params' in f.row.paper else '', *sizes.get(f.row.label, ('', ''))] if sizes else []
-        rows.append([f.row.label, *[number(f, m, p) for m,p in columns], f'{f.n}/{f.wanted}' if f.wanted else '', *more])
+        d = found.get(f.row.label)
+        said = [str(d), '-' if min(d.runs) < 2 else f'{d.needs:.1f}'] if d else ['']*len(against)
+        rows.append([f.row.label, *[number(f, m, p) for m,p in columns], *said, f'{f.n}/{f.wanted}' if f.wanted else '', *more])
     return rows
 
 def command(name:str, f:FilledRow, setup:Setup, out='', all_rows:bool=False, direction:str='')->str:
@@ -80,7 +94,10 @@ def missing(name:str, table:RecipeTable, filled:list, setup:Setup, setting:str, 
 
 def markdown(name:str, table:RecipeTable, filled:list, setup:Setup, setting:str, sizes=None, out='')->str:
     "Title, setup, table, and what is missing."
-    text = [f'## {table.title}', f'{setup.text}; {setting}. Per cent' + '; mean ± deviation over runs'*(len(setup.seeds)*len(setup.specs) > 1) + '.' + (f' {table.note}' if table.note else ''), markdown_table(cells(table, filled, sizes))]
+    several = '; mean ± deviation over runs'*(len(setup.seeds)*len(setup.specs) > 1)
+    compared = '; difference of the means [95 % interval]'*bool(_differences(table, filled)[1])
+    head = f'{setup.text}; {setting}. Per cent{several}{compared}.' + (f' {table.note}' if table.note else '')
+    text = [f'## {table.title}', head, markdown_table(cells(table, filled, sizes))]
     versions = sorted({v for f in filled for v in f.versions})
     if len(versions) > 1: text.append(f"The runs were made by different versions of tmpa: {', '.join(versions)}.")
     sets = sorted({i for f in filled for i in f.instructions})
