@@ -68,13 +68,15 @@ def cells(table:RecipeTable, filled:list, sizes:dict|None=None)->list: # Header 
     columns = [(m, p) for m in table.metrics for p in (True, False) if not p or any(m in f.row.paper for f in filled)]
     metric,found = _differences(table, filled)
     against = [f'{COLUMNS[metric]} − {table.base_row.label}', 'shown from'] if found else []
-    rows = [['', *[f"{COLUMNS[m]}{', paper'*p}" for m,p in columns], *against, 'runs'] + (['params, paper','params','GFLOPs'] if sizes else [])]
+    at = columns.index((metric, False)) + 1  # beside the score
+    beside = lambda row, more: row[:at] + more + row[at:]
+    rows = [['', *beside([f"{COLUMNS[m]}{', paper'*p}" for m,p in columns], against), 'runs'] + (['params, paper','params','GFLOPs'] if sizes else [])]
     number = lambda f, m, p: (f'{f.row.paper[m]:.2f}' if m in f.row.paper else '') if p else mean_std(f.values.get(m, [])) if f.wanted else ''
     for f in filled:
         more = [f"{f.row.paper['params']:.1f}" if 'params' in f.row.paper else '', *sizes.get(f.row.label, ('', ''))] if sizes else []
         d = found.get(f.row.label)
         said = [str(d), '-' if min(d.runs) < 2 else f'{d.needs:.1f}'] if d else ['']*len(against)
-        rows.append([f.row.label, *[number(f, m, p) for m,p in columns], *said, f'{f.n}/{f.wanted}' if f.wanted else '', *more])
+        rows.append([f.row.label, *beside([number(f, m, p) for m,p in columns], said), f'{f.n}/{f.wanted}' if f.wanted else '', *more])
     return rows
 
 def command(name:str, f:FilledRow, setup:Setup, out='', all_rows:bool=False, direction:str='')->str:
