@@ -97,7 +97,8 @@ def missing(name:str, table:RecipeTable, filled:list, setup:Setup, setting:str, 
 def markdown(name:str, table:RecipeTable, filled:list, setup:Setup, setting:str, sizes=None, out='')->str:
     "Title, setup, table, and what is missing."
     several = '; mean ± deviation over runs'*(len(setup.seeds)*len(setup.specs) > 1)
-    compared = '; difference of the means [95 % interval]'*bool(_differences(table, filled)[1])
+    runs = [min(d.runs) for d in _differences(table, filled)[1].values()]
+    compared = '' if not runs else '; difference of the means [95 % interval]' if max(runs) > 1 else '; differences of single runs'
     head = f'{setup.text}; {setting}. Per cent{several}{compared}.' + (f' {table.note}' if table.note else '')
     text = [f'## {table.title}', head, markdown_table(cells(table, filled, sizes))]
     versions = sorted({v for f in filled for v in f.versions})
