@@ -1,18 +1,27 @@
 "The benchmarks run, at a size that shows only that they do."
-import importlib.util, itertools, json
+import importlib.util, itertools, json, sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest, torch
 
+from tmpa.core import ConfigError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope='module')
-def gpu():
-    spec = importlib.util.spec_from_file_location('gpu_benchmark', ROOT/'benchmarks'/'gpu.py')
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(f'{name}_benchmark', ROOT/'benchmarks'/f'{name}.py')
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass looks
     spec.loader.exec_module(module)
     return module
+
+@pytest.fixture(scope='module')
+def gpu(): return benchmark('gpu')
+
+@pytest.fixture(scope='module')
+def scale(): return benchmark('paper_scale')
 
 def few(precisions, compiled):
     p = precisions[0]
@@ -66,3 +75,76 @@ def test_input_benchmark(tmp_path, monkeypatch, capsys):
         ratio = rates[f'{k} ratio']
         assert rates[f'tmpa {k}']['median'] > 0 and ratio['low'] <= ratio['high']
     assert 'images a second and core' in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- at the paper's scale
+
+SOME = 'trunk/TMPA/0', 'scratch/B/0'
+
+def page_of(folder, monkeypatch):
+    "What the page on the paper's scale shows of results in a folder."
+    monkeypatch.chdir(ROOT/'nbs'/'experiments')
+    shown, here = [], {}
+    for cell in json.loads(Path('scale.ipynb').read_text())['cells']:
+        if cell['cell_type'] != 'code': continue
+        exec(''.join(cell['source']).replace("'results/paper_scale'", repr(str(folder))), here)
+        here['Markdown'] = shown.append  # which the first cell imported
+    return '\n'.join(shown)
+
+def same_but_for_time(records):
+    "Records without what a clock or another folder changes."
+    clock = 'train_seconds', 'made', 'environment'
+    return [{k: v for k,v in r.items() if k not in clock} for r in records]
+
+@pytest.mark.cpu(reason='compares two trainings to the last bit')
+def test_paper_scale_goes_on(scale, tmp_path, monkeypatch, capsys):
+    "In parts of an epoch, each a command of its own, the same scores as in one piece."
+    def of(folder, minutes):
+        return scale.run(tmp_path/folder, minutes, scale.TINY, 1, device='cpu', only=SOME, scoring=0)
+    monkeypatch.setenv('TMPA_HOME', str(tmp_path/'home'))
+    whole = of('whole', 10)
+    assert [r['name'] for r in whole] == list(SOME)
+    parts = [len(of('parts', 0)) for _ in range(4)]
+    assert parts == [0, 1, 1, 2] and '1 of 2 epochs' in capsys.readouterr().out
+    again, queries = scale.read_results(tmp_path/'parts', scale.TINY)
+    assert same_but_for_time(again) == same_but_for_time(whole)
+    _, want = scale.read_results(tmp_path/'whole', scale.TINY)
+    assert set(queries) == set(want) and all((queries[k] == want[k]).all() for k in want)
+    assert {k.split('/')[-2] for k in want} == {'as trained', 'own', 'miss', 'shared'}
+    assert len(list((tmp_path/'parts').iterdir())) == 2 and not list((tmp_path/'home').glob('scale-*-0.pth'))
+    assert of('parts', 0) == again  # nothing is left to do
+    tmpa, b = again
+    assert set(tmpa['scores']) == {'rendered', 'rendered own', 'rendered miss', 'rendered shared'}
+    assert b['trunk'] is None and tmpa['trunk']['people'] == scale.TINY.trunk_ids
+    page = page_of(tmp_path/'parts', monkeypatch)
+    assert '**2 of 24 runs**' in page and f"{100*tmpa['scores']['rendered']['t2v']['mAP']:.1f}" in page
+    assert f"{100*b['scores']['rendered']['t2v']['mAP']:.1f}" in page
+
+def test_paper_scale_mixes_no_results(scale, tmp_path):
+    scale.write_results(tmp_path, [dict(name='scratch/B/0', scale='another')], {})
+    with pytest.raises(ConfigError, match='another scale'): scale.read_results(tmp_path, scale.TINY)
+    (tmp_path/'queries.npz').write_bytes(b'nothing')
+    with pytest.raises(ConfigError, match='cannot be read'): scale.read_results(tmp_path, scale.TINY)
+    assert scale.scale_key(scale.TINY) != scale.scale_key(scale.Scale())
+
+def test_paper_scale_plans_every_row_once(scale):
+    names = [scale.name_of(*p) for p in scale.plan(3)]
+    assert len(names) == len(set(names)) and names[:4] == [f'trunk/{r}/0' for r in scale.TABLE2]
+    assert set(names) >= {f'{s}/{r}/{seed}' for s in scale.STARTS for r in scale.TABLE2 for seed in range(3)}
+
+def test_as_long_as_tmpa(scale):
+    "Epochs from seconds of the same card, those of shared cards left out."
+    def run(row, seconds, card='a', beside=0):
+        return dict(row=row, train_seconds=seconds, card=card, beside=beside, epochs=80, status='done')
+    runs = [run('B+CA', 100.), run('B+CA', 900., beside=2), run('TMPA', 250.), run('TMPA', 1., card='b')]
+    assert scale.epochs_of('B+CA', True, runs, 'a', scale.Scale()) == 200
+    assert scale.epochs_of('B+CA', False, runs, 'a', scale.Scale()) == 80
+    assert scale.epochs_of('B+CA', True, runs, 'b', scale.Scale()) is None
+
+@pytest.mark.cpu(reason='compares two trainings to the last bit')
+def test_the_trunk_learns_and_can_be_made_again(scale):
+    longer = replace(scale.TINY, trunk_epochs=12, trunk_lr=.05)
+    made = [scale.train_trunk(longer, torch.device('cpu')) for _ in range(2)]
+    (a, right, _), (b, _, _) = made
+    assert right > .5  # of eight people
+    for v, w in zip(a.state_dict().values(), b.state_dict().values()): assert (v == w).all()
