@@ -29,6 +29,7 @@ class ReIDNet(nn.Module):
     pretrained = False # whether the trunk was: `fit_tmpa` gives such a trunk a tenth of the rate
     arguments = {}     # what `remember` was given
     switches = ()      # names of the settings that may change after training, since only the feature depends on them
+    earlier = {}       # arguments that files and pickles of earlier versions do not name: what they were there
 
     # `trunk`, a module or several: what a pretrained ResNet starts; without it there is one group of parameters
 
@@ -49,9 +50,9 @@ class ReIDNet(nn.Module):
         self.arguments = {**self.arguments, **{k: v for k,v in named.items() if k not in self.settings}}
 
     def __setstate__(self, state):
-        "Networks that version 0.4 pickled kept their arguments under another name."
+        "Networks that version 0.4 pickled kept their arguments under another name; see `earlier` too."
         if '_fixed' in state: state['arguments'] = state.pop('_fixed')
-        super().__setstate__(state)
+        super().__setstate__({**self.earlier, **state})
 
     @property
     def meta(self):
@@ -184,11 +185,20 @@ def save_weights(
     with atomic_write(path) as t, open(t, 'wb') as f:  # a file that is open: torch would store the temporary name in it
         torch.save({'model': weights, 'meta': meta}, f)
 
+def _named(name):
+    "The class of `NETS` that has this name, or None; files without a name are TMPANets."
+    return next((cls for cls in NETS.values() if cls.__name__ == (name or 'TMPANet')), None)
+
+def _meta(file):
+    "The metadata of a file that was read, with the arguments that are newer than it."
+    meta = dict(file.get('meta') or {})
+    return {**getattr(_named(meta.get('net')), 'earlier', {}), **meta}
+
 def read_meta(
     path,  # File written by save_weights
 )->dict:   # Empty for a bare state dict
     "What `save_weights` remembered."
-    return dict(load_torch(path).get('meta') or {})
+    return _meta(load_torch(path))
 
 # %% ../../nbs/11a_models.net.ipynb #1c1ca4a1
 def load_weights(
@@ -198,7 +208,7 @@ def load_weights(
 )->dict:                      # The file's metadata
     "Load weights; one-line `CheckpointError` for a file that is absent, damaged, or of another model."
     file, want = load_torch(path), model.state_dict()
-    meta, got = dict(file.get('meta') or {}), file['model'] if isinstance(file.get('model'), dict) else file
+    meta, got = _meta(file), file['model'] if isinstance(file.get('model'), dict) else file
     skip = {k for k in want if is_classifier(k) and k in got and want[k].ndim == 2 and want[k].shape != got[k].shape}
     keep = {k: v for k,v in got.items() if k not in skip}
     if bad := first_mismatch({k: v for k,v in want.items() if k not in skip}, keep):
@@ -213,11 +223,9 @@ def load_weights(
 
 # %% ../../nbs/11a_models.net.ipynb #27efe89f
 def _class_of(meta, path):
-    "The class of `NETS` that a file's metadata names; files without a name are TMPANets."
-    name = meta.get('net') or 'TMPANet'
-    for cls in NETS.values():
-        if cls.__name__ == name: return cls
-    raise CheckpointError(f'{path}: holds a {name}, which is unknown here: '
+    "The class of `NETS` that a file's metadata names."
+    if (cls := _named(meta.get('net'))) is not None: return cls
+    raise CheckpointError(f"{path}: holds a {meta['net']}, which is unknown here: "
                           '`from tmpa.all import *`, import the module that defines it, or update tmpa')
 
 def load_tmpa(
