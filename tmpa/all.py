@@ -10,6 +10,7 @@ from fastai.vision.all import *
 from fastai.callback.fp16 import *
 from .core import *
 from .processes import *
+from .data.image import *
 from .data.external import *
 from .data.synthetic import *
 from .data.cache import *
