@@ -8,7 +8,11 @@ from hypothesis import given, settings as hyp, strategies as st
 from fastai.learner import Learner
 from fastai.callback.schedule import lr_find
 from tmpa.core import ConfigError, DataError, ProtocolError, ReIDImage
-from tmpa.data.external import (cross_settings, item_range, llcm_gallery, llcm_items, llcm_settings, load_resized, load_perms, read_image, regdb_items, regdb_settings,
+from tmpa.data.image import image_exts
+from tmpa.demo import read_lines
+from tmpa.report import write_report
+from tmpa.scoring import save_queries, score_feats
+from tmpa.data.external import (cross_settings, csv_items, item_range, llcm_gallery, llcm_items, llcm_settings, load_resized, load_perms, read_image, regdb_items, regdb_settings,
                                 sysu_gallery, sysu_items, sysu_settings)
 from fastai.torch_core import TensorImage, set_seed
 from fasttransform import ItemTransform, Transform
@@ -205,6 +209,87 @@ def test_llcm(tmp_path):
     (root/'idx'/'test_id.txt').unlink()
     with pytest.raises(DataError) as e: llcm_items(root, 'test')
     one_line(e, 'test_id.txt')
+
+# --- lists and folders as people have them -----------------------------------------------------------------------------------------------------------
+
+def photo(f, mode='L'):
+    f.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 4), 90, np.uint8)).convert(mode).save(f, format={'.jpe': 'JPEG'}.get(f.suffix))
+    return f
+
+def test_readers_and_decoder_know_the_same_formats(tmp_path):
+    for c in range(1, 7):
+        for name in ('0001.jpg', '0002.webp', '0003.jpe'): photo(tmp_path/f'cam{c}'/'0001'/name)
+    (tmp_path/'exp').mkdir()
+    (tmp_path/'exp'/'test_id.txt').write_text('1')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        items = sysu_items(tmp_path, 'test')
+    assert len(items)==18 and all(read_image(o.path).shape==(3, 8, 4) for o in items)
+
+def test_every_ending_that_is_listed_is_read(tmp_path):
+    "Also those that Pillow itself cannot write are its decoder's, and nothing else is opened."
+    for ext in sorted(image_exts()-{'.pfm', '.apng', '.avifs'}):
+        f = tmp_path/f'x{ext}'
+        try: Image.fromarray(np.full((32, 32), 90, np.uint8)).convert('1' if ext=='.pbm' else 'L').save(f)
+        except (KeyError, OSError, ValueError): continue
+        assert read_image(f).shape==(3, 32, 32), ext
+    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(tmp_path/'x.pcx')
+    assert '.pcx' not in image_exts()
+    with pytest.raises(DataError) as e: read_image(tmp_path/'x.pcx')
+    one_line(e, 'x.pcx')
+
+def test_what_is_left_out_is_counted_and_said(tmp_path):
+    for c in range(1, 7): photo(tmp_path/f'cam{c}'/'0001'/'0001.jpg')
+    for name in ('0002.raw', '0003.raw', 'notes'): (tmp_path/'cam2'/'0001'/name).touch()
+    for name in ('.hidden', 'Thumbs.db', 'desktop.ini'): (tmp_path/'cam3'/'0001'/name).touch()
+    (tmp_path/'exp').mkdir()
+    (tmp_path/'exp'/'test_id.txt').write_text('1')
+    with pytest.warns(UserWarning, match=r'3 files in .*left out \(2 \.raw, 1 no ending.*0002\.raw') as w: assert len(sysu_items(tmp_path, 'test'))==6
+    assert len(w)==1
+    for m in ('vis', 'nir'): photo(tmp_path/f'test_{m}'/'cam1'/'0001'/'a.png')
+    (tmp_path/'test_nir'/'cam1'/'0001'/'b.raw').touch()
+    (tmp_path/'idx').mkdir()
+    (tmp_path/'idx'/'test_id.txt').write_text('1')
+    with pytest.warns(UserWarning, match='1 files in .*1 .raw'): assert len(llcm_items(tmp_path, 'test'))==2
+
+def test_two_files_with_one_number_have_no_place_in_the_official_gallery(tmp_path):
+    items = [ReIDImage(photo(tmp_path/'cam1'/'0001'/n), 1, 1, 0) for n in ('0001.jpg', '0001.png')]
+    with pytest.raises(DataError) as e: sysu_gallery(items, perms={(1, 1): np.array([[1, 2]]*10)})
+    one_line(e, '0001.jpg', '0001.png', 'one number')
+
+def test_lists_from_windows(tmp_path):
+    "Back slashes, blanks around cells, a byte order mark and capitals in the first line."
+    for m in ('Visible', 'Thermal'): photo(tmp_path/m/'1'/'a b.bmp')
+    (tmp_path/'l.csv').write_bytes('\ufefffile , PID,cam, Modality,split\r\n Visible\\1\\a b.bmp ,1,1,visible,train\r\n"Thermal\\1\\a b.bmp",1,2, Infrared,train\r\n'.encode())
+    (tmp_path/'idx').mkdir()
+    for m in ('Visible', 'Thermal'): (tmp_path/'idx'/f'train_{m.lower()}_1.txt').write_text(f'  {m}\\1\\a b.bmp   0 \r\n')
+    assert csv_items(tmp_path/'l.csv')==regdb_items(tmp_path)
+
+def test_names_that_are_not_utf8(tmp_path):
+    "As the system takes them: they are read, trained on, and written where images are named."
+    name = os.fsdecode(b'm\xfcller')
+    try: (tmp_path/name).mkdir()
+    except OSError: pytest.skip('this file system takes UTF-8 alone')
+    rows = b''.join(b'm\xfcller/%d%d.png,%d,%d,%d,%s\n' % (p, m, p, m+1, m, s) for p in range(4) for m in range(2) for s in ([b'train'] if p<2 else [b'test']))
+    for p in range(4):
+        for m in range(2): photo(tmp_path/name/f'{p}{m}.png')
+    (tmp_path/'l.csv').write_bytes(b'file,pid,cam,modality,split\n'+rows)
+    items = csv_items(tmp_path/'l.csv', 'test')
+    assert len(items)==4 and all(o.path.exists() for o in items) and read_image(items[0].path).shape==(3, 8, 4)
+    settings = cross_settings(items)
+    scores,results = score_feats(torch.eye(4), items, settings)
+    save_queries(tmp_path/'q.csv', results, items, settings)
+    assert b'm\xfcller/20.png' in (tmp_path/'q.csv').read_bytes()
+    assert len(read_lines(tmp_path/'q.csv'))==4
+    write_report(tmp_path/'r.html', name, [(name, dict(path=name)), ('text', name)])
+    (tmp_path/'idx').mkdir()
+    for m in ('visible', 'thermal'): (tmp_path/'idx'/f'train_{m}_1.txt').write_bytes(b'm\xfcller/00.png 0\n')
+    assert regdb_items(tmp_path)[0].path.exists()
+    (tmp_path/'l.csv').write_bytes(b'file,pid,cam,modality,split\nm\xfcll/0.png,1,1,0,train\n')
+    with pytest.raises(DataError) as e: csv_items(tmp_path/'l.csv')
+    one_line(e, 'line 2', 'UTF-8')
+    e.value.msg.encode()                                                                # can be printed
 
 # --- images ------------------------------------------------------------------------------------------------------------------------------------------
 

@@ -232,5 +232,5 @@ def tmpa_reproduce(
     tables,given,seeds = pick_tables(table),str(seeds),parse_ints(seeds, 'seeds')
     setup = make_setup(scale, data, path, trial, epochs, ids, int(n) if (n := given.strip()).isdigit() else seeds, budget)
     files = reproduce(tables, setup, out, direction, None if rows is None else [o.strip() for o in rows.split(';')], workers, show=show)
-    for f in files: print(f'\n{f.read_text(encoding="utf8").strip()}')
+    for f in files: print(f'\n{f.read_text(encoding="utf8", errors="backslashreplace").strip()}')
     print(f'\nRuns: {Path(out)/"results.csv"}; tables: {", ".join(str(f) for f in files)}')

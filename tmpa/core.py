@@ -46,6 +46,7 @@ class TMPAError(ValueError):
     def __init__(self, msg:str):
         msg = str(msg).strip()
         if 'Original Traceback (most recent call last):' in msg: msg = msg.splitlines()[-1].partition(': ')[2]  # raised in a loader process
+        msg = msg.encode('utf8', 'backslashreplace').decode()  # a file name need not be UTF-8; a line can be printed
         self.msg = ' '.join(msg.split())
         super().__init__(self.msg)
     def __str__(self): return self.msg  # fastai rewrites `args` of what a callback raises into three lines

@@ -79,11 +79,11 @@ def read_lines(
 )->list:
     "Records of a CSV file; none if there is no such file yet."
     if not Path(path).exists(): return []
-    with open(path, newline='', encoding='utf8') as f: return list(csv.DictReader(f))
+    with open(path, newline='', encoding='utf8', errors='surrogateescape') as f: return list(csv.DictReader(f))
 
 def write_lines(path, lines, fields=FIELDS):
     "Records as CSV, whole or not at all; a field that one does not have is empty there."
-    with atomic_write(path) as tmp, open(tmp, 'w', newline='', encoding='utf8') as f:
+    with atomic_write(path) as tmp, open(tmp, 'w', newline='', encoding='utf8', errors='surrogateescape') as f:
         w = csv.DictWriter(f, fields); w.writeheader(); w.writerows(lines)
 
 # %% ../nbs/18a_demo.ipynb #6f04bf21

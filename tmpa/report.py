@@ -114,5 +114,5 @@ def write_report(
         else: body.append(_img(c, head))
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<title>{html.escape(title)}</title><style>{_CSS}</style></head><body><h1>{html.escape(title)}</h1>{"".join(body)}</body></html>')
-    with atomic_write(path) as tmp: tmp.write_text(page, encoding='utf8')
+    with atomic_write(path) as tmp: tmp.write_text(page, encoding='utf8', errors='backslashreplace')
     return Path(path)

@@ -108,7 +108,7 @@ def save_queries(
     items:list, settings:list, # As in score_feats
 ):
     "One line a setting, trial and query; empty where a query has no match in the gallery."
-    with atomic_write(path) as tmp, open(tmp, 'w', newline='', encoding='utf8') as f:
+    with atomic_write(path) as tmp, open(tmp, 'w', newline='', encoding='utf8', errors='surrogateescape') as f:
         w = csv.writer(f)
         w.writerow(['setting','trial','query','pid','cam','image','ap','inp','first_hit'])
         for s in settings:

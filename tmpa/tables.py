@@ -187,7 +187,9 @@ def save_table(out, name, table, lines, setup, setting):
     else:
         sizes = net_sizes(table.rows) if name == 'table5' else None
         rows,fig,text = cells(table, filled, sizes),plot_table(table, filled, setting),markdown(name, table, filled, setup, setting, sizes, where)
-    with atomic_write(stem.with_suffix('.md')) as t: t.write_text(text, encoding='utf8')
-    with atomic_write(stem.with_suffix('.csv')) as t, open(t, 'w', newline='', encoding='utf8') as f: csv.writer(f, lineterminator='\n').writerows(rows)
+    how = dict(encoding='utf8', errors='surrogateescape')  # folders need not have names in UTF-8
+    with atomic_write(stem.with_suffix('.md')) as t: t.write_text(text, **how)
+    with atomic_write(stem.with_suffix('.csv')) as t, open(t, 'w', newline='', **how) as f:
+        csv.writer(f, lineterminator='\n').writerows(rows)
     if fig: save_figure(stem.with_suffix('.png'), fig)
     return stem.with_suffix('.md')

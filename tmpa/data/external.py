@@ -15,34 +15,58 @@ from pathlib import Path
 from warnings import warn
 from ..core import Modality, ReIDImage, ConfigError, DataError, ProtocolError
 from ..evaluation import Setting, cross_settings_of
-from .image import as_float, decoded, item_range, load_resized, read_image
+from .image import as_float, decoded, image_exts, item_range, load_resized, read_image
 
 # %% ../../nbs/01_data.external.ipynb #81ed5730
 _all_ = ['as_float', 'decoded', 'item_range', 'load_resized', 'read_image']  # where they were before version 0.7
 
 # %% ../../nbs/01_data.external.ipynb #7bf59653
-_exts = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff'}
-
 def _root(path, hint):
     path = Path(path).expanduser()
     if not path.is_dir(): raise DataError(f'no folder {path}: pass the folder that holds {hint}')
     return path
 
+def _text(f):
+    "A text file; file names in it that are not UTF-8 stay what they are to the system."
+    return Path(f).read_text(encoding='utf-8-sig', errors='surrogateescape')
+
+def _name(cell):
+    "A file name as lists hold it, also those written on Windows."
+    return cell.strip().replace('\\', '/')
+
+def _remedy(path):
+    "What to do about a file that a list names and that is not there."
+    utf8 = str(path).isprintable()
+    return 'restore the image, or delete the line' if utf8 else 'save the list in UTF-8, or correct the line'
+
 def _read(f):
-    try: return Path(f).read_text(encoding='utf-8-sig')
+    try: return _text(f)
     except FileNotFoundError: raise DataError(f'no index file {f}: copy it from the data set, or correct the path or the trial') from None
-    except (OSError, UnicodeDecodeError) as e: raise DataError(f'cannot read index file {f} ({type(e).__name__}): copy it from the data set again') from None
+    except OSError as e: raise DataError(f'cannot read index file {f} ({type(e).__name__}): copy it from the data set again') from None
 
 def _read_ids(f):
     words = re.split(r'[,;\s]+', _read(f).strip())
     if not all(o.isdigit() for o in words): raise DataError(f'index file {f} should hold identity numbers separated by commas: copy it from the data set again')
     return sorted({int(o) for o in words})
 
-def _images(folder):
-    "Image files of `folder` by name; no folder, no images. Hidden files and thumbnails databases are not images."
-    try: names = sorted(o.name for o in os.scandir(folder) if not o.name.startswith('.') and os.path.splitext(o.name)[1].lower() in _exts)
+_litter = {'thumbs.db', 'desktop.ini'} # what Windows leaves in folders
+
+def _images(folder, others=None):
+    "Image files of `folder` by name; no folder, no images. What else lies there goes to the list `others`."
+    try: names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError): return []
-    return [Path(folder)/o for o in names]
+    files = [Path(folder)/o for o in names if not o.startswith('.') and o.lower() not in _litter]
+    images = [f for f in files if f.suffix.lower() in image_exts()]
+    if others is not None and len(images) < len(files): others += sorted(set(files) - set(images))
+    return images
+
+def _say_others(others, path):
+    "Files that a reader left out."
+    if not others: return
+    kinds = Counter(f.suffix.lower() or 'no ending' for f in others)
+    kinds = ', '.join(f'{n} {k}' for k, n in kinds.most_common(5))
+    warn(f'{len(others)} files in {path} are no images that can be read here and are left out ({kinds}; '
+         f'the first is {others[0]}): convert them to PNG if they are images')
 
 # %% ../../nbs/01_data.external.ipynb #d0143024
 _sysu_ir = (3, 6)
@@ -58,7 +82,10 @@ def sysu_items(
     missing = [f'cam{c}' for c in range(1, 7) if not (path/f'cam{c}').is_dir()]
     if len(missing)==6: raise DataError(f'no camera folder in {path}: pass the folder that holds cam1 ... cam6 and exp')
     if missing: warn(f"{path} has no {', '.join(missing)}: numbers will not be comparable to published ones")
-    res = [ReIDImage(f, p, c, int(c in _sysu_ir)) for p in pids for c in range(1, 7) for f in _images(path/f'cam{c}'/f'{p:04d}')]
+    others = []
+    res = [ReIDImage(f, p, c, int(c in _sysu_ir)) for p in pids for c in range(1, 7)
+           for f in _images(path/f'cam{c}'/f'{p:04d}', others)]
+    _say_others(others, path)
     if not res: raise DataError(f'no image of the {split} identities in {path}: images should be cam1/0001/0001.jpg and so on')
     _all_there(pids, res, path)
     return res
@@ -116,7 +143,10 @@ def sysu_gallery(
 
 def _official(items, idxs, perms, p, c, trial, shots):
     "The stored order counts files from 1, by the number in their names."
-    by_num = {int(items[i].path.stem): i for i in idxs if items[i].path.stem.isdigit()}
+    by_num = {}
+    for i in (i for i in idxs if items[i].path.stem.isdigit()):
+        other = items[by_num.setdefault(int(items[i].path.stem), i)].path
+        if other != items[i].path: raise DataError(f'{other} and {items[i].path.name} have one number: keep one of them')
     order = perms.get((c, p))
     if order is None or len(order)<=trial or not set(order[trial][:shots])<=set(by_num):
         raise DataError(f"rand_perm_cam.mat does not fit the images in {items[idxs[0]].path.parent} (trial {trial}): use the file of this data set, or convention='seeded'")
@@ -128,11 +158,11 @@ def _read_index(root, f):
     rows,listing = [],{}
     for n, line in enumerate(_read(f).splitlines(), 1):
         if not line.strip(): continue
-        name,_,label = line.strip().replace('\\', '/').rpartition(' ')
+        name,_,label = _name(line).rpartition(' ')
         if not name or not label.isdigit(): raise DataError(f"{f}, line {n}: '{line.strip()}' should be 'relative/path label': correct the line")
         img = root/name.strip()
         if img.parent not in listing: listing[img.parent] = set(os.listdir(img.parent)) if img.parent.is_dir() else set()
-        if img.name not in listing[img.parent] or img.suffix=='' and img.is_dir(): raise DataError(f'{f}, line {n}: no image {img}: restore the image, or delete the line')
+        if img.name not in listing[img.parent] or img.suffix=='' and img.is_dir(): raise DataError(f'{f}, line {n}: no image {img}: {_remedy(img)}')
         rows.append((img, int(label), int(img.parent.name) if img.parent.name.isdigit() else None))
     if not rows: raise DataError(f'index file {f} is empty: copy it from the data set again')
     _once([r[0] for r in rows], f)
@@ -179,7 +209,10 @@ def llcm_items(
     else:
         pids = _read_ids(path/'idx'/'test_id.txt')
         for o in mods: _root(path/f'test_{o}', 'cam1 ... cam9 of LLCM')
-        res = [ReIDImage(f, p, c, m) for m in range(2) for p in pids for c in range(1, 10) for f in _images(path/f'test_{mods[m]}'/f'cam{c}'/f'{p:04d}')]
+        others = []
+        res = [ReIDImage(f, p, c, m) for m in range(2) for p in pids for c in range(1, 10)
+               for f in _images(path/f'test_{mods[m]}'/f'cam{c}'/f'{p:04d}', others)]
+        _say_others(others, path)
         if not res: raise DataError(f'no image of the test identities in {path}: images should be test_vis/cam1/0001/*.jpg and so on')
         _all_there(pids, res, path)
     return sorted(res, key=lambda o: (o.modality, o.pid, o.cam, str(o.path)))
@@ -203,15 +236,16 @@ def csv_items(
     "Images listed in a CSV file; `DataError` names the line that cannot be used."
     path,res,mods = Path(path),[],{'visible': 0, 'infrared': 1, '0': 0, '1': 1}
     if not path.is_file(): raise DataError(f'no file {path}: pass a CSV file with the columns file, pid, cam, modality and split')
-    try: text = path.read_text(encoding='utf-8-sig')
-    except (OSError, UnicodeDecodeError) as e: raise DataError(f'{path} cannot be read ({type(e).__name__}): save it as CSV in UTF-8') from None
+    try: text = _text(path)
+    except OSError as e: raise DataError(f'{path} cannot be read ({type(e).__name__}): save it as CSV in UTF-8') from None
     rows = csv.DictReader(io.StringIO(text, newline=''))
-    missing = {'file', 'pid', 'cam', 'modality', 'split'} - set(rows.fieldnames or ())
+    rows.fieldnames = [o.strip().lower() for o in rows.fieldnames or ()]
+    missing = {'file', 'pid', 'cam', 'modality', 'split'} - set(rows.fieldnames)
     if missing: raise DataError(f'{path} has no column {", ".join(sorted(missing))}: the first line should be file,pid,cam,modality,split')
     for r in rows:
-        try: o,of = ReIDImage(path.parent/r['file'], int(r['pid']), int(r['cam']), mods[r['modality'].strip().lower()]),r['split'].strip().lower()
+        try: o,of = ReIDImage(path.parent/_name(r['file']), int(r['pid']), int(r['cam']), mods[r['modality'].strip().lower()]),r['split'].strip().lower()
         except (AttributeError, KeyError, TypeError, ValueError): raise DataError(f'{path}, line {rows.line_num}: pid and cam should be whole numbers, modality visible or infrared') from None
-        if not o.path.is_file(): raise DataError(f'{path}, line {rows.line_num} names {o.path}, which does not exist: restore the image, or delete the line')
+        if not o.path.is_file(): raise DataError(f'{path}, line {rows.line_num} names {o.path}, which does not exist: {_remedy(o.path)}')
         if of == split.lower(): res.append(o)
     if not res: raise DataError(f"{path} has no line of split '{split}'")
     _once([o.path for o in res], path)
