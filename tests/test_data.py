@@ -350,6 +350,31 @@ def test_16_bit_is_never_cut(tmp_path):
     x = load_resized(tmp_path/'hi.png', (9, 7), ir_range=(30000, 30020))
     assert torch.equal(x, torch.ones(3, 9, 7))                                         # clipped, not wrapped
 
+def test_white_is_zero(tmp_path):
+    "Of 16 bits as of 8; of big-endian files Pillow says that it cannot read them."
+    order = '<'
+    a,f = np.arange(0, 48*1000, 1000, dtype=np.uint16).reshape(8, 6, 1),tmp_path/'w.tif'
+    white = struct.pack(order+'HHII', 262, 4, 1, 0)
+    black = struct.pack(order+'HHII', 262, 4, 1, 1)
+    f.write_bytes(tif16(a, order).replace(black, white))
+    assert Image.open(f).tag_v2[262]==0
+    want = torch.tensor((65535-a[..., 0].astype(np.float32))/65535)
+    assert torch.equal(read_image(f)[0], want) and torch.equal(read_image(Image.open(f))[0], want)
+    assert torch.allclose(read_image(f, (65535-47000, 65535))[0], torch.tensor(1-a[..., 0]/47000).float(), atol=1e-6)
+    Image.fromarray((a[..., 0]//257).astype(np.uint8)).save(f, tiffinfo={262: 0})
+    assert torch.equal(read_image(f)[0], torch.tensor(a[..., 0]//257).float()/255)       # Pillow writes and reads white as zero
+    f.write_bytes(tif16(a, order))
+    assert torch.equal(read_image(f)[0], torch.tensor(a[..., 0].astype(np.float32)/65535))
+
+def test_white_is_zero_without_a_range_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), .5, np.float32)).save(tmp_path/'a.tif')
+    b = (tmp_path/'a.tif').read_bytes()
+    black = struct.pack('<HHIHH', 262, 3, 1, 1, 0)
+    assert black in b
+    (tmp_path/'a.tif').write_bytes(b.replace(black, struct.pack('<HHIHH', 262, 3, 1, 0, 0)))
+    with pytest.raises(DataError) as e: read_image(tmp_path/'a.tif')
+    one_line(e, 'a.tif', 'black as zero')
+
 def test_5_6_5_bitmap_is_8_bit_colour(tmp_path):
     a = np.array([[0xF800, 0x07E0], [0x001F, 0xFFFF]], '<u2')[::-1]                     # rows from the bottom: red, green / blue, white
     head = struct.pack('<IiiHHIIiiII', 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)+struct.pack('<III', 0xF800, 0x07E0, 0x001F)

@@ -18,7 +18,7 @@ from ..core import ConfigError, DataError, atomic_write, tmpa_home
 from .external import decoded, item_range
 
 # %% ../../nbs/01b_data.cache.ipynb #17b9c191
-_HOW = [1, PIL.__version__] # how images are decoded and resized: files made otherwise are made again
+_HOW = [2, PIL.__version__] # how images are decoded and resized: files made otherwise are made again
 _END = b'tmpa img' # the last bytes of a whole file, after the place of the index
 _KINDS = [(1, 'uint8'), (3, 'uint8'), (1, 'uint16'), (3, 'uint16')] # channels and type of a decoded image
 

@@ -45,7 +45,7 @@ def _decode(path):
                 if pic: raise DataError('a picture of 16-bit colour would be cut to 8 bits: pass its path')
                 return _colour16(path), 65535.
             im.load()
-            if deep: return np.asarray(im).astype(np.float32), 1. if im.mode=='F' else 65535.
+            if deep: return _bright_is_high(im, np.asarray(im).astype(np.float32), path), 1. if im.mode=='F' else 65535.
             grey = im.mode in ('1', 'L', 'LA', 'La')
             return (im if im.mode==('L' if grey else 'RGB') else im.convert('L' if grey else 'RGB')), 255.
     except FileNotFoundError: raise DataError(f'no image {path}: restore the file, or take it out of the items') from None
@@ -54,6 +54,13 @@ def _decode(path):
         why = 'is empty (0 bytes)' if not pic and path.is_file() and path.stat().st_size==0 else f'cannot be decoded ({str(e).strip() or type(e).__name__})'
         raise DataError(f'image {path} {why}: restore the file, or take it out of the items') from None
     finally: ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+def _bright_is_high(im, a, path):
+    "TIFFs may store white as zero; Pillow turns such numbers round where they have 8 bits, and not where they have more."
+    if im.format!='TIFF' or im.tag_v2.get(262)!=0: return a  # tag PhotometricInterpretation
+    if not im.mode.startswith('I;16'):
+        raise DataError(f'image {path} stores white as zero in numbers of no natural range: save it with black as zero')
+    return 65535-a
 
 def _colour16(path):
     "Pillow keeps the high bytes of 16-bit colour only; told the opposite byte order it keeps the low ones. Both make the value."
