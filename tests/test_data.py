@@ -2,13 +2,14 @@
 import csv, io, json, os, pickle, random, shutil, struct, threading, warnings, zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image, ImageFile
 from hypothesis import given, settings as hyp, strategies as st
 from fastai.learner import Learner
 from fastai.callback.schedule import lr_find
 from tmpa.core import ConfigError, DataError, ProtocolError, ReIDImage
-from tmpa.data.image import image_exts
+from tmpa.data.image import _bits, decoded, image_exts
 from tmpa.demo import read_lines
 from tmpa.report import write_report
 from tmpa.scoring import save_queries, score_feats
@@ -303,13 +304,14 @@ def png16(a):
             +chunk(b'IDAT', zlib.compress(b''.join(b'\0'+r.astype('>u2').tobytes() for r in a)))+chunk(b'IEND', b''))
 
 def tif16(a, order):
-    "Uncompressed 16-bit TIFF of (H, W, 1 or 3) in either byte order."
+    "Uncompressed 16-bit TIFF of (H, W, 1, 3 or, as CMYK, 4) in either byte order."
     h,w,c = a.shape
-    tags = [(256, w), (257, h), (258, 16), (259, 1), (262, 1 if c==1 else 2), (273, 200), (277, c), (278, h), (279, a.nbytes)]
-    if c==3: tags[2] = (258, 150)                                                      # three counts need a place of their own
-    ifd = struct.pack(order+'H', len(tags))+b''.join(struct.pack(order+'HHI', t, 3 if (t, c)==(258, 3) else 4, 3 if (t, c)==(258, 3) else 1)+struct.pack(order+'I', v) for t, v in tags)+bytes(4)
+    tags = [(256, w), (257, h), (258, 16), (259, 1), (262, {1: 1, 3: 2, 4: 5}[c]), (273, 200), (277, c), (278, h), (279, a.nbytes)]
+    if c>1: tags[2] = (258, 150)                                                       # several counts need a place of their own
+    several = lambda t: t==258 and c>1
+    ifd = struct.pack(order+'H', len(tags))+b''.join(struct.pack(order+'HHI', t, 3 if several(t) else 4, c if several(t) else 1)+struct.pack(order+'I', v) for t, v in tags)+bytes(4)
     head = (b'II' if order=='<' else b'MM')+struct.pack(order+'HI', 42, 8)+ifd
-    return head.ljust(150, b'\0')+struct.pack(order+'HHH', 16, 16, 16)+bytes(44)+a.astype(order+'u2').tobytes()
+    return (head.ljust(150, b'\0')+struct.pack(order+f'{c}H', *[16]*c)).ljust(200, b'\0')+a.astype(order+'u2').tobytes()
 
 @pytest.mark.parametrize('mode,ext', [('1', 'png'), ('L', 'png'), ('L', 'jpg'), ('L', 'bmp'), ('LA', 'png'), ('P', 'png'), ('P', 'bmp'), ('RGB', 'png'), ('RGB', 'bmp'), ('RGB', 'jpg'), ('RGBA', 'png'),
                                       ('CMYK', 'tif'), ('CMYK', 'jpg'), ('YCbCr', 'jpg'), ('I;16', 'png'), ('I;16', 'tif'), ('I', 'tif'), ('F', 'tif')])
@@ -349,6 +351,44 @@ def test_16_bit_is_never_cut(tmp_path):
     assert torch.allclose(d, torch.full((3, 9, 7), 40/65535), atol=1e-6)
     x = load_resized(tmp_path/'hi.png', (9, 7), ir_range=(30000, 30020))
     assert torch.equal(x, torch.ones(3, 9, 7))                                         # clipped, not wrapped
+
+@pytest.mark.parametrize('top', [300, 16383, 65535])
+def test_netpbm_is_never_cut(tmp_path, top):
+    "Grey and colour, binary and text, by the value that the file calls its highest; raw values are the file's."
+    a = np.random.default_rng(top).integers(0, top+1, (6, 5, 3))
+    for kind, x in (('P6', a), ('P5', a[..., 0]), ('P3', a), ('P2', a[..., 0])):
+        f = tmp_path/('a.ppm' if x.ndim==3 else 'a.pgm')
+        body = x.astype('>u2').tobytes() if kind in ('P5', 'P6') else b'# a remark 1 2 3\n'+' '.join(map(str, x.flat)).encode()+b'\n'
+        f.write_bytes(f'{kind}\n# made by hand\n5 6\n{top}\n'.encode()+body)
+        want = torch.tensor(x).float().reshape(6, 5, -1).permute(2, 0, 1)
+        assert torch.allclose(read_image(f), (want/top).expand(3, 6, 5), atol=1e-7), kind
+        assert torch.allclose(read_image(f, (50, 250)), ((want-50)/200).clamp(0, 1).expand(3, 6, 5), atol=1e-6), kind
+        assert decoded(f, (6, 5)).dtype==np.uint16 and load_resized(f, (9, 9)).shape==(3, 9, 9)
+        if x.ndim==3:
+            with pytest.raises(DataError) as e: read_image(Image.open(f))
+            one_line(e, '8 bits')
+        else: assert torch.allclose(read_image(Image.open(f)), read_image(f), atol=1e-5)
+        f.write_bytes(f.read_bytes()[:-41])
+        with pytest.raises(DataError) as e: read_image(f)
+        one_line(e, str(f), 'restore the file')
+
+def test_what_would_be_cut_is_refused(tmp_path):
+    a = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for name, mark, at, bits in (('a.j2k', b'\xff\x4f\xff\x51', 42, 11), ('a.jp2', b'\xff\x4f\xff\x51', 42, 11), ('a.avif', b'pixi', 9, 12)):
+        f = tmp_path/name
+        if f.suffix not in image_exts(): continue
+        Image.fromarray(a).save(f)
+        assert read_image(f).shape==(3, 32, 32)
+        b = bytearray(f.read_bytes())
+        b[b.find(mark)+at] = bits
+        f.write_bytes(b)
+        assert _bits(SimpleNamespace(format={'.avif': 'AVIF'}.get(f.suffix, 'JPEG2000')), f)==12
+        with pytest.raises(DataError) as e: read_image(f)
+        one_line(e, name, *['12 bits a colour'][:f.suffix!='.avif'])                    # pixels of 8 bits under that head are no AVIF
+    (tmp_path/'c.tif').write_bytes(tif16(np.zeros((4, 4, 4), np.uint16), '<'))
+    assert Image.open(tmp_path/'c.tif').mode=='CMYK'
+    with pytest.raises(DataError) as e: read_image(tmp_path/'c.tif')
+    one_line(e, 'c.tif', 'CMYK')
 
 def test_white_is_zero(tmp_path):
     "Of 16 bits as of 8; of big-endian files Pillow says that it cannot read them."

@@ -41,9 +41,7 @@ def _decode(path):
     try:
         with nullcontext(path) if pic else Image.open(path, formats=_formats()) as im:
             deep = im.mode in ('I', 'F') or im.mode.startswith('I;')
-            if not deep and any(re.search(';16[BLN]', str(t.args)) for t in getattr(im, 'tile', ())):
-                if pic: raise DataError('a picture of 16-bit colour would be cut to 8 bits: pass its path')
-                return _colour16(path), 65535.
+            if made := _deep_colour(im, path, pic): return made
             im.load()
             if deep: return _bright_is_high(im, np.asarray(im).astype(np.float32), path), 1. if im.mode=='F' else 65535.
             grey = im.mode in ('1', 'L', 'LA', 'La')
@@ -62,12 +60,44 @@ def _bright_is_high(im, a, path):
         raise DataError(f'image {path} stores white as zero in numbers of no natural range: save it with black as zero')
     return 65535-a
 
+def _deep_colour(im, path, pic):
+    "What Pillow would cut to 8 bits, or bring to another range: float array and the value that means 1; None: nothing."
+    grey = im.mode in ('1', 'L', 'I', 'F') or im.mode.startswith('I;')
+    args = [t.args for t in getattr(im, 'tile', ())]
+    netpbm = im.format=='PPM' and im.mode in ('I', 'RGB') and isinstance(args[0], tuple) and args[0][1]>255
+    colour = not grey and re.search(';16[BLN]', str(args))
+    if pic and not grey and (netpbm or colour): raise DataError('a picture of 16-bit colour would be cut to 8 bits: pass its path')
+    if pic: return None
+    if not grey and (bits := _bits(im, path))>8:
+        raise DataError(f'image {path} has {bits} bits a colour, which would be cut to 8: save it as PNG or TIFF of 16 bits')
+    if netpbm: return _netpbm(im, path)
+    return (_colour16(path), 65535.) if colour else None
+
+def _bits(im, path):
+    "Bits a colour, as the headers of the formats say which Pillow cuts to 8."
+    mark,at = {'JPEG2000': (b'\xff\x4f\xff\x51', 42), 'AVIF': (b'pixi', 9)}.get(im.format, (None, 0))
+    if mark is None: return 8
+    with open(path, 'rb') as f: head = f.read(1<<16)
+    i = head.find(mark)
+    if i<0 or i+at>=len(head): return 8
+    return (head[i+at] & 127)+1 if im.format=='JPEG2000' else head[i+at]
+
+def _netpbm(im, path):
+    "A PGM or PPM file of more than 8 bits as it is stored; the value that means 1 is its own."
+    tile,shape = im.tile[0],(im.height, im.width, 3)[:3 if im.mode=='RGB' else 2]
+    data,top,n = Path(path).read_bytes()[tile.offset:],float(tile.args[1]),int(np.prod(shape))
+    if tile.codec_name=='ppm_plain': a = np.array(re.sub(rb'#[^\r\n]*', b'', data).split()[:n], np.float32)
+    else: a = np.frombuffer(data[:min(2*n, len(data)//2*2)], '>u2').astype(np.float32)
+    if a.size<n or a.max()>top: raise ValueError('image file is truncated, or has values above its own highest')
+    return a.reshape(shape),top
+
 def _colour16(path):
     "Pillow keeps the high bytes of 16-bit colour only; told the opposite byte order it keeps the low ones. Both make the value."
     def load(swap):
         with Image.open(path, formats=_formats()) as im:
-            if any('LA;16' in str(t.args) for t in im.tile):
-                raise DataError(f'image {path} is 16-bit grey with alpha, which would be cut to 8 bits: save it without the alpha channel')
+            if im.mode not in ('RGB', 'RGBA', 'RGBX') or any('LA;16' in str(t.args) for t in im.tile):
+                raise DataError(f'image {path} is 16-bit {"grey with alpha" if "A" in im.mode else im.mode}, which would be cut to 8 bits: '
+                                'save it as grey or RGB, without an alpha channel')
             other = lambda o: re.sub(';16.', ';16B' if ';16L' in o or ';16N' in o and sys.byteorder=='little' else ';16L', o) if swap and isinstance(o, str) else o
             im.tile = [t._replace(args=other(t.args) if isinstance(t.args, str) else tuple(map(other, t.args))) for t in im.tile]
             return np.asarray(im)[..., :3].astype(np.float32)
