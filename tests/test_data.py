@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from hypothesis import given, settings as hyp, strategies as st
 from fastai.learner import Learner
 from fastai.callback.schedule import lr_find
@@ -21,7 +21,8 @@ from multiprocessing import get_context
 from tmpa.callback.pedmix import PedMix
 from tmpa.data.cache import image_cache
 from tmpa.data.load import ReIDDataLoaders, ReIDDataset, ReIDDL, _cache_for, identity_batches, on_device, one_ahead, split_by_pid
-from tmpa.learner import tmpa_learner
+from tmpa.learner import extract_features, tmpa_learner
+from tmpa.search import Gallery
 from tmpa.models.backbone import micro_resnet
 from tmpa.data.transforms import Pieces, ReIDAug, channel_exchange, hflip, pad_crop, random_erase
 
@@ -336,7 +337,7 @@ def test_16_bit_is_never_cut(tmp_path):
     for c in (3, 4):
         a = np.random.default_rng(c).integers(0, 65536, (6, 5, c), dtype=np.uint16)
         (tmp_path/'c.png').write_bytes(png16(a))
-        assert np.allclose(read_image(tmp_path/'c.png').permute(1, 2, 0).numpy(), a[..., :3]/65535, atol=1e-7)
+        assert np.allclose(read_image(tmp_path/'c.png', as_stored=True).permute(1, 2, 0).numpy(), a[..., :3]/65535, atol=1e-7)
         assert load_resized(tmp_path/'c.png', (9, 9)).shape==(3, 9, 9)
     (tmp_path/'c.png').write_bytes(png16(a[..., :2]))                                  # grey and alpha
     with pytest.raises(DataError) as e: read_image(tmp_path/'c.png')
@@ -456,12 +457,107 @@ def test_damaged(tmp_path, ext):
     with pytest.raises(DataError) as e: read_image(tmp_path)                           # a folder
     one_line(e, str(tmp_path))
 
-def test_orientation_tag_is_ignored(tmp_path):
-    im = Image.fromarray(np.stack([RAMP]*3, -1))
+def tagged(im, orientation):
     ex = im.getexif()
-    ex[274] = 6
-    im.save(tmp_path/'o.png', exif=ex)
-    assert read_image(tmp_path/'o.png').shape==(3, 8, 16)
+    ex[274] = orientation
+    return ex
+
+def test_orientation_tag_is_ignored_in_published_sets(tmp_path):
+    im = Image.fromarray(np.stack([RAMP]*3, -1))
+    im.save(tmp_path/'o.png', exif=tagged(im, 6))
+    assert read_image(tmp_path/'o.png', as_stored=True).shape==(3, 8, 16)
+
+@pytest.mark.parametrize('orientation', range(10))
+def test_orientation_of_every_depth(tmp_path, orientation):
+    "As Pillow turns 8 bits."
+    a = np.arange(4*6, dtype=np.uint8).reshape(4, 6)*10
+    deep = Image.fromarray(a.astype(np.uint16)*257)
+    want = np.asarray(ImageOps.exif_transpose(Image.open(save(tmp_path/'g.png', Image.fromarray(a), orientation))))
+    colour = np.stack([a, a//2, 255-a], -1)
+    for f, x in ((tmp_path/'g.png', None), (save(tmp_path/'d.png', deep, orientation), None), (save(tmp_path/'d.tif', deep, orientation), None), (save(tmp_path/'c.png', Image.fromarray(colour), orientation), 0)):
+        got = read_image(f)[0].numpy()
+        assert np.allclose(got, want/255, atol=1e-6), f
+        assert load_resized(f, (12, 8)).shape==(3, 12, 8)
+    assert torch.equal(read_image(Image.open(tmp_path/'c.png')), read_image(tmp_path/'c.png'))
+    raw = png16(np.stack([a.astype(np.uint16)*257]*3, -1))
+    exif = tagged(Image.fromarray(a), orientation).tobytes().removeprefix(b'Exif\0\0')
+    chunk = struct.pack('>I', len(exif))+b'eXIf'+exif+struct.pack('>I', zlib.crc32(b'eXIf'+exif))
+    (tmp_path/'e.png').write_bytes(raw[:33]+chunk+raw[33:])
+    assert np.allclose(read_image(tmp_path/'e.png')[0].numpy(), want/255, atol=1e-6)
+    assert read_image(tmp_path/'e.png', as_stored=True).shape==(3, 4, 6)
+
+def save(f, im, orientation):
+    im.save(f, exif=tagged(im, orientation))
+    return f
+
+def test_a_broken_tag_says_nothing(tmp_path):
+    Image.fromarray(RAMP).save(tmp_path/'a.jpg', exif=b'Exif\0\0nonsense')
+    assert read_image(tmp_path/'a.jpg').shape==(3, 8, 16)
+
+def test_transparency_is_laid_on_white(tmp_path):
+    "By a slow formula, at every depth and in every way in which a file says it; published sets keep what is under it."
+    rng = np.random.default_rng(0)
+    for c in (2, 4):
+        a = rng.integers(0, 256, (6, 5, c), dtype=np.uint8)
+        Image.fromarray(a, {2: 'LA', 4: 'RGBA'}[c]).save(tmp_path/'a.png')
+        colour,alpha = a[..., :-1]/255,a[..., -1:]/255
+        want = np.broadcast_to(colour*alpha+1-alpha, (6, 5, 3))
+        for x in (read_image(tmp_path/'a.png'), read_image(Image.open(tmp_path/'a.png'))): assert np.abs(x.permute(1, 2, 0).numpy()-want).max()<=.51/255
+        assert decoded(tmp_path/'a.png', (6, 5)).shape[0]=={2: 1, 4: 3}[c]
+        assert np.allclose(read_image(tmp_path/'a.png', as_stored=True).permute(1, 2, 0).numpy(), np.broadcast_to(colour, (6, 5, 3)))
+    a = rng.integers(0, 65536, (6, 5, 4), dtype=np.uint16)
+    (tmp_path/'a.png').write_bytes(png16(a))
+    colour,alpha = a[..., :3]/65535,a[..., 3:]/65535
+    assert np.allclose(read_image(tmp_path/'a.png').permute(1, 2, 0).numpy(), colour*alpha+1-alpha, atol=1e-6)
+    assert np.allclose(read_image(tmp_path/'a.png', as_stored=True).permute(1, 2, 0).numpy(), colour, atol=1e-6)
+    p = Image.fromarray(np.array([[0, 1]], np.uint8), 'P')
+    p.putpalette([10, 20, 30, 40, 50, 60])
+    p.save(tmp_path/'p.png', transparency=0)
+    assert (read_image(tmp_path/'p.png')*255).round().permute(1, 2, 0).tolist()==[[[255]*3, [40, 50, 60]]]
+    assert (read_image(tmp_path/'p.png', as_stored=True)*255).round().permute(1, 2, 0).tolist()==[[[10, 20, 30], [40, 50, 60]]]
+    Image.fromarray(np.array([[7, 8]], np.uint8)).save(tmp_path/'l.png', transparency=7)
+    assert (read_image(tmp_path/'l.png')[0]*255).round().tolist()==[[255, 8]]
+    for x, clear in ((np.array([[[700], [800]]]), struct.pack('>H', 700)), (np.array([[[700, 1, 2], [700, 1, 3]]]), struct.pack('>HHH', 700, 1, 2))):
+        if x.shape[2]==1: Image.fromarray(x[..., 0].astype(np.uint16)).save(tmp_path/'d.png')
+        else: (tmp_path/'d.png').write_bytes(png16(x))
+        b = (tmp_path/'d.png').read_bytes()
+        (tmp_path/'d.png').write_bytes(b[:33]+struct.pack('>I', len(clear))+b'tRNS'+clear+struct.pack('>I', zlib.crc32(b'tRNS'+clear))+b[33:])
+        got = (read_image(tmp_path/'d.png')*65535).round()
+        assert got[:, 0, 0].tolist()==[65535]*3 and got[:, 0, 1].tolist()==np.broadcast_to(x[0, 1], 3).tolist()
+
+def test_own_photographs_are_turned_and_published_ones_are_not(tmp_path, device):
+    "CSV, items and Gallery; through loaders, the cache and extraction alike."
+    a = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 24, 3), dtype=np.uint8))
+    for c in (1, 3):
+        for p in (1, 2): (tmp_path/f'cam{c}'/f'{p:04d}').mkdir(parents=True); a.save(tmp_path/f'cam{c}'/f'{p:04d}'/'0001.png', exif=tagged(a, 6))
+    (tmp_path/'exp').mkdir()
+    (tmp_path/'exp'/'test_id.txt').write_text('1,2')
+    (tmp_path/'l.csv').write_text('file,pid,cam,modality,split\n'+''.join(f'cam{c}/{p:04d}/0001.png,{p},{c},{int(c==3)},test\n' for p in (1, 2) for c in (1, 3)))
+    with pytest.warns(UserWarning, match='cam2'): published = sysu_items(tmp_path, 'test')
+    own,plain = csv_items(tmp_path/'l.csv', 'test'),[ReIDImage(*o) for o in published]
+    assert own==published==plain and [o[0].as_stored for o in (own, plain, published)]==[False, False, True]
+    upright,lying = (torch.from_numpy(decoded(own[0].path, (24, 12), as_stored=o)) for o in (False, True))
+    assert not torch.equal(upright, lying)
+    for items, want in ((own, upright), (plain, upright), (published, lying)):
+        for cache in (False, tmp_path/'cache'):
+            dls = ReIDDataLoaders.from_items(items, None, size=(24, 12), P=2, K=1, num_workers=0, cache=cache)
+            assert torch.equal(torch.from_numpy(dls.train_ds.pixels(0)), want)
+    assert len(list((tmp_path/'cache').glob('*.images')))==2
+    pickled = pickle.loads(pickle.dumps(published))
+    assert pickled==published and pickled[0].as_stored
+    class Mean(torch.nn.Module):
+        def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.ones(1))
+        def forward(self, x, modality): return torch.nn.functional.adaptive_avg_pool2d(x, 3).flatten(1)*self.w
+    net = Mean()
+    f = [extract_features(net, o, (24, 12)) for o in (own, plain, published)]
+    assert torch.equal(f[0], f[1]) and not torch.allclose(f[0], f[2])
+    g = Gallery(net, (24, 12))
+    g.add([str(own[0].path)], modality=0)
+    assert torch.allclose(g.rows([0]), torch.nn.functional.normalize(f[0][:1]))
+    g.add(published[1:])
+    assert torch.allclose(g.rows([1]), torch.nn.functional.normalize(f[2][1:2]))
+    g.save(tmp_path/'g.npz')
+    assert [o.as_stored for o in Gallery.load(tmp_path/'g.npz', net).items]==[False, True, True, True]
 
 # --- sampler -----------------------------------------------------------------------------------------------------------------------------------------
 

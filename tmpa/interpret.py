@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from functools import cached_property
 from .core import ConfigError, Modality
-from .data.external import cross_settings, item_range, read_image
+from .data.external import cross_settings
+from .data.image import how_read, read_image
 from .evaluation import Setting, evaluate_settings, get_rule
 
 # %% ../nbs/17a_interpret.ipynb #06b53f75
@@ -36,7 +37,7 @@ def top_matches(
 
 # %% ../nbs/17a_interpret.ipynb #7b5ce265
 def _show(ax, o, title='', right=None, ir_range=None):
-    ax.imshow(read_image(o.path, ir_range=item_range(o, ir_range)).permute(1,2,0).numpy()); ax.set_xticks([]); ax.set_yticks([])
+    ax.imshow(read_image(o.path, **how_read(o, ir_range)).permute(1,2,0).numpy()); ax.set_xticks([]); ax.set_yticks([])
     ax.set_title(title, fontsize=9, pad=3)
     for s in ax.spines.values(): s.set_visible(right is not None)
     if right is not None:

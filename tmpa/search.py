@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 from PIL import Image
-from .core import CheckpointError, ConfigError, DataError, ProtocolError, ReIDImage, TMPAError, atomic_write, check_record
-from .data.external import item_range, read_image
+from .core import CheckpointError, ConfigError, DataError, ProtocolError, PublishedImage, ReIDImage, TMPAError, atomic_write, check_record
+from .data.image import how_read, read_image
 from .learner import extract_features
 from .models.net import scored_as
 from .ranking import as_matrix, check_finite, get_rule
@@ -77,7 +77,7 @@ class Hits(list):
         if not todo: raise ConfigError('nothing to show: no query image and no hits')
         fig,axs = plt.subplots(1, len(todo), figsize=figsize or (.9*len(todo), 2.1), dpi=dpi, squeeze=False, layout='constrained')
         for ax,(o,title,right) in zip(axs[0], todo):
-            ax.imshow(read_image(o.path, ir_range=item_range(o, self.ir_range)).permute(1, 2, 0).numpy())
+            ax.imshow(read_image(o.path, **how_read(o, self.ir_range)).permute(1, 2, 0).numpy())
             ax.set(xticks=[], yticks=[]); ax.set_title(title if right in (None, True) else f'✗ {title}', fontsize=9, pad=3); ax.set_xlabel(f'cam {o.cam}' if o.cam else '', fontsize=8)
             for s in ax.spines.values(): s.set(visible=right is not None, color='#117733' if right else '#CC3311', linewidth=2.5, linestyle='-' if right else '--')
         plt.close(fig)
@@ -322,7 +322,8 @@ def save(self:Gallery,
     n = lambda b: min(BLOCK, len(self)-b*BLOCK)
     arrays = {f'feats{b}': x[:n(b)].cpu().numpy() for b,x in enumerate(self.blocks)}
     with atomic_write(path) as tmp:
-        np.savez(tmp, meta=np.array(json.dumps(meta)), paths=np.frombuffer(names, np.uint8), numbers=self._numbers().cpu().numpy(), **arrays)
+        np.savez(tmp, meta=np.array(json.dumps(meta)), paths=np.frombuffer(names, np.uint8), numbers=self._numbers().cpu().numpy(),
+                 as_stored=np.array([o.as_stored for o in self.items], bool), **arrays)
 
 @contextmanager
 def _whole(path):
@@ -342,7 +343,8 @@ def load(cls:Gallery,
     with _whole(path), np.load(path, allow_pickle=False) as z:
         meta,numbers = json.loads(str(z['meta'])),z['numbers'].T.tolist()
         names = z['paths'].tobytes().decode('utf8', 'surrogateescape').split('\0') if meta['n'] else []
-        items = [ReIDImage(Path(f), *o) for f,o in zip(names, numbers, strict=True)]
+        stored = z['as_stored'] if 'as_stored' in z.files else [False]*len(names)  # up to version 0.6 nobody asked
+        items = [(PublishedImage if s else ReIDImage)(Path(f), *o) for f,o,s in zip(names, numbers, stored, strict=True)]
         ir_range,size = (meta[k] and tuple(meta[k]) for k in ('ir_range', 'size'))
         g = cls(model, **{'size': size, 'ir_range': ir_range, 'dtype': getattr(torch, meta['dtype']), 'made_by': meta['made_by'], **kwargs})
         if items and g.made_by != meta['made_by']: raise CheckpointError(f"{path} holds features of another model ({meta['made_by']}): load the weights that made them, or index the images again")

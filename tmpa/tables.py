@@ -15,7 +15,7 @@ from torchvision.models import resnet50
 from .confidence import difference
 from .core import ConfigError, Modality, atomic_write
 from .callback.pedmix import pedmix
-from .data.external import load_resized
+from .data.image import how_read, load_resized
 from .models.tmpa import n_flops, n_params
 from .recipes import RECIPES, TABLE1_SETTINGS, TABLES, RecipeTable, TableRow, content, get_recipe, published_methods, short_hash
 from .regions import region_mask
@@ -165,7 +165,7 @@ def ratio_strip(
     pids = [p for p,m in sorted(first) if m == Modality.VISIBLE and (p, Modality.INFRARED) in first][:n]
     fig,axs = plt.subplots(len(pids), 2+len(ratios), figsize=(.8*(2+len(ratios)), .8*len(pids)*size[0]/size[1]+.3), dpi=75, squeeze=False)
     for i,(p,row) in enumerate(zip(pids, axs)):
-        x = torch.stack([torch.as_tensor(load_resized(first[p, m].path, size)) for m in Modality])
+        x = torch.stack([load_resized(first[p, m].path, size, **how_read(first[p, m], None)) for m in Modality])
         mixes = [pedmix(x, torch.tensor([0,1]), region_mask(1, size, patch, (a, a+.05, a+.1), generator=torch.Generator().manual_seed(p)))[0] for a in ratios]
         for ax,o,t in zip(row, [*x, *mixes], ['visible','infrared', *[f'{a:.2f}' for a in ratios]]):
             ax.imshow(o.permute(1, 2, 0).clamp(0, 1).numpy()); ax.axis('off')

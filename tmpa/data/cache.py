@@ -15,7 +15,7 @@ import PIL
 import torch
 from fastprogress.fastprogress import progress_bar
 from ..core import ConfigError, DataError, atomic_write, tmpa_home
-from .external import decoded, item_range
+from .image import decoded, how_read, item_range
 
 # %% ../../nbs/01b_data.cache.ipynb #17b9c191
 _HOW = [2, PIL.__version__] # how images are decoded and resized: files made otherwise are made again
@@ -31,9 +31,10 @@ def _n_bytes(kind, size):
 def _aligned(n): return -(-n//64)*64  # so that no image of 16 bits begins at an odd place
 
 def _name(o, ir_range):
-    "What decides about the pixels of a record: its file, and its range as plain numbers."
-    r = item_range(o, ir_range)
-    return os.path.abspath(o.path), None if r is None else tuple(map(float, r))
+    "What decides about the pixels of a record: its file, its range as plain numbers, and whether it is read as stored."
+    how = how_read(o, ir_range)
+    r = how['ir_range']
+    return os.path.abspath(o.path), None if r is None else tuple(map(float, r)), how['as_stored']
 
 # %% ../../nbs/01b_data.cache.ipynb #5719c786
 class ImageCache:
@@ -76,11 +77,11 @@ class ImageCache:
 
 # %% ../../nbs/01b_data.cache.ipynb #445df1de
 def _sources(names):
-    "Path, range, bytes and time of change of each image."
-    def about(path, r):
+    "Path, range, whether it is read as stored, bytes and time of change of each image."
+    def about(path, r, as_stored):
         try: s = os.stat(path)
         except OSError: raise DataError(f'no image {path}: restore the file, or take it out of the items') from None
-        return [path, None if r is None else list(r), s.st_size, s.st_mtime_ns]
+        return [path, None if r is None else list(r), as_stored, s.st_size, s.st_mtime_ns]
     return [about(*n) for n in names]
 
 def _open(file, size, names, sources):
@@ -103,8 +104,8 @@ class _Decoder(torch.utils.data.Dataset):
     def __init__(self, names, size): self.names, self.size = names, size
     def __len__(self): return len(self.names)
     def __getitem__(self, i):
-        path, r = self.names[i]
-        return decoded(path, self.size, r)
+        path, r, as_stored = self.names[i]
+        return decoded(path, self.size, r, as_stored)
 
 def _decode_all(names, size, num_workers):
     "Arrays in the order of `names`; the generator of its own leaves torch's random numbers as they are."
@@ -128,7 +129,7 @@ def _write(file, size, names, sources, num_workers, progress):
 def _check_space(folder, names, size):
     "Refuse a cache that the disk cannot hold, as far as a few of its images tell."
     some = names[::-(-len(names)//8)]
-    need = sum(decoded(path, size, r).nbytes for path, r in some)/len(some)*len(names)
+    need = sum(decoded(path, size, *how).nbytes for path, *how in some)/len(some)*len(names)
     free = shutil.disk_usage(folder).free
     if need > free: raise _no_space(folder, f'has {free/1e9:.1f} GB free of the {need/1e9:.1f} GB')
 
@@ -161,7 +162,8 @@ def image_cache(
     names = sorted({_name(o, ir_range) for o in items}, key=str)
     if not names: raise DataError('no images to decode: the item list is empty')
     folder = Path(folder).expanduser() if folder else tmpa_home()/'images'
-    key = hashlib.sha1(repr((names, tuple(size))).encode('utf8', 'surrogateescape')).hexdigest()[:16]
+    old = [n[:2] if n[2] else n for n in names]  # of published images the key is that of version 0.6, whose file is made again
+    key = hashlib.sha1(repr((old, tuple(size))).encode('utf8', 'surrogateescape')).hexdigest()[:16]
     file, sources = folder/f'{size[0]}x{size[1]}-{key}.images', _sources(names)
     if (cache := _open(file, size, names, sources)) is not None: return cache
     many = len(names) > 500

@@ -13,7 +13,7 @@ import numpy as np
 from collections import Counter, defaultdict
 from pathlib import Path
 from warnings import warn
-from ..core import Modality, ReIDImage, ConfigError, DataError, ProtocolError
+from ..core import Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError
 from ..evaluation import Setting, cross_settings_of
 from .image import as_float, decoded, image_exts, item_range, load_resized, read_image
 
@@ -83,7 +83,7 @@ def sysu_items(
     if len(missing)==6: raise DataError(f'no camera folder in {path}: pass the folder that holds cam1 ... cam6 and exp')
     if missing: warn(f"{path} has no {', '.join(missing)}: numbers will not be comparable to published ones")
     others = []
-    res = [ReIDImage(f, p, c, int(c in _sysu_ir)) for p in pids for c in range(1, 7)
+    res = [PublishedImage(f, p, c, int(c in _sysu_ir)) for p in pids for c in range(1, 7)
            for f in _images(path/f'cam{c}'/f'{p:04d}', others)]
     _say_others(others, path)
     if not res: raise DataError(f'no image of the {split} identities in {path}: images should be cam1/0001/0001.jpg and so on')
@@ -188,7 +188,7 @@ def regdb_items(
     path = _root(path, 'idx, Visible and Thermal')
     rows = [_read_index(path, path/'idx'/f'{split}_{m}_{trial}.txt') for m in ('visible', 'thermal')]
     pid = 2 if _pid_is_folder(rows[0]+rows[1]) else 1
-    return [ReIDImage(r[0], r[pid], m+1, m) for m in range(2) for r in sorted(rows[m], key=lambda r: (r[pid], str(r[0])))]
+    return [PublishedImage(r[0], r[pid], m+1, m) for m in range(2) for r in sorted(rows[m], key=lambda r: (r[pid], str(r[0])))]
 
 # %% ../../nbs/01_data.external.ipynb #ee73b45e
 def _llcm_cam(f):
@@ -205,12 +205,12 @@ def llcm_items(
     if split=='train':
         rows = [_read_index(path, path/'idx'/f'train_{m}.txt') for m in mods]
         pid = 2 if _pid_is_folder(rows[0]+rows[1]) else 1
-        res = [ReIDImage(r[0], r[pid], _llcm_cam(r[0]), m) for m in range(2) for r in rows[m]]
+        res = [PublishedImage(r[0], r[pid], _llcm_cam(r[0]), m) for m in range(2) for r in rows[m]]
     else:
         pids = _read_ids(path/'idx'/'test_id.txt')
         for o in mods: _root(path/f'test_{o}', 'cam1 ... cam9 of LLCM')
         others = []
-        res = [ReIDImage(f, p, c, m) for m in range(2) for p in pids for c in range(1, 10)
+        res = [PublishedImage(f, p, c, m) for m in range(2) for p in pids for c in range(1, 10)
                for f in _images(path/f'test_{mods[m]}'/f'cam{c}'/f'{p:04d}', others)]
         _say_others(others, path)
         if not res: raise DataError(f'no image of the test identities in {path}: images should be test_vis/cam1/0001/*.jpg and so on')

@@ -23,8 +23,9 @@ from fastai.vision.core import imagenet_stats
 from fasttransform import Transform
 from ..core import ConfigError, DataError, check_record, slots, tmpa_home
 from ..processes import own_batches
-from .external import (cross_settings, llcm_items, llcm_settings, item_range,
-                                as_float, decoded, regdb_items, regdb_settings, sysu_items, sysu_settings)
+from .external import (cross_settings, llcm_items, llcm_settings,
+                                regdb_items, regdb_settings, sysu_items, sysu_settings)
+from .image import as_float, decoded, how_read
 from .cache import ImageCache, image_cache
 from .synthetic import GENERATOR_VERSION, make_regdb
 from .transforms import Pieces, PixelNorm, ReIDAug
@@ -59,7 +60,7 @@ class ReIDDataset:
         "Image `i` as `decoded` gives it (1 or 3, height, width); changes to one from the cache stay in this process."
         if self.kept[i] is not None: return self.cache[self.kept[i]]
         o = self.items[i]
-        return decoded(o.path, self.size, item_range(o, self.ir_range))
+        return decoded(o.path, self.size, **how_read(o, self.ir_range))
 
     def new(self, items=(), split_idx=1):
         "Other items, with labels and sizes as here."

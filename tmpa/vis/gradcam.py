@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from torch import nn
 from ..core import ConfigError, Modality
-from ..data.external import item_range, load_resized
+from ..data.image import how_read, load_resized
 
 # %% ../../nbs/21_vis.gradcam.ipynb #038226e9
 def get_layer(
@@ -76,7 +76,7 @@ def load_pair(
         ds = model.dls.valid_ds
         model,size,ir_range = model.model,size or ds.size,ir_range or ds.ir_range
     if size is None: raise ConfigError('size: give (height, width) of the images along with a network, or pass its Learner')
-    x = torch.stack([load_resized(o.path, size, item_range(o, ir_range)) for o in items])
+    x = torch.stack([load_resized(o.path, size, **how_read(o, ir_range)) for o in items])
     mean,std = (torch.tensor(o).view(3, 1, 1) for o in imagenet_stats)
     return model,x,((x-mean)/std).to(next(model.parameters()).device)
 
