@@ -12,7 +12,8 @@ from tmpa.core import ConfigError, DataError, ProtocolError, ReIDImage
 from tmpa.data.image import _bits, decoded, image_exts
 from tmpa.demo import read_lines
 from tmpa.report import write_report
-from tmpa.scoring import save_queries, score_feats
+from tmpa.models.tmpa import TMPANet
+from tmpa.scoring import save_queries, score_feats, score_model
 from tmpa.data.external import (cross_settings, csv_items, item_range, llcm_gallery, llcm_items, llcm_settings, load_resized, load_perms, read_image, regdb_items, regdb_settings,
                                 sysu_gallery, sysu_items, sysu_settings)
 from fastai.torch_core import TensorImage, set_seed
@@ -558,6 +559,31 @@ def test_own_photographs_are_turned_and_published_ones_are_not(tmp_path, device)
     assert torch.allclose(g.rows([1]), torch.nn.functional.normalize(f[2][1:2]))
     g.save(tmp_path/'g.npz')
     assert [o.as_stored for o in Gallery.load(tmp_path/'g.npz', net).items]==[False, True, True, True]
+
+def test_a_range_is_proposed(tmp_path, device):
+    "14 bits without a range: one line, with the values; none where there is nothing to say."
+    rng,items = np.random.default_rng(0),[]
+    for p in range(4):
+        for m in range(2):
+            f = tmp_path/f'{p}{m}.png'
+            Image.fromarray((7000+2000*rng.random((24, 12))).astype(np.uint16) if m else rng.integers(0, 256, (24, 12), dtype=np.uint8)).save(f)
+            items.append(ReIDImage(f, p, m, m))
+    values = [np.asarray(Image.open(o.path)) for o in items if o.modality]
+    lo,hi = min(a.min() for a in values),max(a.max() for a in values)
+    make = lambda **kw: ReIDDataLoaders.from_items(items, None, size=(24, 12), P=2, K=1, num_workers=0, **kw)
+    with pytest.warns(UserWarning, match=rf'ir_range=\({lo}, {hi}\)') as w: make()
+    assert len(w)==1 and '\n' not in str(w[0].message) and f'--ir_range {lo},{hi}' in str(w[0].message)
+    assert read_image(items[1].path).std()<.03 and read_image(items[1].path, (lo, hi)).std()>.2
+    net = TMPANet(4, micro_resnet, False, mfe=False, mft=False)
+    with pytest.warns(UserWarning, match='ir_range'): score_model(net, items, cross_settings(items), (48, 24))
+    with pytest.warns(UserWarning, match='ir_range'): Gallery(net, (48, 24)).add(items)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        make(ir_range=(7000, 9000))
+        score_model(net, items, cross_settings(items), (48, 24), ir_range=(7000, 9000))
+        Gallery(net, (48, 24), ir_range=(7000, 9000)).add(items)
+        for o in items[1::2]: Image.fromarray((65535*rng.random((24, 12))).astype(np.uint16)).save(o.path)
+        make()
 
 # --- sampler -----------------------------------------------------------------------------------------------------------------------------------------
 

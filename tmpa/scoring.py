@@ -13,6 +13,7 @@ import numpy as np
 from .core import ConfigError, atomic_write, tmpa_home
 from .data.external import csv_items, llcm_items, regdb_items, sysu_items, cross_settings, llcm_settings, regdb_settings, sysu_settings
 from .data.load import split_by_pid
+from .data.image import check_range
 from .data.synthetic import GENERATOR_VERSION, make_regdb
 from .evaluation import evaluate_settings
 from .learner import extract_features
@@ -98,6 +99,7 @@ def score_model(
     rerank:bool=False, # k-reciprocal re-ranking
 )->tuple: # Scores by setting, and the features (n, D)
     "Extract features once and score every setting."
+    check_range(items, ir_range)
     feats = extract_features(model, items, size, ir_range=ir_range, num_workers=num_workers, flip=flip)
     return score_feats(feats, items, settings, rerank)[0],feats
 

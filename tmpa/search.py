@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from PIL import Image
 from .core import CheckpointError, ConfigError, DataError, ProtocolError, PublishedImage, ReIDImage, TMPAError, atomic_write, check_record
-from .data.image import how_read, read_image
+from .data.image import check_range, how_read, read_image
 from .learner import extract_features
 from .models.net import scored_as
 from .ranking import as_matrix, check_finite, get_rule
@@ -184,6 +184,7 @@ def add(self:Gallery,
     there,todo = {key(o) for o in self.items},[]
     for i,o in enumerate(items):
         if key(o) not in there: there.add(key(o)); todo.append(i)
+    if feats is None: check_range([items[i] for i in todo], self.ir_range)
     step,self._labels = max(self.bs, 512),None  # forgotten first: an image that cannot be read ends this after others were added
     for s in range(0, len(todo), step):
         part = todo[s:s+step]

@@ -25,7 +25,7 @@ from ..core import ConfigError, DataError, check_record, slots, tmpa_home
 from ..processes import own_batches
 from .external import (cross_settings, llcm_items, llcm_settings,
                                 regdb_items, regdb_settings, sysu_items, sysu_settings)
-from .image import as_float, decoded, how_read
+from .image import as_float, check_range, decoded, how_read
 from .cache import ImageCache, image_cache
 from .synthetic import GENERATOR_VERSION, make_regdb
 from .transforms import Pieces, PixelNorm, ReIDAug
@@ -434,6 +434,7 @@ def from_items(cls:ReIDDataLoaders,
     seen = {o.pid for o in valid_items} & set(vocab)
     if seen: warn(f'{len(seen)} validation identities are also trained on: scores will be too good; use split_by_pid')
     if not (isinstance(size, (tuple, list)) and len(size)==2 and min(size)>0): raise ConfigError(f'size={size}: give (height, width) in pixels')
+    check_range(train_items, ir_range)
     device = torch.device(default_device() if device is None else device)
     images = _cache_for(train_items + valid_items, size, ir_range, cache, cache_with, device)
     mk = partial(ReIDDataset, vocab=vocab, size=size, ir_range=ir_range, cache=images)
