@@ -251,3 +251,96 @@ def test_tensorboard(run, regdb, tmp_path):
     pytest.importorskip('tensorboard')
     status, out, err = run('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'r', *SMALL, '--log', 'tensorboard')
     assert status == 0 and list((tmp_path/'r'/'tensorboard').glob('events*')), err
+
+
+def csv_of(root, rows):
+    "A list of pictures of noise; rows are (pid, modality, split)."
+    rng = np.random.default_rng(0)
+    lines = ['file,pid,cam,modality,split']
+    for i, (pid, m, split) in enumerate(rows):
+        f = root/f'{i}.png'
+        if not f.exists(): Image.fromarray(rng.integers(0, 255, (48, 24, 3), dtype=np.uint8)).save(f)
+        lines.append(f'{f.name},{pid},{m+1},{m},{split}')
+    return lines
+
+
+ROWS = [(p, m, 'train' if p < 6 else 'test') for p in range(9) for m in (0, 1, 0, 1)]
+
+
+def test_people_of_training_in_the_test_are_said(run, tmp_path, device):
+    "Every row twice: in the command, before and after the training, in the report and in the metrics; nothing where there are none."
+    lines = csv_of(tmp_path, ROWS)
+    other = {'train': 'test', 'test': 'train'}
+    twice = lines + [l.rpartition(',')[0] + ',' + other[l.rpartition(',')[2]] for l in lines[1:]]
+    for name, some in (('clean', lines), ('twice', twice)):
+        (tmp_path/'l.csv').write_text('\n'.join(some))
+        train = ('tmpa_train', '--data', 'csv', '--path', tmp_path/'l.csv', '--recipe', 'B', '--out', tmp_path/name, *SMALL)
+        if name == 'twice':
+            with pytest.warns(UserWarning, match='9 people and 36 images of the test are in the training part too'): status, out, err = run(*train)
+        else: status, out, err = run(*train)
+        assert status == 0, err
+        metrics, report = json.loads((tmp_path/name/'metrics.json').read_text()), (tmp_path/name/'report.html').read_text()
+        status, out2, err = run('tmpa_evaluate', '--weights', tmp_path/name/'last.pth', '--path', tmp_path/'l.csv', '--out', tmp_path/f'{name}.json')
+        assert status == 0, err
+        how = json.loads((tmp_path/f'{name}.json').read_text())['how']
+        said = ['9 people and 36 images of the test are in the training part too' in o for o in (out, report, out2, how)]
+        assert said == [name == 'twice']*4 and metrics.get('also_trained') == (dict(people=9, images=36) if name == 'twice' else None)
+
+
+def test_equal_id_files_of_sysu(tmp_path):
+    from tmpa.scoring import DataSpec, also_trained, read_data
+    rows = [dict(pid=p, split='train' if p < 4 else 'val' if p < 5 else 'test', cam1=2, cam2=2, cam3=2, cam4=1, cam5=1, cam6=2) for p in range(1, 8)]
+    spec = DataSpec('sysu', make_sysu(tmp_path/'sysu', structure=rows, size=(48, 24)), 'all')
+    train, test, _ = read_data(spec)
+    assert also_trained(spec, train, test) == {}
+    for s in ('train', 'val'): shutil.copy(tmp_path/'sysu'/'exp'/'test_id.txt', tmp_path/'sysu'/'exp'/f'{s}_id.txt')
+    train, test, _ = read_data(spec)
+    assert also_trained(spec, train, test) == dict(people=3, images=30)
+
+
+def test_regdb_parts_may_number_people_alike(tmp_path):
+    "Where folders do not say who somebody is, label 0 of each part is another person; the same image is the same."
+    from tmpa.scoring import DataSpec, also_trained, read_data
+    for p in 'abcd':
+        for m in ('Visible', 'Thermal'):
+            (tmp_path/m/p).mkdir(parents=True)
+            Image.new('L', (4, 8)).save(tmp_path/m/p/'x.bmp')
+    def write(train, test):
+        (tmp_path/'idx').mkdir(exist_ok=True)
+        for s, people in (('train', train), ('test', test)):
+            for m in ('Visible', 'Thermal'): (tmp_path/'idx'/f'{s}_{m.lower()}_1.txt').write_text(''.join(f'{m}/{p}/x.bmp {i}\n' for i, p in enumerate(people)))
+    spec = DataSpec('regdb', str(tmp_path))
+    for train, test, want in (('ab', 'cd', {}), ('abc', 'cd', dict(people=1, images=2))):
+        write(train, test)
+        a, b, _ = read_data(spec)
+        assert also_trained(spec, a, b) == want
+
+
+def test_evaluation_reads_the_test_part_alone(run, regdb, broken, tmp_path):
+    w = tmp_path/'w.pth'
+    meta = dict(size=[48, 24], n_ids=0, data_seed=0)
+    def weights(data, trial): save_weights(TMPANet(4, tiny_resnet, pretrained=False, mfe=False, mft=False), w, data=data, trial=trial, **meta)
+    lines = csv_of(tmp_path, ROWS)
+    (tmp_path/'l.csv').write_text('\n'.join([lines[0], *(l for l in lines if l.endswith('test'))]))
+    weights('csv', 'all')
+    status, out, err = run('tmpa_evaluate', '--weights', w, '--path', tmp_path/'l.csv')
+    assert status == 0 and 'v2t' in out and 'arning' not in out, err
+    (tmp_path/'0.png').unlink()                                                          # an image of training
+    (tmp_path/'l.csv').write_text('\n'.join(lines))
+    assert run('tmpa_evaluate', '--weights', w, '--path', tmp_path/'l.csv')[0] == 0
+    weights('regdb', '1')
+    want = run('tmpa_evaluate', '--weights', w, '--path', broken)
+    for f in (broken/'idx').glob('train_*'): f.unlink()
+    assert run('tmpa_evaluate', '--weights', w, '--path', broken) == want and want[0] == 0
+    rows = [dict(pid=p, split='train' if p < 4 else 'val' if p < 5 else 'test', cam1=2, cam2=2, cam3=2, cam4=1, cam5=1, cam6=2) for p in range(1, 8)]
+    root = make_sysu(tmp_path/'sysu', structure=rows, size=(48, 24))
+    weights('sysu', 'all')
+    for f in ('train_id.txt', 'val_id.txt'): (root/'exp'/f).unlink()
+    status, out, err = run('tmpa_evaluate', '--weights', w, '--path', root)
+    assert status == 0 and 'all_single' in out, err
+    root = make_llcm(tmp_path/'llcm', n_ids=15, n_cams=3, per_cam=2, size=(48, 24))
+    weights('llcm', 'all')
+    for f in (root/'idx').glob('train_*'): f.unlink()
+    for d in ('vis', 'nir'): shutil.rmtree(root/d, ignore_errors=True)
+    status, out, err = run('tmpa_evaluate', '--weights', w, '--path', root)
+    assert status == 0 and 't2v' in out, err

@@ -18,7 +18,7 @@ from .processes import agreed, is_told, on_rank0, this_process, together, told
 from .demo import compare, demo_patch, demo_rows, summarise
 from .experiment import evaluate_run, train_run
 from .run import RunConfig, check_arch, new_folder, write_json
-from .scoring import DATA, DataSpec, as_scores
+from .scoring import DATA, DataSpec, also_trained_note, as_scores
 from .recipes import get_recipe
 from .report import score_rows, text_table
 from .reproduce import pick_tables, reproduce
@@ -164,17 +164,22 @@ def tmpa_train(
     if not (per_model and trial == 'all'):
         m = train_run(agreed(lambda: cfg(trial, out)), quiet=quiet, resume=resume)
         say(f"\n{m['recipe']} on {data}, per cent:\n{text_table(score_rows(m['scores']))}\n\nReport: {Path(out)/'report.html'}")
+        if also := m.get('also_trained'): say(f'Warning: {also_trained_note(also)}')
         return
     agreed(lambda: cfg(trial, out))
-    out,scores = on_rank0(lambda: trials_folder(out, resume)),[]
+    out,scores,also = on_rank0(lambda: trials_folder(out, resume)),[],{}
     try:
         for t in range(1, 11):
             say(f'\nTrial {t} of 10', flush=True)
-            scores.append(train_run(cfg(str(t), out/f'trial{t}'), quiet=quiet, resume=resume)['scores'])
-            on_rank0(lambda: write_json(out/'metrics.json', dict(trials=t, scores=mean_scores(scores))))
+            m = train_run(cfg(str(t), out/f'trial{t}'), quiet=quiet, resume=resume)
+            scores.append(m['scores'])
+            also |= {f'trial{t}': m['also_trained']} if 'also_trained' in m else {}
+            mean = dict(trials=t, scores=mean_scores(scores), **({'also_trained': also} if also else {}))
+            on_rank0(lambda: write_json(out/'metrics.json', mean))
     finally:
         if not this_process() and not any(out.iterdir()): out.rmdir()  # a mistake found at once leaves nothing behind
     say(f"\n{get_recipe(recipe).name} on {data}, mean of ten trials, per cent:\n{text_table(score_rows(mean_scores(scores)))}\n\nReports: {out}/trial*/report.html")
+    for t,d in also.items(): say(f'Warning: {t}: {also_trained_note(d)}')
 
 # %% ../nbs/18b_cli.ipynb #512cbd9f
 @call_parse

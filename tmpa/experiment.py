@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from threading import Thread
+from warnings import warn
 from pathlib import Path
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelFitException
@@ -33,7 +34,8 @@ from .recipes import content, short_hash
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
 from .run import ARCHS, RunConfig, alone, check_arch, earlier_run, images_key, new_folder, read_json, remove_leftovers, save_environment, trained, write_json
-from .scoring import DataSpec, read_data, save_queries, score_feats, score_model
+from .scoring import (DataSpec, also_trained, also_trained_note, read_data, read_test, save_queries, score_feats,
+                          score_model, training_part)
 
 # %% ../nbs/18_experiment.ipynb #8ef61d1d
 class SaveWeights(Callback):
@@ -138,10 +140,12 @@ def train_run(
         cfg = replace(cfg, processes=n_processes())
         on_rank0(lambda: _refuse(cfg, resume, budget))
         train,test,settings = rank0_first(lambda: read_data(cfg.spec))
+        also = also_trained(cfg.spec, train, test)
+        if also and not this_process(): warn(also_trained_note(also))
         images = images_key(cfg.spec, train, test)
         going_on,before = on_rank0(lambda: _begin(cfg, images, held))
         if before: return before
-        return _train_run(cfg, train, test, settings, images, going_on, quiet or this_process() > 0, rank_figure, watch, budget)
+        return _train_run(cfg, train, test, settings, images, also, going_on, quiet or this_process() > 0, rank_figure, watch, budget)
 
 def _refuse(cfg, resume, budget):
     if cfg.processes > 1 and budget is not None:
@@ -166,7 +170,7 @@ def _first_files(cfg, images, loggers, done):
     write_json(out/'config.json', {**cfg.asdict(), 'recipe_key': short_hash(content(cfg.recipe)), 'images': images})
     save_environment(out/'environment.json')
 
-def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure, watch, budget):
+def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_figure, watch, budget):
     out,spec = Path(cfg.out),cfg.spec
     done = on_rank0(lambda: going_on and trained(cfg))  # but not scored
     on_rank0(lambda: remove_leftovers(out))
@@ -203,15 +207,15 @@ def _train_run(cfg, train, test, settings, images, going_on, quiet, rank_figure,
     except TMPAError as e:
         again = type(e)(f'{e}; the trained weights are kept, and the same command (tmpa_train: with --resume) only scores them')
         raise (told(again) if is_told(e) else again) from None
-    return on_rank0(lambda: _scored(cfg, learn, feats, test, settings, seconds, budget, going.resumed, rank_figure))
+    return on_rank0(lambda: _scored(cfg, learn, feats, test, settings, also, seconds, budget, going.resumed, rank_figure))
 
-def _scored(cfg, learn, feats, test, settings, seconds, budget, resumed, rank_figure):
+def _scored(cfg, learn, feats, test, settings, also, seconds, budget, resumed, rank_figure):
     "The files that a run ends with."
     out,spec = Path(cfg.out),cfg.spec
     for f in ('over_budget.json','resume.pth'): (out/f).unlink(missing_ok=True)  # of an earlier try with less, or one that was cut off in the very end
     scores,results = score_feats(feats, test, settings)
     metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=seconds, budget=budget,
-        n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores, **({'processes': cfg.processes} if cfg.processes > 1 else {}), **({'resumed_after': resumed} if resumed else {}))
+        n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores, **({'also_trained': also} if also else {}), **({'processes': cfg.processes} if cfg.processes > 1 else {}), **({'resumed_after': resumed} if resumed else {}))
     save_report(out, cfg, learn, metrics, test, settings, feats if rank_figure else None)
     save_queries(out/'queries.csv', results, test, settings)
     write_json(out/'metrics.json', metrics)
@@ -236,8 +240,9 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
     for name,fig in figs.items():
         with atomic_write(out/f"{name.lower().replace(' ', '_')}.png") as t: fig.savefig(t)
     how = f"{metrics['data']}, trial {metrics['trial']}; feature {metrics['feature']}; weights of the {metrics['weights']}; gallery: {metrics['gallery']}"
+    also = also_trained_note(metrics.get('also_trained'))
     write_report(out/'report.html', f"{cfg.recipe.name} on {cfg.spec.data}",
-        [('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
+        [*([('Warning', also)] if also else []), ('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
 # %% ../nbs/18_experiment.ipynb #e69931fe
 def _run(cfg, quiet, budget, resume, one_thread=False):
@@ -301,10 +306,12 @@ def evaluate_run(
     if own and trial not in (None, own):
         raise ProtocolError(f'{weights} was trained on trial {own} of {data} and has seen people of trial {trial}: pass --trial {own}, or weights of trial {trial}')
     spec = DataSpec(data, path, trial or own or ('1' if per_model else 'all'), meta['n_ids'], tuple(meta['size']), meta['data_seed'])
-    _,test,settings = read_data(spec)
+    test,settings = read_test(spec)
+    also = also_trained(spec, training_part(spec), test) if data == meta['data'] != 'synthetic' else {}
     model = load_tmpa(weights, attention=attention)
     set_switches(model, **({'eval_complete': complete} if complete else {}), **(switches or {}))
     if torch.cuda.is_available(): model.cuda()
     scores,_ = score_model(model, test, settings, spec.size, ir_range, num_workers, flip, rerank)
     how = f"{data}, trial {spec.trial}; after BNNeck, L2-normalised, {'flip-averaged' if flip else 'no flip'}, {'k-reciprocal re-ranking' if rerank else 'no re-ranking'}; completion {model.eval_complete}; gallery: {settings[0].note or 'all test images'}"
+    if also: how += f'; warning: {also_trained_note(also)}'
     return scores,how

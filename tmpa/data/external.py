@@ -245,8 +245,9 @@ def csv_items(
     for r in rows:
         try: o,of = ReIDImage(path.parent/_name(r['file']), int(r['pid']), int(r['cam']), mods[r['modality'].strip().lower()]),r['split'].strip().lower()
         except (AttributeError, KeyError, TypeError, ValueError): raise DataError(f'{path}, line {rows.line_num}: pid and cam should be whole numbers, modality visible or infrared') from None
+        if of != split.lower(): continue  # whose images need not be there
         if not o.path.is_file(): raise DataError(f'{path}, line {rows.line_num} names {o.path}, which does not exist: {_remedy(o.path)}')
-        if of == split.lower(): res.append(o)
+        res.append(o)
     if not res: raise DataError(f"{path} has no line of split '{split}'")
     _once([o.path for o in res], path)
     return res
