@@ -8,6 +8,7 @@ from PIL import Image, ImageFile, ImageOps
 from hypothesis import given, settings as hyp, strategies as st
 from fastai.learner import Learner
 from fastai.callback.schedule import lr_find
+from fastai.vision.augment import aug_transforms
 from tmpa.core import ConfigError, DataError, ProtocolError, ReIDImage
 from tmpa.data.image import _bits, decoded, image_exts
 from tmpa.demo import read_lines
@@ -994,6 +995,56 @@ def test_arguments_of_from_items(people):
     for bad in (dict(modality=2), dict(modality='visible'), dict(modality=-1), dict(pid='7'), dict(cam=None)):
         with pytest.raises(ConfigError) as e: ReIDDataLoaders.from_items([o._replace(**bad) for o in people], size=(64, 32), P=2)
         one_line(e, people[0].path.name)
+
+@pytest.mark.parametrize('kw,words', [
+    (dict(sise=(48, 24)), ('sise', 'did you mean size?')),
+    (dict(chanel_exchange=False), ('chanel_exchange', 'did you mean channel_exchange?')),
+    (dict(item_tfms=[]), ('item_tfms', 'size=')),
+    (dict(batch_tfms=[]), ('batch_tfms', 'aug=')),
+    (dict(after_batch=[]), ('after_batch', 'aug=')),
+    (dict(sampler=[0]), ('sampler', 'P, K')),
+    (dict(weights=[1.]), ('weights', 'P, K')),
+    (dict(shuffle=False), ('shuffle', 'identity')),
+    (dict(trial=3), ('trial',)),
+    (dict(channel_exchange=1.5), ('channel_exchange=1.5', 'from 0 to 1')),
+    (dict(channel_exchange='no'), ('channel_exchange', 'from 0 to 1')),
+    (dict(channel_exchange=False, aug=ReIDAug()), ('channel_exchange=False', 'aug=ReIDAug(exchange=...)')),
+    (dict(channel_exchange=.5, aug=False), ('channel_exchange=0.5', 'aug=')),
+    (dict(aug=torch.nn.Identity()), ('Identity', 'encodes')),
+    (dict(aug=[ReIDAug(), torch.nn.Identity()]), ('Identity', 'encodes')),
+    (dict(aug=ReIDAug), ('ReIDAug', 'encodes')),
+    (dict(aug='strong'), ('str', 'encodes')),
+])
+def test_arguments_that_would_do_nothing(people, kw, words):
+    with pytest.raises(ConfigError) as e: mk(people, **kw)
+    one_line(e, *words)
+
+def test_from_methods_refuse_before_they_read(tmp_path):
+    for f in ('from_sysu', 'from_regdb', 'from_llcm', 'from_synthetic'):
+        make = getattr(ReIDDataLoaders, f)
+        for kw, word in ((dict(sise=(48, 24)), 'did you mean size?'), (dict(valid_items=[]), 'valid'), (dict(settings_fn=None), 'settings_fn'), (dict(batch_tfms=[]), 'aug=')):
+            with pytest.raises(ConfigError) as e: make(tmp_path/'nowhere', **kw)
+            one_line(e, word, *kw)
+    assert not list(tmp_path.iterdir())
+
+def test_loaders_refuse_what_they_do_not_know(people):
+    dls = mk(people)
+    for call in (lambda: ReIDDL(dls.train_ds, sampler=[0]), lambda: dls.train.new(seeds=3), lambda: dls.test_dl(people, bsize=3), lambda: dls.show_batch(maxn=3),
+                 lambda: dls.train.show_results(None, None, nrows=3)):
+        with pytest.raises(ConfigError) as e: call()
+        one_line(e, 'has no argument')
+    assert len(mk(people, drop_last=True, persistent_workers=False, timeout=0).train)
+
+def test_a_list_of_transforms_augments(people):
+    "Ours alone as without a list; fastai's own beside it."
+    def batch(aug): torch.manual_seed(0); return mk(people, aug=aug).train.one_batch()[0]
+    plain,one = batch(False),batch(ReIDAug(erase=1.))
+    assert torch.equal(batch([ReIDAug(erase=1.)]), one) and torch.equal(batch((ReIDAug(erase=1.),)), one) and not torch.equal(one, plain)
+    assert torch.equal(batch([]), plain) and torch.equal(batch(None), plain)
+    x = batch([*aug_transforms(flip_vert=True, max_rotate=40, p_affine=1.), ReIDAug(pad=0, flip=0, exchange=1.)])
+    assert x.shape==plain.shape and not torch.allclose(x, plain)
+    a,b = (mk(people, aug=o).test_dl(people[:4]).one_batch()[0] for o in ([ReIDAug(erase=1.)], False))
+    assert torch.equal(a, b)                                                           # training alone
 
 def test_a_damaged_image_leaves_the_model_in_training(people, tmp_path):
     from tmpa.learner import extract_features

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['Modality', 'ReIDImage', 'PublishedImage', 'plain', 'TMPAError', 'DataError', 'ProtocolError', 'CheckpointError',
-           'ConfigError', 'check_record', 'rand_on', 'slots', 'tmpa_home', 'keep_memory', 'atomic_write']
+           'ConfigError', 'check_record', 'arg_names', 'check_names', 'rand_on', 'slots', 'tmpa_home', 'keep_memory',
+           'atomic_write']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
-import ctypes, os, tempfile
+import ctypes, inspect, os, tempfile
 from contextlib import contextmanager
+from difflib import get_close_matches
 from enum import IntEnum
 from numbers import Integral
 from pathlib import Path
@@ -70,6 +72,28 @@ def check_record(
     if not (isinstance(o.pid, Integral) and isinstance(o.cam, Integral)): raise ConfigError(f'{o.path}: pid={o.pid!r}, cam={o.cam!r}: both must be whole numbers')
     if o.modality not in (0, 1): raise ConfigError(f'{o.path}: modality={o.modality!r}: give 0 (visible) or 1 (infrared)')
     return o
+
+# %% ../nbs/00_core.ipynb #19732a45
+def arg_names(
+    f, # A function or class
+    but:tuple=(), # Arguments to leave out
+)->list:
+    "The names of the arguments of `f`."
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [k for k, p in inspect.signature(f).parameters.items() if p.kind not in several and k not in ('self', *but)]
+
+def check_names(
+    given, # Names of arguments
+    known, # Those that there are
+    what:str, # Who takes them
+):
+    "`ConfigError` for the first name that is not known, with the nearest that is."
+    known = list(known)
+    for name in given:
+        if name in known: continue
+        near = get_close_matches(name, known, 1, .65)
+        remedy = f'did you mean {near[0]}?' if near else f'it takes {", ".join(known) or "none"}'
+        raise ConfigError(f'{what} has no argument {name}: {remedy}')
 
 # %% ../nbs/00_core.ipynb #a3862e7a
 def rand_on(

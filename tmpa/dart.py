@@ -14,7 +14,7 @@ from fastai.torch_core import no_random
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torchvision.models import resnet50
-from .core import ConfigError, plain
+from .core import ConfigError, arg_names, check_names, plain
 from .processes import n_processes
 from .data.load import ReIDDL, identity_batches
 from .learner import n_identities, reid_learner
@@ -40,6 +40,7 @@ class TwinNet(ReIDNet, method='dart'):
         **kwargs
     ):
         super().__init__()
+        check_names(kwargs, arg_names(TwinNet), 'TwinNet')
         self.remember(dict(evaluate=evaluate))
         self.a, self.b = (TMPANet(n_classes, arch, pretrained, mfe=False, mft=False, **kwargs) for _ in range(2))
 
@@ -202,6 +203,8 @@ def dart_learner(dls, # ReIDDataLoaders
     **kwargs,
 )->Learner:
     "A fastai `Learner` with two networks, DART's losses and confidences, the paper's optimiser, and scores as columns."
+    check_names(kwargs, arg_names(dart_learner), 'dart_learner')
+    check_names(model_kw or {}, arg_names(TwinNet, ['n_classes', 'arch', 'pretrained']), 'model_kw')
     model = TwinNet(n_identities(dls), arch, pretrained, **(model_kw or {}))
     loss_func = DARTLoss() if loss_func is None else loss_func
     cbs = [DART(warmup, seed), *L(cbs)]

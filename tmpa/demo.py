@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from .core import ConfigError, atomic_write
+from .core import ConfigError, arg_names, atomic_write, check_names
 from .data.synthetic import GENERATOR_VERSION
 from .experiment import mean_map, train_runs
 from .run import ARCHS, RunConfig, alone, earlier_run, environment, images_key, new_folder, read_json, write_json
@@ -130,6 +130,7 @@ def compare(
     **kwargs, # More fields of RunConfig
 )->list: # One record a run
     "Run all rows over all seeds; `results.csv`, `results.md` and `report.html` grow with every run."
+    check_names(kwargs, [*arg_names(compare), *arg_names(RunConfig, ['recipe', 'spec', 'epochs', 'seed'])], 'compare')
     out = Path(out)
     if min(seeds) < 0 or min(r.epochs for r in rows) < 1: raise ConfigError(f'seeds {list(seeds)}, epochs {rows[0].epochs}: seeds start at 0, epochs at 1')
     train,test,_ = read_data(spec)  # renders, once, before processes start

@@ -10,7 +10,7 @@ import numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from functools import cached_property
-from .core import ConfigError, Modality
+from .core import ConfigError, Modality, check_names
 from .data.external import cross_settings
 from .data.image import how_read, read_image
 from .evaluation import Setting, evaluate_settings, get_rule
@@ -119,6 +119,7 @@ class ReIDInterpretation:
         **kwargs, # `seed`, `title`, `labels` of the function plot_ranks
     ):
         "Ranked lists of some queries (figure 8)."
+        check_names(kwargs, ['queries', 'k', 'setting', 'trial', 'seed', 'title', 'labels'], 'plot_ranks')
         return plot_ranks(self.items, self.feats, self.setting(setting), queries, k, ir_range=self.ir_range, trial=trial, **kwargs)
 
     @cached_property

@@ -20,7 +20,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.core import imagenet_stats
-from .core import ConfigError, DataError, plain
+from .core import ConfigError, DataError, arg_names, check_names, plain
 from .processes import agreed, in_order, n_processes, own_batches, this_process
 from .data.cache import ImageCache
 from .data.load import ReIDDataset, ReIDDL
@@ -137,6 +137,7 @@ def reid_learner(dls, # ReIDDataLoaders
     **kwargs,
 )->Learner:
     "A fastai `Learner` for any network and loss: the paper's optimiser, a mix, loss terms and scores as columns."
+    check_names(kwargs, arg_names(reid_learner), 'reid_learner')
     mix = PedMix() if isinstance(mix, str) and mix == 'pedmix' else mix
     if mix is not None and not isinstance(mix, Callback): raise ConfigError(f"mix={mix!r}: pass a mix callback such as PedMix(), 'pedmix', or None")
     scores = [ReIDMetrics(every=eval_every)] if len(getattr(dls, 'valid_items', ())) else []
@@ -165,6 +166,8 @@ def tmpa_learner(dls, # ReIDDataLoaders
     **kwargs,
 )->Learner:
     "A fastai `Learner` with TMPA (or its baselines), its losses, PedMix, the paper's optimiser, and scores as columns."
+    check_names(kwargs, arg_names(tmpa_learner), 'tmpa_learner')
+    check_names(model_kw or {}, arg_names(TMPANet, ['n_classes', 'arch', 'pretrained', 'mfe', 'mft']), 'model_kw')
     model = TMPANet(n_identities(dls), arch=arch, pretrained=pretrained, mfe=mfe, mft=mft and mfe, **(model_kw or {}))
     loss_func = TMPALoss() if loss_func is None else loss_func
     return reid_learner(dls, model, loss_func, None, mix, precision, eval_every, cbs, compile, **kwargs)

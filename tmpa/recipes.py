@@ -12,7 +12,7 @@ import numpy as np
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha1
-from .core import ConfigError
+from .core import ConfigError, check_names
 from .callback.mix import MIXES
 from .dart import DARTLoss
 from .losses import TMPALoss
@@ -51,7 +51,10 @@ class Recipe:
     net:str = 'tmpa' # 'tmpa' (with its baselines) or 'agw'
     method:str = 'plain' # How it is trained: 'plain' or 'dart'
 
-    def but(self, **changes): "A copy with some fields changed."; return dataclasses.replace(self, **changes)
+    def but(self, **changes):
+        "A copy with some fields changed."
+        check_names(changes, [f.name for f in dataclasses.fields(self)], 'a recipe')
+        return dataclasses.replace(self, **changes)
     def asdict(self): "As plain data for JSON."; return dataclasses.asdict(self)
     @classmethod
     def from_dict(cls, d):
@@ -65,7 +68,9 @@ class Recipe:
         if cls is not TMPANet and (self.mfe or self.mft): raise ConfigError(f"recipe {self.name}: net {self.net!r}, method {self.method!r} have one trunk: pass mfe=False, mft=False")
         if (self.net, self.method) == ('agw','dart'): raise ConfigError(f"recipe {self.name}: DART trains twins of net 'tmpa', not of 'agw'")
         if self.mft and not self.mfe: raise ConfigError(f'recipe {self.name}: MFT needs the three extractors: pass mft=False as well')
-        try: self.make_mix(); self.make_loss(); inspect.signature(cls).bind_partial(**self.model)
+        given = ['n_classes', 'arch', 'pretrained'] + ['mfe', 'mft']*(cls is TMPANet)  # by the run, or by other fields
+        check_names(self.model, [k for k in _defaults(cls) if k not in given], f'recipe {self.name}, model')
+        try: self.make_mix(); self.make_loss()
         except TypeError as e: raise ConfigError(f'recipe {self.name}, mix, model or loss: {e}') from None
     def make_mix(self, patch=None):
         "The mix callback, or None. `patch` overrides the size in pixels, for images smaller than the paper's, where the mix has patches."

@@ -10,7 +10,7 @@ import itertools, shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from .callback.loop import RunawayError
-from .core import ConfigError, TMPAError
+from .core import ConfigError, TMPAError, check_names
 from .experiment import OverBudget, evaluate_run, train_runs
 from .run import OtherImages, alone, earlier_run, images_key, new_folder, write_json
 from .recipes import TABLES, Recipe, RecipeTable, TableRow, get_recipe, get_table, short_hash
@@ -147,6 +147,7 @@ def sweep(
     **kwargs # direction, workers, quiet of reproduce
 )->list: # FilledRows of the table, also in `out`
     "Run a recipe at every point of a grid."
+    check_names(kwargs, ['recipe', 'grid', 'setup', 'out', 'name', 'direction', 'workers', 'quiet'], 'sweep')
     for k,v in grid.items():
         if not isinstance(v, (list, tuple, range)) or not len(v): raise ConfigError(f'{k}: {v!r}: give a list of values')
     points = [dict(zip(grid, v)) for v in itertools.product(*grid.values())]

@@ -11,7 +11,7 @@ from enum import IntEnum
 import numpy as np, torch, torch.nn.functional as F
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
-from .core import ConfigError, Modality, plain, rand_on, slots
+from .core import ConfigError, Modality, arg_names, check_names, plain, rand_on, slots
 from .layers import full_precision
 from .losses import _full, pair_distances
 
@@ -41,6 +41,7 @@ def group_confidence(
     **kwargs # To clean_confidence
 )->np.ndarray: # (n,)
     "`clean_confidence` within each group."
+    check_names(kwargs, arg_names(clean_confidence), 'group_confidence')
     losses,groups = np.asarray(losses, np.float64),np.asarray(groups)
     conf = np.zeros(len(losses))
     for o in np.unique(groups): conf[groups == o] = clean_confidence(losses[groups == o], **kwargs)

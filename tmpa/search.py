@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 from PIL import Image
-from .core import CheckpointError, ConfigError, DataError, ProtocolError, PublishedImage, ReIDImage, TMPAError, atomic_write, check_record
+from .core import (CheckpointError, ConfigError, DataError, ProtocolError, PublishedImage, ReIDImage, TMPAError, arg_names,
+                       atomic_write, check_names, check_record)
 from .data.image import check_range, how_read, read_image
 from .learner import extract_features
 from .models.net import scored_as
@@ -105,6 +106,7 @@ class Gallery:
     @classmethod
     def from_learner(cls, learn, items=(), **kwargs):
         "A gallery for the model of a learner, at the size of its images, with `items` in it."
+        check_names(kwargs, arg_names(cls, ['model', 'size']), 'Gallery.from_learner')
         ds = learn.dls.valid_ds
         g = cls(learn.model, ds.size, **{'ir_range': ds.ir_range, **kwargs})
         if len(items): g.add(items)
@@ -341,6 +343,7 @@ def load(cls:Gallery,
     **kwargs, # More arguments of Gallery; `size`, `ir_range` and `dtype` are in the file, and a `made_by` must be the file's
 )->Gallery:
     "Read a gallery; one of another model is refused."
+    check_names(kwargs, arg_names(cls), 'Gallery.load')
     with _whole(path), np.load(path, allow_pickle=False) as z:
         meta,numbers = json.loads(str(z['meta'])),z['numbers'].T.tolist()
         names = z['paths'].tobytes().decode('utf8', 'surrogateescape').split('\0') if meta['n'] else []

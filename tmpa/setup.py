@@ -11,7 +11,7 @@ import itertools, math, shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from warnings import warn
-from .core import ConfigError
+from .core import ConfigError, arg_names, check_names
 from .data.synthetic import GENERATOR_VERSION
 from .demo import Row, demo_patch, write_lines
 from .run import RunConfig, read_json
@@ -95,7 +95,7 @@ def make_setup(
     **run # More fields of RunConfig
 )->Setup:
     "The setup of a scale on a data set."
-    if unknown := set(run) - {f.name for f in fields(RunConfig)}: raise ConfigError(f"{sorted(unknown)[0]!r} is no field of a run: it has {', '.join(f.name for f in fields(RunConfig) if f.name not in ('recipe','spec','out','seed'))}")
+    check_names(run, [*arg_names(make_setup), *arg_names(RunConfig, ['recipe','spec','out','seed'])], 'make_setup')
     if scale not in SCALES: raise ConfigError(f"scale {scale!r}: choose one of {', '.join(SCALES)}")
     s = SCALES[scale]
     if data is None and scale == 'paper': raise ConfigError('--scale paper needs --data and --path; for the built-in data on a CPU pass --scale small')

@@ -17,7 +17,7 @@ from fastai.torch_core import num_distrib, set_seed
 from fastcore.basics import noop, patch
 from torch import Tensor, distributed as dist, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from ..core import ConfigError
+from ..core import ConfigError, arg_names, check_names
 from ..metrics import LossTerms
 from ..processes import gather, in_order, mean_of, n_processes, on_rank0, refuse_data_parallel, this_process, together
 
@@ -180,6 +180,12 @@ def _import_theirs():
 
 if num_distrib() > 1: _import_theirs()
 
+def _check_accelerator(kwargs):
+    "Unknown names are refused in one process too, which has no use for the others."
+    try: from accelerate import Accelerator
+    except ImportError: return  # `together` says what is missing where there are several
+    check_names(kwargs, [*arg_names(Accelerator), 'sync_bn'], 'distrib_ctx')
+
 @patch
 @contextmanager
 def distrib_ctx(self:Learner,
@@ -187,6 +193,7 @@ def distrib_ctx(self:Learner,
     **kwargs # For `accelerate.Accelerator`
 ):
     "Train in several processes, where `accelerate launch` has started several."
+    if kwargs: _check_accelerator(kwargs)
     with together():
         if n_processes() == 1:
             yield self

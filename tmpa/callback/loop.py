@@ -18,7 +18,7 @@ from fastai.learner import AvgLoss, AvgSmoothLoss
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, to_detach
 from fastcore.basics import patch
-from ..core import TMPAError
+from ..core import TMPAError, arg_names, check_names
 from ..metrics import LossTerms
 
 # %% ../../nbs/15a_callback.loop.ipynb #213b22b5
@@ -117,6 +117,7 @@ class AsyncMixedPrecision(MixedPrecision):
         device:str='cuda', # Where the network is trained
         **kwargs # For `GradScaler`
     ):
+        check_names(kwargs, arg_names(torch.amp.GradScaler), 'AsyncMixedPrecision')
         super().__init__(amp_mode, **kwargs)
         self.device,self.skips = device,0
 

@@ -7,7 +7,6 @@ __all__ = ['MIXES', 'beta_lambdas', 'SlotMixup', 'box_mask', 'SlotCutMix', 'to_p
            'attention_scores', 'top_patches', 'AttentiveCutMix', 'make_mix', 'show_mixes']
 
 # %% ../../nbs/06_callback.mix.ipynb #e0148ccc
-import inspect
 from contextlib import contextmanager
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +14,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import CheckpointError, ConfigError, plain, rand_on, slots
+from ..core import CheckpointError, ConfigError, arg_names, check_names, plain, rand_on, slots
 from ..regions import grid_size
 from .pedmix import PedMix, SlotMix, _mixed, _shown, pedmix
 from ..models.backbone import Extractor, make_resnet
@@ -225,8 +224,7 @@ def make_mix(
 )->SlotMix:
     "The mix callback of that name."
     if kind not in MIXES: raise ConfigError(f'mix {kind!r} is not known: use one of {", ".join(MIXES)}')
-    known = inspect.signature(MIXES[kind]).parameters
-    if bad := [k for k in kwargs if k not in known]: raise ConfigError(f'mix {kind!r} has no argument {", ".join(bad)}: it takes {", ".join(known)}')
+    check_names(kwargs, arg_names(MIXES[kind]), f'mix {kind!r}')
     return MIXES[kind](**kwargs)
 
 # %% ../../nbs/06_callback.mix.ipynb #8505bf81

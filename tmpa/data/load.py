@@ -21,7 +21,7 @@ from fastai.data.load import _loaders
 from fastai.torch_core import TensorImage, default_device, to_detach
 from fastai.vision.core import imagenet_stats
 from fasttransform import Transform
-from ..core import ConfigError, DataError, check_record, slots, tmpa_home
+from ..core import ConfigError, DataError, arg_names, check_names, check_record, slots, tmpa_home
 from ..processes import own_batches
 from .external import (cross_settings, llcm_items, llcm_settings,
                                 regdb_items, regdb_settings, sysu_items, sysu_settings)
@@ -146,6 +146,7 @@ class ReIDDL(TfmdDL):
         shuffle:bool=False, # Deal identities, or give every item once
         **kwargs
     ):
+        check_names(kwargs, [*arg_names(ReIDDL), *arg_names(TfmdDL)], 'ReIDDL')  # fastai would drop them
         self.P, self.K, self.seed, self.epoch = P, K, seed, epoch
         if shuffle:                             # fewer identities than P: smaller batches
             self._n_batches, P = _epoch_shape(list(_pairs(dataset.items).values()), P, K)
@@ -287,6 +288,7 @@ def _picture(ax, x, title, color='black'):
 @patch
 def show_batch(self:ReIDDL, b=None, max_n=8, ctxs=None, show=True, unique=False, figsize=None, **kwargs):
     "Visible over infrared, a column for each of up to `max_n` identities of the batch."
+    check_names(kwargs, arg_names(ReIDDL.show_batch), 'show_batch')
     if b is None:                              # a loader in the order of its items may have one modality only in a batch
         dl = self if self.shuffle else self.new(shuffle=True)
         b = (dl if len(dl) else self).one_batch()
@@ -305,6 +307,7 @@ def show_batch(self:ReIDDL, b=None, max_n=8, ctxs=None, show=True, unique=False,
 @patch
 def show_results(self:ReIDDL, b, out, max_n=4, ctxs=None, show=True, figsize=None, **kwargs):
     "Queries of the batch (left) and their nearest images of the other modality, by the features `out`."
+    check_names(kwargs, arg_names(ReIDDL.show_results), 'show_results')
     x,modality,_,pid,_ = self.decode(b)
     f = torch.nn.functional.normalize(torch.as_tensor(out).float(), dim=1)
     n,turns = defaultdict(int),[]              # everybody's first image, visible and infrared in turn, then the second ones
@@ -353,11 +356,27 @@ class ToFloat(Transform):
     order = -100
     def encodes(self, x:TensorImage): return TensorImage(as_float(x.as_subclass(torch.Tensor)))
 
+def _chance(channel_exchange):
+    "Chance of a channel exchange: `True` is the published one."
+    if channel_exchange is True: return .75
+    try: p = float(channel_exchange)
+    except (TypeError, ValueError): p = -1.
+    if not 0 <= p <= 1: raise ConfigError(f'channel_exchange={channel_exchange!r}: give True, False or a chance from 0 to 1')
+    return p
+
 def _augmentation(aug, channel_exchange):
     "Transforms of a training batch before it is normalised; our own takes pixels of any depth."
-    if aug is True: aug = ReIDAug(exchange=.75 if channel_exchange is True else float(channel_exchange))
-    if not aug: return []
-    return [aug] if isinstance(aug, ReIDAug) else [ToFloat(), aug]
+    if aug is True: return [ReIDAug(exchange=_chance(channel_exchange))]
+    tfms = [] if aug is None or aug is False else list(aug) if isinstance(aug, (list, tuple)) else [aug]
+    for o in tfms:
+        if isinstance(o, Transform): continue
+        name = getattr(o, '__name__', type(o).__name__)
+        raise ConfigError(f"aug: {name} is no transform of fastai's, which know images from modalities: pass ReIDAug(...), "
+                          'another Transform with encodes(self, x:TensorImage), or a list of them')
+    if channel_exchange is not True and (tfms or channel_exchange is not False):
+        raise ConfigError(f'channel_exchange={channel_exchange!r} is of the default augmentation and does nothing beside aug=: '
+                          'pass aug=ReIDAug(exchange=...)')
+    return tfms if all(isinstance(o, ReIDAug) for o in tfms) else [ToFloat(), *tfms]
 
 def _cache_for(items, size, ir_range, cache, more, device):
     "The cache that was asked for; without being asked, one for a GPU where there is room."
@@ -405,6 +424,27 @@ class ReIDDataLoaders(DataLoaders):
         loaders = [dl.new(dl.dataset.new_empty()) for dl in self.loaders]
         return type(self)(*loaders, path=self.path, device=self.device, settings_fn=self.settings_fn, source=self.source)
 
+# %% ../../nbs/03_data.load.ipynb #f91433e1
+_OF_LOADERS = ('timeout', 'drop_last', 'pin_memory', 'pin_memory_device', 'persistent_workers', 'wif', 'verbose', 'do_setup',
+               'before_iter', 'after_item', 'before_batch', 'after_iter') # what from_items hands on to fastai
+_IDENTITIES = 'batches are dealt by identity: give P, K and seed'
+_ELSEWHERE = dict(
+    cache_gb='decoded images are kept in a file now: leave cache_gb out',
+    bs='a training batch is 2 x P x K images, give P and K; bs_valid is the batch of validation and test',
+    batch_size='a training batch is 2 x P x K images, give P and K; bs_valid is the batch of validation and test',
+    shuffle='training is dealt by identity, validation keeps its order: leave shuffle out',
+    sampler=_IDENTITIES, batch_sampler=_IDENTITIES, weights=_IDENTITIES, wgts=_IDENTITIES,
+    item_tfms='images are resized to size=; transforms of training batches are aug=',
+    batch_tfms='transforms of training batches are aug=; images are normalised in any case',
+    after_batch='transforms of training batches are aug=; images are normalised in any case',
+)
+
+def _check_arguments(kwargs, cls, name):
+    "Refuse what neither a `from_` method nor fastai's loaders know."
+    for k, instead in _ELSEWHERE.items():
+        if k in kwargs: raise ConfigError(f'{k}={kwargs[k]!r}: {instead}')
+    check_names(kwargs, [*arg_names(getattr(cls, name)), *_OF_LOADERS], f'ReIDDataLoaders.{name}')
+
 # %% ../../nbs/03_data.load.ipynb #7dc83486
 @patch(cls_method=True)
 def from_items(cls:ReIDDataLoaders,
@@ -417,7 +457,7 @@ def from_items(cls:ReIDDataLoaders,
     num_workers:int|None=None, # Processes that decode; None: up to 4, and 0 with a cache
     bs_valid:int=128, # Batch size of validation and test
     channel_exchange:bool|float=True, # Whether visible images exchange channels, or the chance that they do
-    aug=True, # False: no augmentation; or a transform in place of ReIDAug
+    aug=True, # False: no augmentation; or transforms in place of the default ReIDAug
     ir_range:tuple|None=None, # Raw values that mean 0 and 1 in infrared files of more than 8 bits
     cache:bool|str|Path|None=None, # Decode images once, into a file: True, or the folder for it; None: for a GPU
     cache_with=(), # More images for that file, such as the test images, or a function that gives them
@@ -427,8 +467,7 @@ def from_items(cls:ReIDDataLoaders,
     **kwargs
 ):
     "Loaders from lists of records."
-    if 'cache_gb' in kwargs: raise ConfigError('cache_gb: decoded images are kept in a file now: leave cache_gb out')
-    if 'bs' in kwargs: raise ConfigError(f"bs={kwargs['bs']}: a training batch is 2 x P x K images, give P and K; bs_valid is the batch of validation and test")
+    _check_arguments(kwargs, cls, 'from_items')
     train_items,vocab = _checked(_records(train_items), P, K)
     valid_items = _records(valid_items or [])
     seen = {o.pid for o in valid_items} & set(vocab)
@@ -476,6 +515,7 @@ def from_sysu(cls:ReIDDataLoaders,
     **kwargs
 ):
     "Loaders for SYSU-MM01; held out are its own validation identities."
+    _check_arguments(kwargs, cls, 'from_sysu')
     return _from_reader(cls, 'sysu', path, partial(sysu_items, path), partial(sysu_settings, trials=trials, convention=convention), valid, 0, {}, kwargs)
 
 # %% ../../nbs/03_data.load.ipynb #ca5dc904
@@ -489,6 +529,7 @@ def from_regdb(cls:ReIDDataLoaders,
     **kwargs
 ):
     "Loaders for one trial of RegDB."
+    _check_arguments(kwargs, cls, 'from_regdb')
     return _from_reader(cls, 'regdb', path, partial(regdb_items, path, trial), regdb_settings, valid, split_seed, dict(trial=trial), kwargs)
 
 # %% ../../nbs/03_data.load.ipynb #a2c05b21
@@ -502,6 +543,7 @@ def from_llcm(cls:ReIDDataLoaders,
     **kwargs
 ):
     "Loaders for LLCM."
+    _check_arguments(kwargs, cls, 'from_llcm')
     return _from_reader(cls, 'llcm', path, partial(llcm_items, path), partial(llcm_settings, trials=trials), valid, split_seed, {}, kwargs)
 
 # %% ../../nbs/03_data.load.ipynb #9efab30c
@@ -516,6 +558,7 @@ def from_synthetic(cls:ReIDDataLoaders,
     **kwargs
 ):
     "Loaders for rendered people in RegDB's layout; decoded images are kept beside them unless `cache=False`."
+    _check_arguments(kwargs, cls, 'from_synthetic')
     if path is None: path = tmpa_home()/f'regdb-v{GENERATOR_VERSION}-{n_ids}x{per_modality}-{size[0]}x{size[1]}-{data_seed}'
     path = make_regdb(Path(path), n_ids, per_modality=per_modality, size=size, seed=data_seed)
     res = cls.from_regdb(path, size=size, **{'cache': path/'decoded', **kwargs})

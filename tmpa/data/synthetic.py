@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from PIL import Image
-from ..core import ConfigError, DataError, Modality
+from ..core import ConfigError, DataError, Modality, arg_names, check_names
 
 # %% ../../nbs/01a_data.synthetic.ipynb #6e18250b
 GENERATOR_VERSION = '1' # Changes whenever a rendered pixel changes; stored in every manifest
@@ -409,6 +409,7 @@ def show_gallery(
 ):
     "`gallery` as a figure with labelled rows and columns; returns the axes."
     import matplotlib.pyplot as plt
+    check_names(kwargs, [*arg_names(gallery), 'ax'], 'show_gallery')
     im = gallery(n_ids, shots, **kwargs)
     h, w = im.shape[0]/(2*shots), im.shape[1]/n_ids
     ax = ax or plt.subplots(figsize=(n_ids*.9, shots*3.6*h/w/2), dpi=70)[1]

@@ -12,12 +12,13 @@ from pathlib import Path
 from functools import partial
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from ..core import CheckpointError, ConfigError
+from ..core import CheckpointError, ConfigError, arg_names, check_names
 
 # %% ../../nbs/08_models.backbone.ipynb #a29a058e
 class _TinyResNet(ResNet):
     def __init__(self, width=32, **kwargs):
         self.width = width
+        check_names(kwargs, ['width', *arg_names(ResNet, ['block', 'layers'])], 'tiny_resnet')
         super().__init__(BasicBlock, [1, 1, 1, 1], **kwargs)
         self.conv1,self.bn1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False), self._norm_layer(width)
         self.fc = nn.Linear(8*width, self.fc.out_features)
