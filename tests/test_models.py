@@ -6,12 +6,15 @@ from functools import partial
 from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
-from tmpa.core import CheckpointError, ConfigError
+from pathlib import Path
+from tmpa.core import CheckpointError, ConfigError, ReIDImage
 from tmpa.dart import TwinNet
+from tmpa.data.load import ReIDDataLoaders, ReIDDataset
+from tmpa.learner import extract_features
 from tmpa.layers import GeM, avg_pool
 from tmpa.losses import TMPALoss
 from tmpa.models.agw import AGWNet, NonLocal
-from tmpa.models.backbone import Extractor, Tail, make_resnet, split_resnet, tiny_resnet
+from tmpa.models.backbone import Extractor, Tail, make_resnet, micro_resnet, split_resnet, tiny_resnet
 from tmpa.models.mft import MFT, complete_feature, cross_attention
 from tmpa.models.tmpa import TMPANet, load_tmpa, load_weights, n_flops, n_params, read_meta, save_weights, split_params
 
@@ -452,3 +455,39 @@ def test_other_models(tmp_path):
     m = net(n=9)
     with pytest.raises(CheckpointError, match='5 identities, the model has 9') as e: load_weights(m, f)
     one_line(e); load_weights(m, f, strict_classes=False); assert m.classifier.weight.shape == (9, 256)
+
+
+# ---------------------------------------------------------------- modality codes
+
+CODED = {'AGW': lambda: AGWNet(4, micro_resnet, False), 'own': lambda: TMPANet(4, micro_resnet, False, eval_complete='own'), 'TMPA': lambda: TMPANet(4, micro_resnet, False),
+         'B': lambda: TMPANet(4, micro_resnet, False, mfe=False, mft=False), 'DART': lambda: TwinNet(4, micro_resnet, False)}
+
+@pytest.mark.parametrize('name', CODED)
+def test_codes_of_published_code_are_refused(name, device):
+    "1 and 2, and anything else that is not 0 or 1: one line on the CPU, an assertion on a device; whole numbers of the right kind pass."
+    net,x = CODED[name]().to(device),torch.randn(4, 3, 32, 16, device=device)
+    for train in (True, False):
+        net.train(train)
+        net(x, torch.tensor([0, 1, 0, 1], device=device))
+        if device == 'cuda': continue                                                    # what fails there takes the device with it
+        for codes in ([1, 1, 2, 2], [0, 1, 0, -1], [3]*4):
+            error = ConfigError if device == 'cpu' else RuntimeError
+            with pytest.raises(error, match='0 is visible|modality must be 0|pairs'): net(x, torch.tensor(codes, device=device))
+        for code in (2, -1):
+            with pytest.raises(ConfigError, match=f'modality={code}: 0 is visible'): net(x, code)
+
+def test_codes_are_refused_at_the_door(device):
+    "Of loaders and extraction, before an image is read."
+    items = [ReIDImage(Path('nowhere.png'), 1, 1, m) for m in (1, 2)]
+    for call in (lambda: extract_features(CODED['B'](), items, (32, 16)), lambda: ReIDDataset(items), lambda: ReIDDataLoaders.from_items(items, None, device=device)):
+        with pytest.raises(ConfigError, match='modality'): call()
+
+def test_the_assertion_reads_nothing_back():
+    "Evaluation on a device that nobody waits for."
+    from test_graph import FakeTensorMode, Watch, move_to_fake_cuda
+    for name in CODED:
+        net = CODED[name]().eval()
+        with FakeTensorMode(), torch.no_grad():
+            move_to_fake_cuda(net)
+            with Watch() as w: f = net(torch.rand(4, 3, 32, 16, device='cuda'), torch.randint(0, 2, (4,), device='cuda'))
+        assert f.device.type == 'cuda' and w.n > 50 and w.bad == []

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Modality', 'ReIDImage', 'PublishedImage', 'plain', 'TMPAError', 'DataError', 'ProtocolError', 'CheckpointError',
-           'ConfigError', 'check_record', 'arg_names', 'check_names', 'rand_on', 'slots', 'tmpa_home', 'keep_memory',
-           'atomic_write']
+           'ConfigError', 'check_record', 'arg_names', 'check_names', 'rand_on', 'check_modality', 'slots', 'tmpa_home',
+           'keep_memory', 'atomic_write']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
 import ctypes, inspect, os, tempfile
@@ -105,13 +105,23 @@ def rand_on(
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)
 
+# %% ../nbs/00_core.ipynb #120c64f8
+def check_modality(
+    modality:Tensor, # Any shape
+):
+    "Refuse codes other than 0 and 1."
+    ok = ((modality == 0) | (modality == 1)).all()
+    if modality.device.type == 'cpu' and not torch.compiler.is_compiling():
+        if ok: return
+        codes = ', '.join(str(o) for o in modality.unique().tolist())
+        raise ConfigError(f'modality holds {codes}: 0 is visible, 1 is infrared, there are no others')
+    if not modality.is_meta: torch._assert_async(ok, 'modality must be 0 (visible) or 1 (infrared)')
+
 # %% ../nbs/00_core.ipynb #75939a45
 def _refuse(modality, labels, vis, ir):
     "One line about a batch that does not consist of slots."
+    check_modality(modality)
     counts = [int((modality == o).sum()) for o in Modality]
-    if sum(counts) != len(modality):
-        codes = ', '.join(str(o) for o in modality.unique().tolist())
-        raise ConfigError(f'modality holds {codes}: 0 is visible, 1 is infrared, there are no others')
     if counts[0] != counts[1]:
         raise ConfigError(f'{counts[0]} visible and {counts[1]} infrared images in a batch of {len(modality)}: '
                           'training in pairs needs equal numbers, as in batches of ReIDDataLoaders')

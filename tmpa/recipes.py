@@ -34,6 +34,12 @@ def net_class(net, method): # 'tmpa' or 'agw'; 'plain' or 'dart'
     if method not in ('plain', 'dart'): raise ConfigError(f"method {method!r}: choose 'plain' or 'dart'")
     return NETS[net if method == 'plain' else method]
 
+def _defaults(f):
+    "Default arguments of a function or class, those that a class hands on to its bases among them."
+    ps = inspect.signature(f).parameters
+    more = _defaults(f.__mro__[1]) if inspect.isclass(f) and f.__mro__[1] is not object and any(p.kind is p.VAR_KEYWORD for p in ps.values()) else {}
+    return {**more, **{k: p.default for k,p in ps.items()}}
+
 def _tuples(d): return {k: tuple(v) if isinstance(v, list) else v for k,v in d.items()}
 
 # %% ../nbs/17_recipes.ipynb #a6dc5d58
@@ -89,12 +95,6 @@ class Recipe:
         return cls(n_classes, arch, pretrained, **parts, **_tuples(self.model))
 
 # %% ../nbs/17_recipes.ipynb #1d7722a0
-def _defaults(f):
-    "Default arguments of a function or class, those that a class hands on to its bases among them."
-    ps = inspect.signature(f).parameters
-    more = _defaults(f.__mro__[1]) if inspect.isclass(f) and f.__mro__[1] is not object and any(p.kind is p.VAR_KEYWORD for p in ps.values()) else {}
-    return {**more, **{k: p.default for k,p in ps.items()}}
-
 def _changed(kw, f):
     "The arguments in `kw` that differ from the defaults of `f`."
     defaults = _defaults(f)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.models import resnet50
-from ..core import ConfigError, plain, slots
+from ..core import ConfigError, check_modality, plain, slots
 from ..processes import refuse_data_parallel
 from ..layers import BNNeck, Classifier, GeM, SpecificClassifier, avg_pool
 from .attention import get_attention
@@ -46,8 +46,12 @@ def _checked(images, modality, mixed):
     "The arguments of `forward` as plain tensors that belong together."
     images, mixed = plain(images), plain(mixed)
     n = images.shape[0]  # not `len`, which `torch.export` would take for a fixed number
-    if isinstance(modality, int): modality = images.new_full((n,), int(modality), dtype=torch.long)
-    modality = plain(torch.as_tensor(modality, device=images.device))
+    if isinstance(modality, int):
+        if modality not in (0, 1): raise ConfigError(f'modality={modality}: 0 is visible, 1 is infrared, there are no others')
+        modality = images.new_full((n,), int(modality), dtype=torch.long)
+    else:
+        modality = plain(torch.as_tensor(modality, device=images.device))
+        check_modality(modality)
     if modality.ndim == 0: modality = modality.expand(n)
     if modality.shape[0] != n:
         raise ConfigError(f'{len(images)} images but modality has {len(modality)} entries: '
