@@ -1,4 +1,5 @@
 "Region maps and masks against slow loops; PedMix against its definition."
+import warnings
 import pickle
 from fractions import Fraction
 
@@ -159,3 +160,38 @@ def test_callback_options():
     assert pickle.loads(pickle.dumps(PedMix(seed=3))).seed == 3
     from fastai.callback.fp16 import MixedPrecision
     assert PedMix.order < MixedPrecision.order and not PedMix.run_valid
+
+
+def test_shares_that_whole_patches_give():
+    "By counting in masks; a region without a patch has no share."
+    from tmpa.regions import realised_shares
+    for size, patch, ratios in (((288, 144), 12, (.65, .7, .75)), ((96, 48), 16, (.85, .9, .95)), ((96, 48), 24, (.65, .7, .75)), ((48, 24), 12, (.65, .7, .75)), ((96, 48), 16, (0, None, .1))):
+        masks, regions = region_mask(20, size, patch, ratios)[:, 0], region_map(size, patch).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+        want = [masks[:, regions == r].float().mean().item() if (regions == r).any() else None for r in range(3)]
+        assert realised_shares(size, patch, ratios) == pytest.approx(want)
+    assert [realised_shares((96, 48), 16, a)[0] for a in (.65, .75, .85)] == [.75]*3
+
+
+def test_pedmix_says_what_it_exchanges_and_what_it_cannot():
+    from tmpa.callback.pedmix import PedMix
+    with pytest.warns(UserWarning, match='48x24 with patch 12 the sub-centre gets no patch, its ratio 0.7 does nothing') as w: PedMix(12).check((48, 24))
+    assert len(w) == 1
+    with pytest.warns(UserWarning, match='the centre has so few patches that none is exchanged'): PedMix(16, ratios=(.1, .7, .75)).check((96, 48))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        PedMix(12, regions=(True, False, True)).check((48, 24))
+        (mix := PedMix(16)).check((96, 48))
+    assert repr(mix) == 'PedMix(patch=16, ratios=(0.65, 0.7, 0.75)); exchanged at 96x48: centre 0.75, sub-centre 0.67, outer region 0.75'
+
+
+def test_figure_4_names_the_shares(tmp_path):
+    from tmpa.recipes import TABLES
+    from tmpa.setup import make_setup
+    from tmpa.tables import cells, fill, markdown
+    small, fine, paper = make_setup('small'), make_setup('small', patch=4), make_setup('paper', 'regdb', 'x')
+    rows = lambda setup: [r[0] for r in cells(TABLES['fig4'], fill(TABLES['fig4'], [], setup, 't2v'))[1:]]
+    assert rows(small)[2:] == ['A_C = 0.65 (0.75, 0.67, 0.75)', 'A_C = 0.75 (0.75, 0.83, 0.88)', 'A_C = 0.85 (0.75, 0.83, 1.00)']
+    assert rows(fine) == rows(paper) and len({r.partition('(')[2] for r in rows(fine)}) == 5   # the paper's grid
+    assert fine.key != small.key and make_setup('small', patch=16) == small and '--patch 4' in fine.args
+    text = markdown('fig4', TABLES['fig4'], fill(TABLES['fig4'], [], fine, 't2v'), fine, 't2v')
+    assert 'patch 4 for 12' in text and 'whole patches give' in text

@@ -164,6 +164,7 @@ def tmpa_train(
     if not (per_model and trial == 'all'):
         m = train_run(agreed(lambda: cfg(trial, out)), quiet=quiet, resume=resume)
         say(f"\n{m['recipe']} on {data}, per cent:\n{text_table(score_rows(m['scores']))}\n\nReport: {Path(out)/'report.html'}")
+        if 'mix' in m: say(m['mix'])
         if also := m.get('also_trained'): say(f'Warning: {also_trained_note(also)}')
         return
     agreed(lambda: cfg(trial, out))
@@ -229,13 +230,14 @@ def tmpa_reproduce(
     budget:float=None, # Minutes of one core for a run; default 5 at the small scale, none at the paper's
     epochs:int=None, # Default the scale's
     ids:int=400, # Synthetic data: rendered identities
+    patch:int=None, # PedMix patch in pixels that stands for the paper's 12; default the scale's (small: 16; 4 has the paper's grid)
     workers:int=1, # Runs at a time, each in a process with one thread
     show:store_true=False, # Run nothing, only write the tables from what is there
     out:str='runs/tables', # Folder; may hold the runs of other tables and settings
 ):
     "Run the rows of a table of the paper over seeds, those that are not finished, and write it with the paper's numbers beside yours."
     tables,given,seeds = pick_tables(table),str(seeds),parse_ints(seeds, 'seeds')
-    setup = make_setup(scale, data, path, trial, epochs, ids, int(n) if (n := given.strip()).isdigit() else seeds, budget)
+    setup = make_setup(scale, data, path, trial, epochs, ids, int(n) if (n := given.strip()).isdigit() else seeds, budget, patch=patch)
     files = reproduce(tables, setup, out, direction, None if rows is None else [o.strip() for o in rows.split(';')], workers, show=show)
     for f in files: print(f'\n{f.read_text(encoding="utf8", errors="backslashreplace").strip()}')
     print(f'\nRuns: {Path(out)/"results.csv"}; tables: {", ".join(str(f) for f in files)}')

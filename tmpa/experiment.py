@@ -21,6 +21,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
 from .callback.loop import RunawayError, not_finite
+from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
 from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic_write, keep_memory
 from .processes import n_processes, on_rank0, rank0_first, this_process, together, told, is_told
@@ -214,8 +215,10 @@ def _scored(cfg, learn, feats, test, settings, also, seconds, budget, resumed, r
     out,spec = Path(cfg.out),cfg.spec
     for f in ('over_budget.json','resume.pth'): (out/f).unlink(missing_ok=True)  # of an earlier try with less, or one that was cut off in the very end
     scores,results = score_feats(feats, test, settings)
+    mix = next((c for c in learn.cbs if isinstance(c, PedMix)), None)
+    if mix: mix.at = tuple(spec.size)  # also where a run is only scored
     metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=seconds, budget=budget,
-        n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores, **({'also_trained': also} if also else {}), **({'processes': cfg.processes} if cfg.processes > 1 else {}), **({'resumed_after': resumed} if resumed else {}))
+        n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores, **({'mix': repr(mix)} if mix else {}), **({'also_trained': also} if also else {}), **({'processes': cfg.processes} if cfg.processes > 1 else {}), **({'resumed_after': resumed} if resumed else {}))
     save_report(out, cfg, learn, metrics, test, settings, feats if rank_figure else None)
     save_queries(out/'queries.csv', results, test, settings)
     write_json(out/'metrics.json', metrics)
@@ -240,6 +243,7 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
     for name,fig in figs.items():
         with atomic_write(out/f"{name.lower().replace(' ', '_')}.png") as t: fig.savefig(t)
     how = f"{metrics['data']}, trial {metrics['trial']}; feature {metrics['feature']}; weights of the {metrics['weights']}; gallery: {metrics['gallery']}"
+    if 'mix' in metrics: how += f"; {metrics['mix']}"
     also = also_trained_note(metrics.get('also_trained'))
     write_report(out/'report.html', f"{cfg.recipe.name} on {cfg.spec.data}",
         [*([('Warning', also)] if also else []), ('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])

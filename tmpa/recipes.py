@@ -223,7 +223,7 @@ TABLES = dict(
     table6=RecipeTable('Table VI: attention', _rows(_m, ('B_DA+SENet', 'B+CA+PedMix+SE', 81.62,95.63,97.22,73.31), ('B_DA+STN', 'B+CA+PedMix+STN', 82.33,94.96,96.84,74.57),
         ('B_DA+CBMA', 'B+CA+PedMix+CBAM', 84.27,96.32,97.65,77.22), ('B_DA+MFT', 'TMPA', *_tmpa)), note='B_DA is B+CA+PedMix; CBMA is CBAM.', base='B_DA+MFT'),
     table7=RecipeTable('Table VII: patch size', _rows(_m, ('Baseline', 'B+CA', *_ca), ('8×8', 'B+CA+PedMix 8x8', 80.27,93.66,94.03,71.53), ('12×12', 'B+CA+PedMix', *_ped), ('16×16', 'B+CA+PedMix 16x16', 78.88,92.25,93.63,69.87))),
-    fig4=RecipeTable('Figure 4: mix ratio', _rows(_m, *[(f'A_C = {a:.2f}', 'B+CA+PedMix' if a == .65 else f'B+CA+PedMix A_C={a:.2f}') for a in (.45,.55,.65,.75,.85)]), metrics=('rank1','mAP'), note='A_S = A_C + 0.05, A_O = A_C + 0.10. The paper prints no numbers.', base='A_C = 0.65'),
+    fig4=RecipeTable('Figure 4: mix ratio', _rows(_m, *[(f'A_C = {a:.2f}', 'B+CA+PedMix' if a == .65 else f'B+CA+PedMix A_C={a:.2f}') for a in (.45,.55,.65,.75,.85)]), metrics=('rank1','mAP'), note='A_S = A_C + 0.05, A_O = A_C + 0.10; in brackets the shares of centre, sub-centre and outer region that whole patches give. The paper prints no numbers.', base='A_C = 0.65'),
     fig5=RecipeTable('Figure 5: balance of the losses', _rows(('rank1','mAP'), ('alpha 0.6, beta 0.4', 'TMPA alpha=0.6'), ('alpha 0.8, beta 0.4', 'TMPA', 88.69,81.95), *[(f'alpha {a}, beta 0.4', f'TMPA alpha={a}') for a in (1.,1.2)],
         *[(f'alpha 0.8, beta {b}', f'TMPA beta={b}') for b in (.2,.6,.8)]), 'v2t', ('rank1','mAP'), 'The paper prints the numbers of the optimum alone.', 'alpha 0.8, beta 0.4'),
 )

@@ -14,6 +14,7 @@ from warnings import warn
 from .core import ConfigError, arg_names, check_names
 from .data.synthetic import GENERATOR_VERSION
 from .demo import Row, demo_patch, write_lines
+from .regions import grid_size
 from .run import RunConfig, read_json
 from .recipes import Recipe, TableRow, content, get_recipe, short_hash
 from .report import COLUMNS
@@ -61,8 +62,9 @@ class Setup:
     @property
     def text(self):
         s,c = self.specs[0],RunConfig(Recipe(''), self.specs[0], '', **self.run)
+        patch = f', patch {c.patch} for 12' if c.patch and c.patch != demo_patch(s.size) else ''
         data = f'{s.n_ids} rendered people' if s.data == 'synthetic' else s.data
-        return f"{data}, trial {', '.join(str(o.trial) for o in self.specs)}; {c.arch}, {s.size[0]} x {s.size[1]}, {c.epochs} epochs, seeds {', '.join(map(str, self.seeds))}; " + (
+        return f"{data}, trial {', '.join(str(o.trial) for o in self.specs)}; {c.arch}, {s.size[0]} x {s.size[1]}{patch}, {c.epochs} epochs, seeds {', '.join(map(str, self.seeds))}; " + (
             f'budget {self.budget:g} minutes of one core a run' if self.budget else 'no budget')
     def config(self, recipe, spec, seed, out):
         "A run; its folder is found by recipe, setup, trial and seed, under whatever name the recipe was first run."
@@ -92,6 +94,7 @@ def make_setup(
     seeds=3, # A number, or a list of seeds
     budget:float|None=None, # Minutes of one core for a run; default the scale's
     size:tuple|None=None, # Height, width; default the scale's
+    patch:int|None=None, # Pixels that stand for the paper's 12; default the scale's
     **run # More fields of RunConfig
 )->Setup:
     "The setup of a scale on a data set."
@@ -103,10 +106,12 @@ def make_setup(
     if not seeds or min(seeds) < 0: raise ConfigError(f'seeds {list(seeds)}: give at least one, none below 0')
     if epochs is not None and epochs < 1: raise ConfigError(f'epochs={epochs}: give 1 or more')
     if budget is not None and not budget > 0: raise ConfigError(f'budget={budget}: give minutes above 0')
-    patch = dict(patch=demo_patch(size)) if scale == 'small' else {}
-    given = dict(data=data if data != 'synthetic' else None, path=path, trial=trial, epochs=epochs if epochs != s['epochs'] else None, ids=ids if ids != 400 else None)
+    if patch is not None: grid_size(size, patch)
+    coarse = demo_patch(size) if scale == 'small' else None
+    given = dict(data=data if data != 'synthetic' else None, path=path, trial=trial, epochs=epochs if epochs != s['epochs'] else None, ids=ids if ids != 400 else None,
+                 patch=None if patch == coarse else patch)
     args = [f'--{k} {shlex.quote(str(v))}' for k,v in given.items() if v is not None] + [f"--seeds {len(seeds) if seeds == tuple(range(len(seeds))) else ','.join(map(str, seeds)) + ','*(len(seeds) == 1)}"]
-    return Setup(tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial)), {**s['run'], **patch, 'epochs': s['epochs'] if epochs is None else epochs, **run}, seeds, s['budget'] if budget is None else budget, scale,
+    return Setup(tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial)), {**s['run'], **({'patch': patch or coarse} if patch or coarse else {}), 'epochs': s['epochs'] if epochs is None else epochs, **run}, seeds, s['budget'] if budget is None else budget, scale,
         None if run or size != s['size'] else ' '.join(args))
 
 # %% ../nbs/18aa_setup.ipynb #ec7a657d

@@ -9,6 +9,7 @@ __all__ = ['other_partner', 'pedmix', 'same_partner', 'SlotMix', 'PedMix']
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from warnings import warn
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..core import ConfigError, plain, rand_on, slots
 from ..processes import n_processes, this_process
-from ..regions import feather, grid_size, patch_counts, region_map, region_mask
+from ..regions import REGIONS, feather, grid_size, realised_shares, region_map, region_mask
 
 # %% ../../nbs/05_callback.pedmix.ipynb #3e52bdfb
 def other_partner(
@@ -172,7 +173,22 @@ class PedMix(SlotMix):
     @property
     def active_ratios(self): return tuple(r if on else 0 for r,on in zip(self.ratios, self.regions))
 
-    def check(self, size): patch_counts(size, self.patch, self.active_ratios)
+    def shares(self, size): "What is exchanged of each region in images of this (height, width); None: it has no patch."; return realised_shares(size, self.patch, self.active_ratios)
+
+    def check(self, size):
+        self.at = tuple(size)  # for `repr`
+        idle = [(name, r, s) for name, r, s in zip(REGIONS, self.active_ratios, self.shares(size)) if r and not s]
+        for name, r, s in idle:
+            why = 'gets no patch' if s is None else 'has so few patches that none is exchanged'
+            warn(f'PedMix: at {size[0]}x{size[1]} with patch {self.patch} the {name} {why}, its ratio {r} does nothing: '
+                 'take a smaller patch, or switch the region off')
+
+    def __repr__(self):
+        size = self.__dict__.get('at')
+        text = f'PedMix(patch={self.patch}, ratios={self.active_ratios})'
+        if size is None: return text
+        said = ', '.join(f'{name} {"no patch" if s is None else f"{s:.2f}"}' for name, s in zip(REGIONS, self.shares(size)))
+        return f'{text}; exchanged at {size[0]}x{size[1]}: {said}'
 
     def masks(self, n, size, device=None):
         "Masks or weights (n, 1, height, width) with the settings of this callback."
