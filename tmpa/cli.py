@@ -230,14 +230,15 @@ def tmpa_reproduce(
     budget:float=None, # Minutes of one core for a run; default 5 at the small scale, none at the paper's
     epochs:int=None, # Default the scale's
     ids:int=400, # Synthetic data: rendered identities
-    patch:int=None, # PedMix patch in pixels that stands for the paper's 12; default the scale's (small: 16; 4 has the paper's grid)
+    patch:int=None, # PedMix patch in pixels for the paper's 12; default the scale's (small: 16; 4 has the paper's grid)
     workers:int=1, # Runs at a time, each in a process with one thread
     show:store_true=False, # Run nothing, only write the tables from what is there
     out:str='runs/tables', # Folder; may hold the runs of other tables and settings
 ):
     "Run the rows of a table of the paper over seeds, those that are not finished, and write it with the paper's numbers beside yours."
     tables,given,seeds = pick_tables(table),str(seeds),parse_ints(seeds, 'seeds')
-    setup = make_setup(scale, data, path, trial, epochs, ids, int(n) if (n := given.strip()).isdigit() else seeds, budget, patch=patch)
+    seeds = int(n) if (n := given.strip()).isdigit() else seeds
+    setup = make_setup(scale, data, path, trial, epochs, ids, seeds, budget, patch=patch)
     files = reproduce(tables, setup, out, direction, None if rows is None else [o.strip() for o in rows.split(';')], workers, show=show)
     for f in files: print(f'\n{f.read_text(encoding="utf8", errors="backslashreplace").strip()}')
     print(f'\nRuns: {Path(out)/"results.csv"}; tables: {", ".join(str(f) for f in files)}')

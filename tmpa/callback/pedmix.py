@@ -173,7 +173,9 @@ class PedMix(SlotMix):
     @property
     def active_ratios(self): return tuple(r if on else 0 for r,on in zip(self.ratios, self.regions))
 
-    def shares(self, size): "What is exchanged of each region in images of this (height, width); None: it has no patch."; return realised_shares(size, self.patch, self.active_ratios)
+    def shares(self, size):
+        "What is exchanged of each region in images of this (height, width); None: it has no patch."
+        return realised_shares(size, self.patch, self.active_ratios)
 
     def check(self, size):
         self.at = tuple(size)  # for `repr`
@@ -187,8 +189,9 @@ class PedMix(SlotMix):
         size = self.__dict__.get('at')
         text = f'PedMix(patch={self.patch}, ratios={self.active_ratios})'
         if size is None: return text
-        said = ', '.join(f'{name} {"no patch" if s is None else f"{s:.2f}"}' for name, s in zip(REGIONS, self.shares(size)))
-        return f'{text}; exchanged at {size[0]}x{size[1]}: {said}'
+        said = ['no patch' if s is None else f'{s:.2f}' for s in self.shares(size)]
+        regions = ', '.join(f'{name} {s}' for name, s in zip(REGIONS, said))
+        return f'{text}; exchanged at {size[0]}x{size[1]}: {regions}'
 
     def masks(self, n, size, device=None):
         "Masks or weights (n, 1, height, width) with the settings of this callback."

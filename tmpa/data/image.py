@@ -43,7 +43,8 @@ def _opened(path):
 def _decode(path, as_stored=False):
     "PIL image (8-bit grey or RGB) or float array (H, W[, 3]) of raw values, with the raw value that means 1."
     pic = isinstance(path, Image.Image)
-    if pic and path.format=='TIFF' and getattr(path, 'tile', ()) and path.filename and path.tell()==0: pic,path = False,path.filename
+    if pic and path.format=='TIFF' and getattr(path, 'tile', ()) and path.filename and path.tell()==0:
+        pic,path = False,path.filename                  # not loaded yet: see `_opened`
     if not pic: path = Path(path)
     lenient,ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES,False
     try:
@@ -110,7 +111,8 @@ def _colour16(path):
     def load(swap):
         with _opened(path) as im:
             if im.mode not in ('RGB', 'RGBA', 'RGBX') or any('LA;16' in str(t.args) for t in im.tile):
-                raise DataError(f'image {path} is 16-bit {"grey with alpha" if "A" in im.mode else im.mode}, which would be cut to 8 bits: '
+                kind = 'grey with alpha' if 'A' in im.mode else im.mode
+                raise DataError(f'image {path} is 16-bit {kind}, which would be cut to 8 bits: '
                                 'save it as grey or RGB, without an alpha channel')
             other = lambda o: re.sub(';16.', ';16B' if ';16L' in o or ';16N' in o and sys.byteorder=='little' else ';16L', o) if swap and isinstance(o, str) else o
             im.tile = [t._replace(args=other(t.args) if isinstance(t.args, str) else tuple(map(other, t.args))) for t in im.tile]
