@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from sklearn.metrics import average_precision_score
-from tmpa.core import DataError, ProtocolError
+from tmpa.core import UNKNOWN, DataError, ProtocolError
 from tmpa.evaluation import (EvalResult, RULES, Rule, Setting, cmc_map, cmc_map_slow, compare_protocols, evaluate, evaluate_features,
                              evaluate_settings)
 from tmpa.confidence import bootstrap, compare_runs
@@ -111,7 +111,7 @@ def test_permuting_gallery_without_ties(p, rule, rnd):
 @given(problems(), rules, st.randoms(use_true_random=False))
 def test_relabelling_identities(p, rule, rnd):
     d, q_pids, g_pids, q_cams, g_cams = p
-    new = np.array(rnd.sample(range(-1000, 1000), 10))
+    new = np.array(rnd.sample([i for i in range(-1000, 1000) if i != UNKNOWN], 10))
     identical(cmc_map(*p, rule=rule), cmc_map(d, new[q_pids], new[g_pids], q_cams, g_cams, rule=rule))
 
 @quick
@@ -133,6 +133,39 @@ def test_sklearn(p):
     d, q_pids, g_pids, *_ = p
     r = cmc_map(d, q_pids, g_pids)
     for i in np.flatnonzero(r.valid): assert abs(r.ap[i] - average_precision_score(g_pids == q_pids[i], -d[i])) < 1e-12
+
+# People whom nobody knows
+
+def test_unknown_in_the_gallery_is_junk():
+    "As in the original evaluation of Market-1501."
+    r = evaluate([[1., 0]], [[1., .01], [.9, .3]], [5], [-1, 5], [1], [2, 2], rule='market')
+    assert r.percent['Rank-1'] == 100 and '1 of the gallery left out' in r.note
+
+@quick
+@given(problems(), rules, st.integers(0, 2**32-1))
+def test_unknown_is_as_if_it_were_not_there(p, rule, seed):
+    d, q_pids, g_pids, q_cams, g_cams = p
+    rng = np.random.default_rng(seed)
+    q, g = rng.random(len(q_pids)) < .3, rng.random(len(g_pids)) < .3
+    q[0] = g[0] = False
+    q_pids, g_pids = np.where(q, UNKNOWN, q_pids), np.where(g, UNKNOWN, g_pids)
+    r = cmc_map(d, q_pids, g_pids, q_cams, g_cams, rule=rule)
+    same(r, cmc_map_slow(d, q_pids, g_pids, q_cams, g_cams, rule=rule))
+    without = cmc_map(d[~q][:,~g], q_pids[~q], g_pids[~g], q_cams[~q], g_cams[~g], rule=rule)
+    assert np.array_equal(r.first_hit[~q], without.first_hit) and np.array_equal(r.ap[~q], without.ap, equal_nan=True)
+    assert (r.mAP, r.mINP, r.n_valid, r.n_unknown) == (without.mAP, without.mINP, without.n_valid, q.sum()) and not r.valid[q].any()
+
+def test_identities_in_words():
+    names = np.array(['ann', '-1', 'bob'])
+    for pids in (names, names.astype(object), list(names)):
+        r = cmc_map([[.1, .2, .3]], ['bob'], pids)
+        assert r.first_hit[0] == 2 and '1 of the gallery' in r.note
+
+@pytest.mark.parametrize('bad', ([1, None], [1, float('nan')], [1, [2]]))
+def test_identities_that_are_none(bad):
+    for kw in (dict(q_pids=bad, g_pids=[1, 2]), dict(q_pids=[1, 2], g_pids=bad)):
+        with pytest.raises(ProtocolError, match='_pids') as e: cmc_map(np.eye(2), **kw)
+        assert '\n' not in str(e.value)
 
 @pytest.mark.parametrize('rule', RULES)
 def test_all_equal(rule):

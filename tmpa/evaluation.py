@@ -57,7 +57,7 @@ def _prepare(q_feats, g_feats, metric):
 # %% ../nbs/14_evaluation.ipynb #b70c4158
 def evaluate(
     q_feats, g_feats,     # (n_q, D) and (n_g, D) features; tensors (any device) or arrays
-    q_pids, g_pids,       # (n_q,) and (n_g,) identities
+    q_pids, g_pids,       # (n_q,) and (n_g,) identities; -1 is unknown and left out
     q_cams=None, g_cams=None, # (n_q,) and (n_g,) cameras, where the rule needs them
     rule:str|Rule='regdb', # 'regdb' (plain), 'sysu', 'llcm', 'market', or a Rule
     max_rank:int=20,      # Length of the CMC
@@ -75,7 +75,8 @@ def evaluate(
         how = dict(k1=20, k2=6, lam=.3) | ({} if rerank is True else rerank)
         if unknown := set(how) - {'k1','k2','lam','chunk'}: raise ProtocolError(f'rerank has no argument {sorted(unknown)[0]!r}: it takes k1, k2, lam and chunk')
         r = cmc_map(k_reciprocal(q_feats, g_feats, **how), *labels, rule, max_rank, chunk)
-        r.note = f"re-ranked (k1={how['k1']}, k2={how['k2']}, lambda={how['lam']})" + ' on L2-normalised features'*(metric != 'cosine')
+        note = f"re-ranked (k1={how['k1']}, k2={how['k2']}, lambda={how['lam']})" + ' on L2-normalised features'*(metric != 'cosine')
+        r.note = '; '.join(filter(None, (note, r.note)))
         return r
     get = lambda rows, cols: _distance(q(rows), g(cols), metric, step)
     return run_rule(get, labels, rule, max_rank, step, device, 'the distance matrix', '' if metric == 'cosine' else f'{metric} of the features as given')

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import fsum, inf, nan
 from typing import NamedTuple
 from fastcore.basics import patch
-from .core import ProtocolError
+from .core import UNKNOWN, ProtocolError, known
 
 # %% ../nbs/13a_ranking.ipynb #2d3b5057
 class Rule(NamedTuple):
@@ -51,6 +51,7 @@ class EvalResult:
     rule:str = 'regdb'   # Name in `RULES`, or what a rule of one's own does
     note:str = ''        # What else was done to the features or distances
     n_gallery:int = 0    # Images of the gallery
+    n_unknown:int = 0    # Queries of unknown identity (-1), which are not scored
 
 # %% ../nbs/13a_ranking.ipynb #f6d96806
 @patch
@@ -76,12 +77,20 @@ def _repr_html_(self:EvalResult):
     return '<table>' + ''.join('<tr>' + ''.join(f'<{t}>{x}</{t}>' for x in xs) + '</tr>' for t,xs in rows) + '</table>'
 
 # %% ../nbs/13a_ranking.ipynb #23c6b338
-def _result(ap, inp, first, rule, max_rank, note='', n_gallery=0):
-    valid = first > 0
+def _left_out(labels):
+    "What was passed over because nobody knows who it is, in words."
+    counts = [(int((~known(x)).sum()), side) for x, side in zip(labels, ('queries', 'gallery'))]
+    sides = ' and '.join(f'{n} of the {side}' for n, side in counts if n)
+    return sides and f'{sides} left out as unknown (identity -1)'
+
+def _result(ap, inp, first, labels, rule, max_rank, note=''):
+    valid, unknown = first > 0, ~known(labels[0])
     n, rule = int(valid.sum()), rule if isinstance(rule, str) else f"{'merged' if rule.merge else 'plain'} CMC, removes {rule.remove}"
     if n == 0: raise ProtocolError(f"none of the {len(first)} queries has a match in what it may see of the gallery (rule {rule!r}): check that both sides number identities alike")
     cmc = np.bincount(first[valid].clip(max=max_rank+1), minlength=max_rank+2)[1:max_rank+1].cumsum() / n
-    return EvalResult(cmc, fsum(ap[valid])/n, fsum(inp[valid])/n, n, len(first), ap, inp, first, valid, rule, note, n_gallery)
+    note = '; '.join(filter(None, (note, _left_out(labels))))
+    return EvalResult(cmc, fsum(ap[valid])/n, fsum(inp[valid])/n, n, len(first), ap, inp, first, valid, rule, note,
+                      len(labels[1]), int(unknown.sum()))
 
 # %% ../nbs/13a_ranking.ipynb #ede8e560
 def cmc_map_slow(
@@ -96,14 +105,16 @@ def cmc_map_slow(
     q_pids, g_pids, q_cams, g_cams = (None if x is None else np.asarray(x) for x in (q_pids, g_pids, q_cams, g_cams))
     ap, inp, first = np.full(len(q_pids), nan), np.full(len(q_pids), nan), np.zeros(len(q_pids), int)
     for i,(row,pid) in enumerate(zip(np.asarray(dist), q_pids)):
+        if not known(pid): continue
         order = np.argsort(row, kind='stable')
+        order = order[known(g_pids[order])]
         if remove == 'place': order = order[~((q_cams[i] == 3) & (g_cams[order] == 2))]
         if remove == 'same_cam': order = order[~((g_pids[order] == pid) & (g_cams[order] == q_cams[i]))]
         hits = np.flatnonzero(g_pids[order] == pid) + 1
         if len(hits) == 0: continue
         ap[i], inp[i], first[i] = np.mean(np.arange(1, len(hits)+1)/hits), len(hits)/hits[-1], hits[0]
         if merge: first[i] = len(np.unique(g_pids[order][:hits[0]]))
-    return _result(ap, inp, first, rule, max_rank, n_gallery=np.shape(dist)[1])
+    return _result(ap, inp, first, (q_pids, g_pids), rule, max_rank)
 
 # %% ../nbs/13a_ranking.ipynb #96aa2b72
 class _Gallery:
@@ -255,43 +266,52 @@ def check_chunk(chunk):
 
 def check_label(x, n, name):
     "An array of `n` labels, or `ProtocolError` with the shape that came instead."
-    x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
+    try: x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
+    except ValueError: raise ProtocolError(f'{name} holds lists of different lengths, where one number for each of {n} rows is needed') from None
     if x.shape != (n,): raise ProtocolError(f"{name} has shape {x.shape}, where one number for each of {n} rows is needed")
+    if x.dtype.kind == 'O': x = np.asarray(x.tolist())  # words, as pandas keeps them
+    bad = [i for i, o in enumerate(x) if not isinstance(o, (int, float, str))] if x.dtype.kind == 'O' else []
+    if x.dtype.kind == 'f': bad = np.flatnonzero(~np.isfinite(x))
+    if len(bad): raise ProtocolError(f"{name} holds {x[bad[0]]} in row {bad[0]}: give a number for each row, {UNKNOWN} for an identity that is unknown")
     return x
 
 def check_labels(n_q, n_g, q_pids, g_pids, q_cams, g_cams, rule):
     "The four label arrays, checked; cameras become None where the rule has no use for them."
     if get_rule(rule, (q_cams, g_cams)).remove == 'none': q_cams = g_cams = None
     out = [None if x is None else check_label(x, n, k) for x,n,k in ((q_pids, n_q, 'q_pids'), (g_pids, n_g, 'g_pids'), (q_cams, n_q, 'q_cams'), (g_cams, n_g, 'g_cams'))]
+    if (out[0].dtype.kind == 'U') != (out[1].dtype.kind == 'U'):
+        raise ProtocolError(f'q_pids are like {out[0][0]!r} and g_pids like {out[1][0]!r}: give both as numbers, or both as words')
     if any(x is not None and x.dtype.kind not in 'fiub' for x in out[2:]):
         try: out[2:] = [x.astype(np.int64) for x in out[2:]]
         except (TypeError, ValueError): raise ProtocolError(f'cameras like {out[2].flat[0]!r} and {out[3].flat[0]!r}: the rule needs their numbers') from None
     return out
 
 # %% ../nbs/13a_ranking.ipynb #79288fd7
-def _groups(rule, q_cams, n_q, n_g, g_cams):
-    "Queries and the gallery that they may see, as index arrays."
-    q, g = np.arange(n_q), np.arange(n_g)
-    if get_rule(rule).remove != 'place': return [(q, g)]
-    return [o for o in ((q[q_cams != 3], g), (q[q_cams == 3], g[g_cams != 2])) if len(o[0]) and len(o[1])]
+def _groups(rule, labels):
+    "Queries and the gallery that they may see, as index arrays; nobody asks for, or finds, somebody unknown."
+    q_pids, g_pids, q_cams, g_cams = labels
+    q, g = np.flatnonzero(known(q_pids)), np.flatnonzero(known(g_pids))
+    groups = [(q, g)]
+    if get_rule(rule).remove == 'place': groups = [(q[q_cams[q] != 3], g), (q[q_cams[q] == 3], g[g_cams[g] != 2])]
+    return [o for o in groups if len(o[0]) and len(o[1])]
 
 def run_rule(get, labels, rule, max_rank, step, device, name, note=''):
     "Score all queries; `get(rows, cols)` gives a function from a slice of `rows` to distances in the order `cols`."
     q_pids, g_pids, q_cams, g_cams = labels
-    n_q, n_g, take = len(q_pids), len(g_pids), lambda x, i: None if x is None else x[i]
+    n_q, take = len(q_pids), lambda x, i: None if x is None else x[i]
     ap, inp, first = np.full(n_q, nan), np.full(n_q, nan), np.zeros(n_q, int)
-    for rows, cols in _groups(rule, q_cams, n_q, n_g, g_cams):
+    for rows, cols in _groups(rule, labels):
         g = _Gallery(g_pids[cols], take(g_cams, cols), rule, device)
         dist = get(rows, cols[g.pos.cpu().numpy()])
         for i in range(0, len(rows), step):
             r = rows[i:i+step]
             ap[r], inp[r], first[r] = _score_block(g, dist(slice(i, i+len(r))), q_pids[r], take(q_cams, r), r, name)
-    return _result(ap, inp, first, rule, max_rank, note, n_g)
+    return _result(ap, inp, first, labels, rule, max_rank, note)
 
 # %% ../nbs/13a_ranking.ipynb #ecd3142d
 def cmc_map(
     dist,                 # (n_q, n_g) distances, smaller is nearer; tensor (any device) or array
-    q_pids, g_pids,       # (n_q,) and (n_g,) identities
+    q_pids, g_pids,       # (n_q,) and (n_g,) identities; -1 is unknown and left out
     q_cams=None, g_cams=None, # (n_q,) and (n_g,) cameras, where the rule needs them
     rule:str|Rule='regdb', # 'regdb' (plain), 'sysu', 'llcm', 'market', or a Rule
     max_rank:int=20,      # Length of the CMC; with fewer candidates its last value is repeated
