@@ -195,6 +195,15 @@ def test_no_valid_query():
     with pytest.raises(ProtocolError, match='none of the 1'): cmc_map(np.zeros((1, 2)), [1], [1, 1], [3], [2, 2], rule='sysu')  # all of the gallery is hidden
     with pytest.raises(ProtocolError, match='none of the 1'): cmc_map(np.zeros((1, 2)), [1], [1, 1], [4], [4, 4], rule='llcm')
 
+@pytest.mark.parametrize('fn', (cmc_map, cmc_map_slow))
+def test_what_the_rule_hides_is_counted(fn):
+    args = np.zeros((3, 4)), [1, 1, 2], [1, 1, 7, UNKNOWN], [3, 3, 3], [2, 2, 1, 1]
+    with pytest.raises(ProtocolError, match='2 of them have 4 matches there, all hidden, since the rule hides camera 2 from queries of camera 3'): fn(*args, rule='sysu')
+    with pytest.raises(ProtocolError, match="2 of them have 4 matches there.*by its own camera"): fn(*args[:4], [3, 3, 3, 3], rule=Rule('same_cam', False))
+    for rule in RULES:
+        with pytest.raises(ProtocolError, match='check that both sides number identities alike'): fn(np.zeros((1, 2)), [3], [1, UNKNOWN], [3], [1, 1], rule=rule)
+        with pytest.raises(ProtocolError, match='the identity of each is unknown'): fn(np.zeros((1, 2)), [UNKNOWN], [1, UNKNOWN], [3], [1, 1], rule=rule)
+
 @pytest.mark.parametrize('bad', (np.nan, np.inf, -np.inf))
 @pytest.mark.parametrize('rule', RULES)
 def test_not_finite(bad, rule):

@@ -83,10 +83,26 @@ def _left_out(labels):
     sides = ' and '.join(f'{n} of the {side}' for n, side in counts if n)
     return sides and f'{sides} left out as unknown (identity -1)'
 
+_hides = dict(place='camera 2 from queries of camera 3', same_cam="the images of a query's person by its own camera")
+
+def _no_match(labels, rule):
+    "Why no query has a match, and what to do."
+    q, g = (x[known(x)] for x in labels[:2])
+    name = repr(rule)
+    start = f"none of the {len(labels[0])} queries has a match in what it may see of the gallery (rule {name}): "
+    if not len(q): return start + 'the identity of each is unknown (-1): give those of the people whom you know'
+    ids, counts = np.unique(g, return_counts=True)
+    there = np.isin(q, ids)
+    if not there.any(): return start + 'check that both sides number identities alike'
+    n = int(counts[np.searchsorted(ids, q[there])].sum())
+    hides = _hides[get_rule(rule).remove]
+    return start + f"{int(there.sum())} of them have {n} matches there, all hidden, since the rule hides {hides}: add images of other cameras, or choose rule='regdb', which hides nothing"
+
 def _result(ap, inp, first, labels, rule, max_rank, note=''):
     valid, unknown = first > 0, ~known(labels[0])
-    n, rule = int(valid.sum()), rule if isinstance(rule, str) else f"{'merged' if rule.merge else 'plain'} CMC, removes {rule.remove}"
-    if n == 0: raise ProtocolError(f"none of the {len(first)} queries has a match in what it may see of the gallery (rule {rule!r}): check that both sides number identities alike")
+    n = int(valid.sum())
+    if n == 0: raise ProtocolError(_no_match(labels, rule))
+    rule = rule if isinstance(rule, str) else f"{'merged' if rule.merge else 'plain'} CMC, removes {rule.remove}"
     cmc = np.bincount(first[valid].clip(max=max_rank+1), minlength=max_rank+2)[1:max_rank+1].cumsum() / n
     note = '; '.join(filter(None, (note, _left_out(labels))))
     return EvalResult(cmc, fsum(ap[valid])/n, fsum(inp[valid])/n, n, len(first), ap, inp, first, valid, rule, note,
