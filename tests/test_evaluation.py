@@ -134,6 +134,25 @@ def test_sklearn(p):
     r = cmc_map(d, q_pids, g_pids)
     for i in np.flatnonzero(r.valid): assert abs(r.ap[i] - average_precision_score(g_pids == q_pids[i], -d[i])) < 1e-12
 
+# Cameras that the rule cannot know
+
+def test_cameras_counted_from_0_are_refused():
+    q, g, q_pids, g_pids, q_cams, g_cams = make(40, 60)
+    evaluate(q, g, q_pids, g_pids, q_cams, g_cams, rule='sysu')
+    for cams in ((q_cams - 1, g_cams), (q_cams, g_cams - 1), (q_cams, g_cams + 1)):
+        for score in (evaluate, lambda q, g, *a, **kw: cmc_map(-q@g.T, *a, **kw)):
+            with pytest.raises(ProtocolError, match="_cams, row .*SYSU-MM01 knows its cameras 1 to 6") as e: score(q, g, q_pids, g_pids, *cams, rule='sysu')
+            assert '\n' not in str(e.value)
+    for rule in ('llcm', 'market'): identical(evaluate(q, g, q_pids, g_pids, q_cams - 1, g_cams - 1, rule=rule), evaluate(q, g, q_pids, g_pids, q_cams, g_cams, rule=rule))
+
+def test_cameras_that_the_modality_contradicts(tmp_path):
+    q, g, q_pids, g_pids, *_ = make(40, 60)
+    save_features(tmp_path/'q.npz', q, q_pids, np.full(40, 3), np.ones(40))
+    save_features(tmp_path/'g.npz', g, g_pids, np.full(60, 1), np.zeros(60))
+    save_features(tmp_path/'swapped.npz', g, g_pids, np.full(60, 1), np.ones(60))
+    evaluate_features(tmp_path/'q.npz', tmp_path/'g.npz', 'sysu')
+    with pytest.raises(ProtocolError, match='swapped.npz, row 0: camera 1 is visible in SYSU-MM01, but the modality of the image is 1'): evaluate_features(tmp_path/'q.npz', tmp_path/'swapped.npz', 'sysu')
+
 # People whom nobody knows
 
 def test_unknown_in_the_gallery_is_junk():

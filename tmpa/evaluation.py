@@ -13,7 +13,7 @@ from math import nan
 from fastcore.basics import patch
 from .core import Modality, ProtocolError, ReIDImage
 from .features import load_features
-from .ranking import EvalResult, RULES, Rule, as_matrix, check_chunk, check_finite, check_label, check_labels, cmc_map, cmc_map_slow, get_rule, run_rule
+from .ranking import EvalResult, RULES, Rule, as_matrix, check_cameras, check_chunk, check_finite, check_label, check_labels, cmc_map, cmc_map_slow, get_rule, run_rule
 from .rerank import rerank as k_reciprocal
 
 _all_ = ['cmc_map', 'cmc_map_slow', 'EvalResult', 'RULES', 'Rule']
@@ -183,6 +183,7 @@ def evaluate_features(
     if get_rule(rule).remove != 'none':
         for f,path in ((q, q_path), (g, g_path)):
             if f.cams is None: raise ProtocolError(f"{path} has no cameras, which rule {rule!r} needs: add an array 'cams' to the file, or choose rule 'regdb'")
+            check_cameras(f.cams, rule, path, f.modality)
     if q.feats.shape[1] != g.feats.shape[1]: raise ProtocolError(f"{q_path} has features of {q.feats.shape[1]} dimensions, {g_path} of {g.feats.shape[1]}: both must come from one model")
     for f,path in ((q, q_path), (g, g_path)): check_finite(as_matrix(f.feats, str(path)), str(path))
     return evaluate(q.feats, g.feats, q.pids, g.pids, q.cams, g.cams, rule, max_rank, metric, rerank, chunk)
@@ -252,6 +253,7 @@ def compare_protocols(
     "The scores of one set of features under each convention in use, one change at a time."
     x = check_finite(as_matrix(feats, 'feats'), 'feats')
     pids, cams, modality = (check_label(v, len(x), k) for v,k in ((pids, 'pids'), (cams, 'cams'), (modality, 'modality')))
+    if data == 'sysu': check_cameras(cams, data, 'cams', modality)
     ref, how, changes = _changes(data, _items(pids, cams, modality), perms, trials)
     unit = lambda v: v/v.norm(dim=1, keepdim=True).clamp_min(1e-12)
     score = lambda change, settings, f=x, **kw: [(s, change, r) for s,r in evaluate_settings(f, pids, cams, settings, **kw).items()]

@@ -13,7 +13,8 @@ from functools import cached_property
 from .core import ConfigError, Modality, check_names
 from .data.external import cross_settings
 from .data.image import how_read, read_image
-from .evaluation import Setting, evaluate_settings, get_rule
+from .evaluation import Setting, evaluate_settings
+from .ranking import check_cameras, get_rule
 
 # %% ../nbs/17a_interpret.ipynb #06b53f75
 def top_matches(
@@ -28,6 +29,7 @@ def top_matches(
     "The `k` nearest gallery images of one query, after the rule's removals."
     pids,cams,g = np.asarray(pids),np.asarray(cams),np.asarray(gallery)
     remove,keep = get_rule(rule).remove,np.ones(len(g), bool)
+    check_cameras(cams, rule, 'cams')
     if remove == 'place': keep = ~((cams[query] == 3) & (cams[g] == 2))
     if remove == 'same_cam': keep = ~((pids[g] == pids[query]) & (cams[g] == cams[query]))
     g = g[keep]

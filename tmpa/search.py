@@ -18,7 +18,7 @@ from .core import (CheckpointError, ConfigError, DataError, ProtocolError, Publi
 from .data.image import check_range, how_read, read_image
 from .learner import extract_features
 from .models.net import scored_as
-from .ranking import as_matrix, check_finite, get_rule
+from .ranking import as_matrix, check_cameras, check_finite, get_rule
 
 # %% ../nbs/22_search.ipynb #99400120
 def top_columns(
@@ -225,6 +225,8 @@ def _hidden(self:Gallery, queries, cams, only, rule):
     remove = get_rule(rule).remove
     if remove == 'none': return None if allowed.all() else lambda s: ~allowed[s]
     if any(q is None or q.cam < 1 or (remove == 'same_cam' and q.pid < 0) for q in queries): raise ProtocolError(f"rule={rule!r} needs the camera{' and identity' if remove == 'same_cam' else ''} of each query: pass ReIDImages, or records=")
+    check_cameras([q.cam for q in queries], rule, lambda i: queries[i].path)
+    check_cameras(cam.cpu(), rule, lambda i: self.items[i].path)
     qp,qc = (torch.tensor([getattr(q, k) for q in queries], device=self.device)[:, None] for k in ('pid', 'cam'))
     if remove == 'place': return lambda s: ~allowed[s] | ((qc == 3) & (cam[s] == 2))
     return lambda s: ~allowed[s] | ((qp == pid[s]) & (qc == cam[s]))

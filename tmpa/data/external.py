@@ -13,8 +13,9 @@ import numpy as np
 from collections import Counter, defaultdict
 from pathlib import Path
 from warnings import warn
-from ..core import Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError
+from ..core import Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError, known
 from ..evaluation import Setting, cross_settings_of
+from ..ranking import SYSU_INFRARED, check_cameras
 from .image import as_float, decoded, image_exts, item_range, load_resized, read_image
 
 # %% ../../nbs/01_data.external.ipynb #81ed5730
@@ -69,8 +70,6 @@ def _say_others(others, path):
          f'the first is {others[0]}): convert them to PNG if they are images')
 
 # %% ../../nbs/01_data.external.ipynb #d0143024
-_sysu_ir = (3, 6)
-
 def sysu_items(
     path:str|Path, # Folder that holds `cam1` ... `cam6` and `exp`
     split:str='train+val', # 'train', 'val', 'train+val' or 'test'
@@ -83,7 +82,7 @@ def sysu_items(
     if len(missing)==6: raise DataError(f'no camera folder in {path}: pass the folder that holds cam1 ... cam6 and exp')
     if missing: warn(f"{path} has no {', '.join(missing)}: numbers will not be comparable to published ones")
     others = []
-    res = [PublishedImage(f, p, c, int(c in _sysu_ir)) for p in pids for c in range(1, 7)
+    res = [PublishedImage(f, p, c, int(c in SYSU_INFRARED)) for p in pids for c in range(1, 7)
            for f in _images(path/f'cam{c}'/f'{p:04d}', others)]
     _say_others(others, path)
     if not res: raise DataError(f'no image of the {split} identities in {path}: images should be cam1/0001/0001.jpg and so on')
@@ -121,8 +120,12 @@ def _sysu_perms(items, convention, perms):
     return 'official', load_perms(root)
 
 # %% ../../nbs/01_data.external.ipynb #10cf6e93
+def _check_sysu(items):
+    "Refuse records whose camera is none of SYSU-MM01's, or of another modality there."
+    check_cameras([o.cam for o in items], 'sysu', lambda i: items[i].path, [o.modality for o in items])
+
 def sysu_gallery(
-    items:list, # ReIDImage of SYSU-MM01's test split (infrared ones are passed over)
+    items:list, # ReIDImage of SYSU-MM01's test split; infrared ones and unknown people (-1) are passed over
     mode:str='all', # 'all' (cameras 1, 2, 4, 5) or 'indoor' (1, 2)
     shots:int=1, # Images per identity and camera: 1 or 10
     trial:int=0, # 0 to 9
@@ -131,10 +134,11 @@ def sysu_gallery(
 ) -> list: # Indices into `items`, by identity, then camera
     "One gallery draw of SYSU-MM01."
     if mode not in ('all', 'indoor'): raise ProtocolError(f"SYSU-MM01 has no mode '{mode}': use 'all' or 'indoor'")
+    _check_sysu(items)
     convention,perms = _sysu_perms(items, convention, perms)
     cams,groups,res,rng = (1, 2, 4, 5) if mode=='all' else (1, 2),defaultdict(list),[],random.Random(trial)
     for i, o in enumerate(items):
-        if o.cam in cams: groups[o.pid, o.cam].append(i)
+        if o.cam in cams and known(o.pid): groups[o.pid, o.cam].append(i)
     for (p, c), idxs in sorted(groups.items()):
         idxs = sorted(idxs, key=lambda i: items[i].path.name)
         if convention=='official': res += _official(items, idxs, perms, p, c, trial, shots)
@@ -218,14 +222,14 @@ def llcm_items(
     return sorted(res, key=lambda o: (o.modality, o.pid, o.cam, str(o.path)))
 
 def llcm_gallery(
-    items:list, # ReIDImage of LLCM's test split
+    items:list, # ReIDImage of LLCM's test split; unknown people (-1) are passed over
     modality:int, # Modality of the gallery
     trial:int=0, # 0 to 9, the seed
 ) -> list: # Indices into `items`, by identity, then camera
     "One gallery draw of LLCM: one random image of each identity in each camera."
     groups,rng = defaultdict(list),random.Random(trial)
     for i, o in enumerate(items):
-        if o.modality==modality: groups[o.pid, o.cam].append(i)
+        if o.modality==modality and known(o.pid): groups[o.pid, o.cam].append(i)
     return [rng.choice(sorted(idxs, key=lambda i: items[i].path.name)) for _, idxs in sorted(groups.items())]
 
 # %% ../../nbs/01_data.external.ipynb #e33c4fd7
