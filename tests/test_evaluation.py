@@ -153,6 +153,36 @@ def test_cameras_that_the_modality_contradicts(tmp_path):
     evaluate_features(tmp_path/'q.npz', tmp_path/'g.npz', 'sysu')
     with pytest.raises(ProtocolError, match='swapped.npz, row 0: camera 1 is visible in SYSU-MM01, but the modality of the image is 1'): evaluate_features(tmp_path/'q.npz', tmp_path/'swapped.npz', 'sysu')
 
+# Queries that are their own gallery
+
+def test_noise_does_not_find_itself(tmp_path):
+    rng = np.random.default_rng(0)
+    feats, pids = rng.normal(size=(40, 8)), np.arange(40)//2
+    np.savez(tmp_path/'f.npz', feats=feats, pids=pids)
+    np.savez(tmp_path/'m.npz', feats=feats, pids=pids, modality=np.arange(40) % 2)
+    np.savez(tmp_path/'c.npz', feats=feats, pids=pids, cams=np.arange(40))
+    for f,words in (('f', 'hold the same images.*two files'), ('m', r'cross_settings_of\(modality\)')):
+        with pytest.raises(ProtocolError, match=words) as e: evaluate_features(tmp_path/f'{f}.npz', tmp_path/f'{f}.npz')
+        assert '\n' not in str(e.value)
+    np.savez(tmp_path/'few.npz', feats=feats[::-1][:9], pids=pids[::-1][:9])
+    for score in (lambda: evaluate_features(tmp_path/'f.npz', tmp_path/'few.npz'), lambda: evaluate(feats, feats[::-1][:9].copy(), pids, pids[::-1][:9])):
+        with pytest.raises(ProtocolError, match='9 of 40 queries are in the gallery themselves'): score()
+    d = ((feats[:,None] - feats[None])**2).sum(2)
+    with pytest.raises(ProtocolError, match='dist is symmetric'): cmc_map(d, pids, pids)
+    with pytest.raises(ProtocolError, match="40 of 40 queries are in the gallery of setting 'all'"): evaluate_settings(feats, pids, None, [Setting('all', np.arange(40), [np.arange(40)], 'regdb')])
+    left_out = np.where(np.eye(40, dtype=bool), 99, d)                 # each image without itself, from the definition
+    hit = [pids[row.argmin()] == pids[i] for i,row in enumerate(left_out)]
+    r = evaluate_features(tmp_path/'c.npz', tmp_path/'c.npz', 'market', metric='euclidean')
+    assert r.rank(1) == np.mean(hit) < .3 and r.n_valid == 40
+
+def test_equal_features_that_are_no_own_images():
+    rng = np.random.default_rng(0)
+    x, pids = rng.normal(size=(40, 8)), np.arange(40)//2
+    evaluate(x, x, pids, pids, np.full(40, 3), np.full(40, 1))        # other cameras: other images
+    evaluate(np.ones((4, 8)), np.ones((4, 8)), [1, 1, 2, 2], [1, 1, 2, 2])  # a network that tells nobody apart
+    q_pids = np.where(np.arange(40) < 39, UNKNOWN, 7)
+    evaluate(np.r_[x[:39], -x[:1]], x, q_pids, np.full(40, 7))        # those who are unknown are not scored
+
 # People whom nobody knows
 
 def test_unknown_in_the_gallery_is_junk():
@@ -399,19 +429,21 @@ def test_cosine_at_any_scale(scale):
 
 def test_arrays_of_every_kind():
     x, p = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32), np.arange(20) % 5
-    want = evaluate(x, x, p, p).mAP
-    for y in (x[::-1][::-1], x.astype('>f4'), x.astype(np.longdouble), x.astype(object).astype(float), x.tolist(), np.asfortranarray(x)): assert abs(evaluate(y, y, p, p).mAP - want) < 1e-6
+    other = np.zeros(20, int), np.ones(20, int)  # cameras: the same features, but not the same images
+    want = evaluate(x, x, p, p, *other).mAP
+    for y in (x[::-1][::-1], x.astype('>f4'), x.astype(np.longdouble), x.astype(object).astype(float), x.tolist(), np.asfortranarray(x)): assert abs(evaluate(y, y, p, p, *other).mAP - want) < 1e-6
     for bad in (x.astype(complex), x.astype(object), [[1., 2.], [3.]], torch.zeros(2, 2, dtype=torch.complex64)):
-        with pytest.raises(ProtocolError, match='needed'): evaluate(bad, x, p, p)
+        with pytest.raises(ProtocolError, match='needed'): evaluate(bad, x, p, p, *other)
     cams = (np.arange(20) % 6 + 1)
-    assert evaluate(x, x, p, p, cams.astype(str), cams.astype(object), 'sysu').mAP == evaluate(x, x, p, p, cams, cams, 'sysu').mAP
+    turned = np.roll(cams, 1)
+    assert evaluate(x, x, p, p, cams.astype(str), turned.astype(object), 'sysu').mAP == evaluate(x, x, p, p, cams, turned, 'sysu').mAP
     for kw in (dict(chunk=-5), dict(chunk=7.), dict(rerank=dict(k=3)), dict(rerank=dict(k1=3.)), dict(rule=Rule('camera', True))):
-        with pytest.raises(ProtocolError): evaluate(x, x, p, p, **kw)
+        with pytest.raises(ProtocolError, match='chunk|rerank|re-ranking|same_cam'): evaluate(x, x, p, p, *other, **kw)
 
 
 def test_reranking_says_that_it_normalises():
     x, p = np.random.default_rng(0).normal(size=(40, 8)), np.arange(40) % 10
-    a, b = (evaluate(x, x, p, p, metric=m, rerank=True) for m in ('cosine', 'dot'))
+    a, b = (evaluate(x, x, p, p, np.zeros(40), np.ones(40), metric=m, rerank=True) for m in ('cosine', 'dot'))
     assert a.mAP == b.mAP and 'L2-normalised' in b.note and 'L2' not in a.note
 
 

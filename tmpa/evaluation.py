@@ -11,9 +11,9 @@ import numpy as np, torch
 from dataclasses import dataclass
 from math import nan
 from fastcore.basics import patch
-from .core import Modality, ProtocolError, ReIDImage
+from .core import Modality, ProtocolError, ReIDImage, known
 from .features import load_features
-from .ranking import EvalResult, RULES, Rule, as_matrix, check_cameras, check_chunk, check_finite, check_label, check_labels, cmc_map, cmc_map_slow, get_rule, run_rule
+from .ranking import EvalResult, RULES, Rule, as_matrix, check_cameras, check_chunk, check_finite, check_label, check_labels, cmc_map, cmc_map_slow, get_rule, refuse_own, run_rule, same_rows
 from .rerank import rerank as k_reciprocal
 
 _all_ = ['cmc_map', 'cmc_map_slow', 'EvalResult', 'RULES', 'Rule']
@@ -55,21 +55,10 @@ def _prepare(q_feats, g_feats, metric):
     return q.device, rows_of(q), rows_of(g)
 
 # %% ../nbs/14_evaluation.ipynb #b70c4158
-def evaluate(
-    q_feats, g_feats,     # (n_q, D) and (n_g, D) features; tensors (any device) or arrays
-    q_pids, g_pids,       # (n_q,) and (n_g,) identities; -1 is unknown and left out
-    q_cams=None, g_cams=None, # (n_q,) and (n_g,) cameras, where the rule needs them
-    rule:str|Rule='regdb', # 'regdb' (plain), 'sysu', 'llcm', 'market', or a Rule
-    max_rank:int=20,      # Length of the CMC
-    metric:str='cosine',  # 'cosine' (features are L2-normalised here), 'dot' (taken as they are) or 'euclidean'
-    rerank:dict|bool=False, # k-reciprocal re-ranking of L2-normalised features whatever the metric, named in the result: True, or arguments of tmpa.rerank.rerank
-    chunk:int|None=None,  # Queries at a time: memory is about 3 x chunk x n_g numbers; None: about 16 million distances, at least 256 rows
-) -> EvalResult:
-    "CMC, mAP and mINP of features, without ever holding all distances."
+def _evaluate(q_feats, g_feats, labels, rule, max_rank, metric, rerank, chunk):
+    "`evaluate` with checked labels."
     device, q, g = _prepare(q_feats, g_feats, metric)
-    n_q, n_g = len(q_feats), len(g_feats)
-    labels = check_labels(n_q, n_g, q_pids, g_pids, q_cams, g_cams, rule)
-    check_chunk(chunk)
+    n_g = len(labels[1])
     step = chunk if chunk and chunk < _BLOCK else (chunk or max(2**24//n_g, _BLOCK))//_BLOCK*_BLOCK
     if rerank is not False and rerank is not None:
         how = dict(k1=20, k2=6, lam=.3) | ({} if rerank is True else rerank)
@@ -80,6 +69,35 @@ def evaluate(
         return r
     get = lambda rows, cols: _distance(q(rows), g(cols), metric, step)
     return run_rule(get, labels, rule, max_rank, step, device, 'the distance matrix', '' if metric == 'cosine' else f'{metric} of the features as given')
+
+# %% ../nbs/14_evaluation.ipynb #53bbc4ce
+def _refuse_equal(q_feats, g_feats, q_pids, g_pids, q_cams, g_cams):
+    "Refuse queries that are in the gallery themselves: equal features and labels."
+    q, g = as_matrix(q_feats, 'q_feats'), as_matrix(g_feats, 'g_feats')
+    if q.shape[1] != g.shape[1]: return  # an error of its own
+    dtype, cams = torch.promote_types(q.dtype, g.dtype), q_cams is not None and g_cams is not None
+    q_who, g_who = [q_pids], [g_pids]
+    if cams: q_who, g_who = [q_pids, check_label(q_cams, len(q), 'q_cams')], [g_pids, check_label(g_cams, len(g), 'g_cams')]
+    pairs = same_rows(q.to(dtype), g.to(q.device, dtype), np.stack(q_who, 1), np.stack(g_who, 1))
+    if len(pairs[0]): refuse_own(pairs, len(q), how='equal features and identity' + ' and camera'*cams)
+
+# %% ../nbs/14_evaluation.ipynb #e24e4de8
+def evaluate(
+    q_feats, g_feats,     # (n_q, D) and (n_g, D) features; tensors (any device) or arrays
+    q_pids, g_pids,       # (n_q,) and (n_g,) identities; -1 is unknown and left out
+    q_cams=None, g_cams=None, # (n_q,) and (n_g,) cameras, where the rule needs them; images of different ones are not the same
+    rule:str|Rule='regdb', # 'regdb' (plain), 'sysu', 'llcm', 'market', or a Rule
+    max_rank:int=20,      # Length of the CMC
+    metric:str='cosine',  # 'cosine' (features are L2-normalised here), 'dot' (taken as they are) or 'euclidean'
+    rerank:dict|bool=False, # k-reciprocal re-ranking of L2-normalised features whatever the metric, named in the result: True, or arguments of tmpa.rerank.rerank
+    chunk:int|None=None,  # Queries at a time: memory is about 3 x chunk x n_g numbers; None: about 16 million distances, at least 256 rows
+) -> EvalResult:
+    "CMC, mAP and mINP of features, without ever holding all distances."
+    check_chunk(chunk)
+    n_q, n_g = len(as_matrix(q_feats, 'q_feats')), len(as_matrix(g_feats, 'g_feats'))
+    labels = check_labels(n_q, n_g, q_pids, g_pids, q_cams, g_cams, rule)
+    if get_rule(rule).remove != 'same_cam': _refuse_equal(q_feats, g_feats, *labels[:2], q_cams, g_cams)
+    return _evaluate(q_feats, g_feats, labels, rule, max_rank, metric, rerank, chunk)
 
 # %% ../nbs/14_evaluation.ipynb #9eea87e8
 @dataclass(eq=False)
@@ -148,6 +166,11 @@ def __repr__(self:SettingResult):
     return f"{self.name}: {s}  ({len(self.trials)} trial{'s'*(len(self.trials)>1)}, {self.n_valid:g} of {self.n_queries} queries{'; ' + self.note if self.note else ''})"
 
 # %% ../nbs/14_evaluation.ipynb #aafff231
+def _refuse_overlap(name, q_idx, g_idx):
+    "Refuse a setting in which an image is query and gallery."
+    both = np.intersect1d(q_idx, g_idx)
+    if len(both): refuse_own([both, [int(np.flatnonzero(g_idx == both[0])[0])]], len(q_idx), f'the gallery of setting {name!r}', f'both are row {both[0]} of the features')
+
 def evaluate_settings(
     feats,                # (n, D) features of all images
     pids, cams,           # (n,) identities and cameras of all images
@@ -160,10 +183,14 @@ def evaluate_settings(
     "Name of each setting to its `SettingResult`."
     feats = check_finite(as_matrix(feats, 'feats'), 'feats')
     pids, cams = (None if x is None else check_label(x, len(feats), k) for x,k in ((pids, 'pids'), (cams, 'cams')))
+    check_chunk(chunk)
     take = lambda x, i: None if x is None else x[i]
     def one(s, g):
-        q, g = (torch.as_tensor(np.asarray(i)).long().to(feats.device) for i in (s.q_idx, g))
-        return evaluate(feats[q], feats[g], *(take(x, i.cpu().numpy()) for x in (pids, cams) for i in (q, g)), s.rule, max_rank, metric, rerank, chunk)
+        q, g = (np.asarray(i).astype(np.int64) for i in (s.q_idx, g))
+        if get_rule(s.rule).remove != 'same_cam': _refuse_overlap(s.name, q[known(pids[q])], g)
+        labels = check_labels(len(q), len(g), *(take(x, i) for x in (pids, cams) for i in (q, g)), s.rule)
+        q, g = (torch.from_numpy(i).to(feats.device) for i in (q, g))
+        return _evaluate(feats[q], feats[g], labels, s.rule, max_rank, metric, rerank, chunk)
     def setting(s):
         trials = [one(s, g) for g in s.g_idxs]
         return SettingResult(trials, s.name, '; '.join(filter(None, (s.note, trials[0].note))))
@@ -185,6 +212,10 @@ def evaluate_features(
             if f.cams is None: raise ProtocolError(f"{path} has no cameras, which rule {rule!r} needs: add an array 'cams' to the file, or choose rule 'regdb'")
             check_cameras(f.cams, rule, path, f.modality)
     if q.feats.shape[1] != g.feats.shape[1]: raise ProtocolError(f"{q_path} has features of {q.feats.shape[1]} dimensions, {g_path} of {g.feats.shape[1]}: both must come from one model")
+    if get_rule(rule).remove != 'same_cam' and np.array_equal(q.feats, g.feats) and np.array_equal(q.pids, g.pids):
+        cross = '' if q.modality is None else '; for each modality to search the other, call evaluate_settings(feats, pids, cams, cross_settings_of(modality))'
+        raise ProtocolError(f"{q_path} and {g_path} hold the same images, each of which would find itself: write queries and gallery to two files{cross}; "
+                            "to search a set in itself, give every image a camera number of its own and choose rule 'market'")
     for f,path in ((q, q_path), (g, g_path)): check_finite(as_matrix(f.feats, str(path)), str(path))
     return evaluate(q.feats, g.feats, q.pids, g.pids, q.cams, g.cams, rule, max_rank, metric, rerank, chunk)
 

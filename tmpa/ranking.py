@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['RULES', 'SYSU_INFRARED', 'Rule', 'get_rule', 'check_cameras', 'EvalResult', 'cmc_map_slow', 'refuse_rows',
-           'as_matrix', 'check_finite', 'check_chunk', 'check_label', 'check_labels', 'run_rule', 'cmc_map']
+           'as_matrix', 'check_finite', 'check_chunk', 'check_label', 'check_labels', 'refuse_own', 'same_rows',
+           'run_rule', 'cmc_map']
 
 # %% ../nbs/13a_ranking.ipynb #c74aeec6
 import numpy as np, torch
+from collections import defaultdict
 from dataclasses import dataclass
 from math import fsum, inf, nan
 from typing import NamedTuple
@@ -327,6 +329,46 @@ def check_labels(n_q, n_g, q_pids, g_pids, q_cams, g_cams, rule):
         if x is not None: check_cameras(x, rule, name)
     return out
 
+# %% ../nbs/13a_ranking.ipynb #483ab5dd
+def refuse_own(
+    pairs, # (queries, gallery rows) of images that are both
+    n_q:int, # All queries
+    name='the gallery', # Where they are
+    how='the same', # What shows it
+):
+    "The error for queries that would find themselves."
+    raise ProtocolError(f"{len(set(pairs[0]))} of {n_q} queries are in {name} themselves (query {pairs[0][0]} is row {pairs[1][0]} there: {how}), and nearest to themselves: "
+                        "take them out; to search a set in itself, give every image a camera number of its own and choose rule='market'")
+
+def same_rows(
+    q, g, # (n_q, D) and (n_g, D) features, tensors of one type
+    q_who, g_who, # (n_q, m) and (n_g, m) labels that must be equal too, the identity first
+):# Rows of `q` and rows of `g`, as many
+    "Pairs of equal features of one identity, unless somebody else has the same."
+    i, j = np.flatnonzero(known(q_who[:,0])), np.arange(len(g))
+    for c in range(0, q.shape[1], -(-q.shape[1]//8)):  # a few columns rule out nearly all
+        a, b = q[i,c].cpu().numpy(), g[j,c].cpu().numpy()
+        i, j = i[np.isin(a, b)], j[np.isin(b, a)]
+        if not len(i): return [], []
+    row = lambda x, r: (x[r] + 0.).cpu().numpy().tobytes()  # 0 and -0 are equal
+    there = defaultdict(list)
+    for r in j: there[row(g, r)].append(r)
+    pairs = []
+    for r in i:
+        equal = there.get(row(q, r), [])
+        if all(g_who[e,0] == q_who[r,0] for e in equal): pairs += [(r, e) for e in equal if (g_who[e] == q_who[r]).all()]
+    return tuple(map(list, zip(*pairs))) or ([], [])
+
+def _is_own_gallery(d, labels, step=1024):
+    "Are the distances symmetric, each image nearest to itself, with the same labels on both sides?"
+    q_pids, g_pids, q_cams, g_cams = labels
+    n = len(d)
+    if n < 2 or not np.array_equal(q_pids, g_pids) or q_cams is not None and not np.array_equal(q_cams, g_cams): return False
+    for i in range(0, n, step):
+        x, own = d[i:i+step], d.diagonal()[i:i+step,None]
+        if not torch.allclose(x, d[:,i:i+step].T) or (x < own).any() or (x == own).all(): return False
+    return True
+
 # %% ../nbs/13a_ranking.ipynb #79288fd7
 def _groups(rule, labels):
     "Queries and the gallery that they may see, as index arrays; nobody asks for, or finds, somebody unknown."
@@ -363,6 +405,7 @@ def cmc_map(
     n_q, n_g = dist.shape
     labels = check_labels(n_q, n_g, q_pids, g_pids, q_cams, g_cams, rule)
     check_chunk(chunk)
+    if get_rule(rule).remove != 'same_cam' and _is_own_gallery(dist, labels): refuse_own([np.arange(n_q)]*2, n_q, how='dist is symmetric')
     def get(rows, cols):
         rows, every, same = torch.as_tensor(rows, device=dist.device), len(rows) == n_q, np.array_equal(cols, np.arange(n_g))
         cols = torch.as_tensor(cols, device=dist.device)
