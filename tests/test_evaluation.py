@@ -382,6 +382,22 @@ def test_rerank_is_its_definition(k1, k2, lam):
     for chunk in (16, 1000): np.testing.assert_allclose(rerank(q, g, k1, k2, lam, chunk), want, atol=1e-9)
     np.testing.assert_allclose(rerank(q.astype(np.float32), g.astype(np.float32), k1, k2, lam), want, atol=1e-3)
 
+@pytest.mark.parametrize('dtype', (np.float32, np.float64))
+@pytest.mark.parametrize('people,copies', ((3, 200), (5, 60), (20, 10), (100, 3)))
+def test_rerank_with_any_number_of_ties(people, copies, dtype):
+    "Copies of a few features, which are also equally far from each other: all numbers here are exact in any precision."
+    rng = np.random.default_rng(people)
+    x = np.repeat(rng.choice([-1, 1], (people, 16)), copies, 0)[rng.permutation(people*copies)].astype(dtype)
+    want = rerank_slow(x[:40], x[40:], 10, 4)
+    for chunk in (16, 100, 1000): np.testing.assert_allclose(rerank(x[:40], x[40:], 10, 4, chunk=chunk), want, atol=1e-6 if dtype == np.float32 else 1e-9)
+
+@pytest.mark.parametrize('people,copies', ((5, 60), (20, 10)))
+def test_rerank_of_copies(people, copies):
+    rng = np.random.default_rng(people)
+    x = np.repeat(rng.normal(size=(people, 8)), copies, 0)[rng.permutation(people*copies)]
+    want = rerank_slow(x[:40], x[40:], 10, 4)
+    for chunk in (16, 100, 1000): np.testing.assert_allclose(rerank(x[:40], x[40:], 10, 4, chunk=chunk), want, atol=1e-9)
+
 def test_rerank_of_equal_features():
     q, g, *_ = make(10, 30, 4)
     g[5] = g[4] = q[0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'SYSU_INFRARED', 'Rule', 'get_rule', 'check_cameras', 'EvalResult', 'cmc_map_slow', 'refuse_rows',
            'as_matrix', 'check_finite', 'check_chunk', 'check_label', 'check_labels', 'refuse_own', 'same_rows',
-           'run_rule', 'cmc_map']
+           'run_rule', 'cmc_map', 'top_columns']
 
 # %% ../nbs/13a_ranking.ipynb #c74aeec6
 import numpy as np, torch
@@ -414,3 +414,20 @@ def cmc_map(
             return d.index_select(1, cols) if not same else d.clone() if get_rule(rule).remove == 'same_cam' else d
         return f
     return run_rule(get, labels, rule, max_rank, chunk or max(1, 2**24//n_g), dist.device, 'dist')
+
+# %% ../nbs/13a_ranking.ipynb #b67e9c06
+def top_columns(
+    sim,   # (n_q, n) similarities
+    k:int, # How many
+)->tuple:  # Values and columns (n_q, k), largest first, the earlier column first among equals
+    "`topk` with a defined order of equals."
+    n = sim.shape[1]
+    v,i = sim.topk(min(k+1, n), dim=1)
+    tied = (v[:, k-1] == v[:, k]).nonzero()[:, 0] if k < n else v.new_zeros(0, dtype=torch.long)
+    i,o = i[:, :k].sort(1)
+    v,o = v[:, :k].gather(1, o).sort(dim=1, descending=True, stable=True)
+    i = i.gather(1, o)
+    if len(tied):
+        w,j = sim[tied].sort(dim=1, descending=True, stable=True)
+        v[tied],i[tied] = w[:, :k],j[:, :k]
+    return v,i

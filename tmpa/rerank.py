@@ -9,7 +9,7 @@ __all__ = ['flip_average', 'rerank_slow', 'rerank']
 import numpy as np, torch, torch.nn.functional as F
 from scipy import sparse
 from .core import ProtocolError
-from .ranking import as_matrix, check_finite
+from .ranking import as_matrix, check_finite, top_columns
 
 # %% ../nbs/13b_rerank.ipynb #1b20bed5
 def flip_average(
@@ -27,7 +27,8 @@ def rerank_slow(q_feats, g_feats, k1:int=20, k2:int=6, lam:float=0.3):
     "`rerank` with all distances in memory and a loop over images, for checking."
     x = F.normalize(torch.cat([as_matrix(q_feats, 'q_feats'), as_matrix(g_feats, 'g_feats')]).double(), dim=1).numpy()
     n, n_q = len(x), len(q_feats)
-    d = 2 - 2*x@x.T
+    first, inv = np.unique(x, axis=0, return_index=True, return_inverse=True)[1:]
+    d = (2 - 2*x@x.T)[:,first[inv.ravel()]]  # a product may round equal columns differently
     np.fill_diagonal(d, 0)
     d /= d.max(axis=1, keepdims=True)
     near = np.argsort(d - np.eye(n), axis=1, kind='stable')  # each image is the first of its own neighbours
@@ -45,18 +46,24 @@ def rerank_slow(q_feats, g_feats, k1:int=20, k2:int=6, lam:float=0.3):
     return (1-lam)*(1 - shared/(2-shared)) + lam*d[:n_q,n_q:]
 
 # %% ../nbs/13b_rerank.ipynb #259fc5d6
-def _neighbours(x, k, chunk):
+def _first_equal(x):
+    "For each row of `x` the first row that is equal to it; None if no two are equal."
+    some = x[:,::max(1, x.shape[1]//8)].cpu().numpy() + 0.  # 0 and -0 are equal
+    _, group, n = np.unique(some, axis=0, return_inverse=True, return_counts=True)
+    first, seen = np.arange(len(x)), {}
+    for i in np.flatnonzero(n[group.ravel()] > 1): first[i] = seen.setdefault((x[i] + 0.).cpu().numpy().tobytes(), i)
+    return None if (first == np.arange(len(x))).all() else torch.as_tensor(first, device=x.device)
+
+def _neighbours(x, k, chunk, first=None):
     "Nearest `k` of every row of `x` (n, D), themselves first: indices (n, k), equal distances by position; and the greatest squared distance of each row."
     near, top = [], []
     for i in range(0, len(x), chunk):
         d = (2 - 2*x[i:i+chunk]@x.T).clamp_min_(0)
+        if first is not None: d = d[:,first]  # a product may round equal columns differently
         r = torch.arange(len(d), device=x.device)
         top.append(d.amax(1))
         d[r,i+r] = -1  # first, even before an equal one
-        m = min(k+8, len(x))  # a few more, so that equal distances at the end of the list can be told apart by position
-        v, j = d.topk(m, dim=1, largest=False)
-        j, o = j.sort(1)
-        near.append(j.gather(1, v.gather(1, o).sort(dim=1, stable=True).indices)[:,:k])
+        near.append(top_columns(-d, k)[1])
     return torch.cat(near), torch.cat(top)
 
 def _mutual(near, k):
@@ -104,7 +111,8 @@ def rerank(
     if q.shape[1] != g.shape[1]: raise ProtocolError(f"q_feats have {q.shape[1]} columns and g_feats {g.shape[1]}: both must come from one model")
     if not all(isinstance(k, (int, np.integer)) for k in (k1, k2)) or not 0 < k2 <= k1 or k1 >= len(q) + len(g): raise ProtocolError(f"k1={k1}, k2={k2}: re-ranking needs whole numbers 0 < k2 <= k1 < {len(q) + len(g)}, the number of images")
     x = F.normalize(torch.cat([q.to(g), g]), dim=1)
-    near, top = _neighbours(x, k1+1, chunk)
+    first = _first_equal(x)
+    near, top = _neighbours(x, k1+1, chunk, first)
     v = _encode(x, near, top, k1, chunk)
     n = len(x)
     v = sparse.csr_matrix((np.full(n*k2, 1/k2), near[:,:k2].cpu().numpy().ravel(), np.arange(0, n*k2+1, k2)), (n, n)) @ v
@@ -112,6 +120,7 @@ def rerank(
     for i in range(0, len(q), chunk):
         s = slice(i, min(i+chunk, len(q)))
         shared = _shared(v[s], vg)
-        d = (2 - 2*x[s]@x[len(q):].T).clamp_min_(0)/top[s,None].clamp_min(1e-12)
+        d = 2 - 2*x[s]@x[len(q):].T if first is None else (2 - 2*x[s]@x.T)[:,first[len(q):]]
+        d = d.clamp_min_(0)/top[s,None].clamp_min(1e-12)
         out[s] = (1-lam)*(1 - shared/(2-shared)) + lam*d.double().cpu().numpy()
     return out
