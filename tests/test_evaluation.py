@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from sklearn.metrics import average_precision_score
-from tmpa.core import UNKNOWN, DataError, ProtocolError
+from tmpa.core import UNKNOWN, ConfigError, DataError, ProtocolError
 from tmpa.evaluation import (EvalResult, RULES, Rule, Setting, cmc_map, cmc_map_slow, compare_protocols, evaluate, evaluate_features,
                              evaluate_settings)
 from tmpa.confidence import bootstrap, compare_runs
@@ -397,6 +397,41 @@ def test_rerank_of_copies(people, copies):
     x = np.repeat(rng.normal(size=(people, 8)), copies, 0)[rng.permutation(people*copies)]
     want = rerank_slow(x[:40], x[40:], 10, 4)
     for chunk in (16, 100, 1000): np.testing.assert_allclose(rerank(x[:40], x[40:], 10, 4, chunk=chunk), want, atol=1e-9)
+
+@pytest.mark.parametrize('rule', RULES)
+def test_scores_of_reranking_in_blocks(rule):
+    q, g, *labels = make(60, 150, 12)
+    labels[0][3] = labels[1][5] = UNKNOWN
+    want = cmc_map(rerank(q, g, 10, 4), *labels, rule=rule)
+    for how,chunk in ((dict(), None), (dict(chunk=7), None), (dict(chunk=50), 13)): same(evaluate(q, g, *labels, rule=rule, rerank=dict(k1=10, k2=4, **how), chunk=chunk), want)
+
+def test_reranked_scores_never_hold_all_distances(monkeypatch):
+    import tmpa.evaluation as evaluation
+    seen, original = [], evaluation.reranker
+    def spy(*args, **kw):
+        some = original(*args, **kw)
+        def one(rows):
+            seen.append(len(rows))
+            return some(rows)
+        return one
+    monkeypatch.setattr(evaluation, 'reranker', spy)
+    q, g, *labels = make(300, 200, 12)
+    evaluate(q, g, *labels, rerank=True, chunk=32)
+    assert max(seen) == 32 and sum(seen) == 300
+
+def test_no_memory_is_one_line(monkeypatch):
+    import tmpa.core as core
+    q, g, *labels = make(300, 200, 12)
+    dist = -q@g.T
+    for score,words in ((lambda: rerank(q, g), r'all distances of 300 queries to a gallery of 200 needs about .* GB.*rerank=True'),
+                        (lambda: evaluate(q, g, *labels, rerank=True), 're-ranking 300 queries in a gallery of 200.*smaller chunk, or fewer images'),
+                        (lambda: evaluate(q, g, *labels), 'scoring 300 queries at a time in a gallery of 200.*chunk=75'),
+                        (lambda: cmc_map(dist, *labels), 'scoring 300 queries at a time.*chunk=75')):
+        score()
+        with monkeypatch.context() as m:
+            m.setattr(core, 'free_memory', lambda: 1000)
+            with pytest.raises(ConfigError, match=words) as e: score()
+            assert '\n' not in str(e.value)
 
 def test_rerank_of_equal_features():
     q, g, *_ = make(10, 30, 4)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'Modality', 'ReIDImage', 'PublishedImage', 'known', 'plain', 'TMPAError', 'DataError', 'ProtocolError',
            'CheckpointError', 'ConfigError', 'check_record', 'arg_names', 'check_names', 'rand_on', 'check_modality',
-           'slots', 'tmpa_home', 'keep_memory', 'atomic_write']
+           'slots', 'tmpa_home', 'keep_memory', 'free_memory', 'in_memory', 'atomic_write']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
 import ctypes, inspect, os, tempfile
 from contextlib import contextmanager
 from difflib import get_close_matches
 from enum import IntEnum
+from math import inf
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -169,6 +170,32 @@ def keep_memory()->bool: # Whether there was anybody to ask
     except (OSError, AttributeError, TypeError): return False  # not glibc
     trim, top_pad, mmap = -1, -2, -3
     return bool(mallopt(mmap, 2**25) and mallopt(trim, 2**31 - 1) and mallopt(top_pad, 2**28))
+
+# %% ../nbs/00_core.ipynb #76ca45d3
+def free_memory()->float: # Bytes; infinite where the system does not say
+    "Memory that processes can still have."
+    try:
+        rows = dict(o.split(':', 1) for o in Path('/proc/meminfo').read_text().splitlines())
+        return int(rows['MemAvailable'].split()[0])*1024
+    except (OSError, KeyError, ValueError): return inf
+
+_no_memory = ('out of memory', "can't allocate memory", 'not enough memory')
+
+@contextmanager
+def in_memory(
+    what:str, # What is done, for the error
+    nbytes:float, # About how much it takes
+    remedy:str, # What to make smaller
+    device='cpu', # Where it is done
+):
+    "`ConfigError` with one line in place of a traceback where memory does not suffice."
+    no = lambda: ConfigError(f'{what} needs about {nbytes/1e9:.2g} GB of memory, more than there is: {remedy}')
+    if torch.device(device).type == 'cpu' and nbytes > free_memory(): raise no()
+    try: yield
+    except MemoryError: raise no() from None
+    except RuntimeError as e:
+        if not any(o in str(e) for o in _no_memory): raise
+        raise no() from None
 
 # %% ../nbs/00_core.ipynb #501bdac8
 @contextmanager

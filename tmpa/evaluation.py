@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .core import Modality, ProtocolError, ReIDImage, known
 from .features import load_features
 from .ranking import EvalResult, RULES, Rule, as_matrix, check_cameras, check_chunk, check_finite, check_label, check_labels, cmc_map, cmc_map_slow, get_rule, refuse_own, run_rule, same_rows
-from .rerank import rerank as k_reciprocal
+from .rerank import reranker
 
 _all_ = ['cmc_map', 'cmc_map_slow', 'EvalResult', 'RULES', 'Rule']
 
@@ -63,10 +63,10 @@ def _evaluate(q_feats, g_feats, labels, rule, max_rank, metric, rerank, chunk):
     if rerank is not False and rerank is not None:
         how = dict(k1=20, k2=6, lam=.3) | ({} if rerank is True else rerank)
         if unknown := set(how) - {'k1','k2','lam','chunk'}: raise ProtocolError(f'rerank has no argument {sorted(unknown)[0]!r}: it takes k1, k2, lam and chunk')
-        r = cmc_map(k_reciprocal(q_feats, g_feats, **how), *labels, rule, max_rank, chunk)
         note = f"re-ranked (k1={how['k1']}, k2={how['k2']}, lambda={how['lam']})" + ' on L2-normalised features'*(metric != 'cosine')
-        r.note = '; '.join(filter(None, (note, r.note)))
-        return r
+        some = reranker(q_feats, g_feats, **how)
+        get = lambda rows, cols: lambda s: torch.from_numpy(some(rows[s])[:,cols])
+        return run_rule(get, labels, rule, max_rank, chunk or max(1, 2**22//n_g), 'cpu', 'the re-ranked distances', note)
     get = lambda rows, cols: _distance(q(rows), g(cols), metric, step)
     return run_rule(get, labels, rule, max_rank, step, device, 'the distance matrix', '' if metric == 'cosine' else f'{metric} of the features as given')
 
