@@ -10,7 +10,7 @@ import numpy as np
 from math import isnan, nan
 from scipy.stats import t as student
 from typing import NamedTuple
-from .core import ProtocolError
+from .core import ProtocolError, known
 
 # %% ../nbs/13d_confidence.ipynb #02e09703
 def query_scores(
@@ -53,6 +53,7 @@ def _valid(x, groups):
     ok = ~np.isnan(x).reshape(len(x), -1).any(1)
     if groups is not None and len(groups) != len(x): raise ProtocolError(f"groups has {len(groups)} entries for {len(x)} queries: pass the identity of each query")
     if ok.sum() < 2: raise ProtocolError(f"{int(ok.sum())} queries with a match are too few for an interval")
+    if groups is not None: ok &= known(np.asarray(groups))  # whom nobody knows belongs to no group
     return x[ok], None if groups is None else np.asarray(groups)[ok]
 
 def bootstrap(

@@ -10,7 +10,7 @@ import numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from functools import cached_property
-from .core import ConfigError, Modality, check_names
+from .core import ConfigError, Modality, check_names, known, same_person
 from .data.external import cross_settings
 from .data.image import how_read, read_image
 from .evaluation import Setting, evaluate_settings
@@ -28,10 +28,10 @@ def top_matches(
 )->tuple: # Rows and Euclidean distances of the nearest `k`, nearest first
     "The `k` nearest gallery images of one query, after the rule's removals."
     pids,cams,g = np.asarray(pids),np.asarray(cams),np.asarray(gallery)
-    remove,keep = get_rule(rule).remove,np.ones(len(g), bool)
+    remove,keep = get_rule(rule).remove,g != query
     check_cameras(cams, rule, 'cams')
-    if remove == 'place': keep = ~((cams[query] == 3) & (cams[g] == 2))
-    if remove == 'same_cam': keep = ~((pids[g] == pids[query]) & (cams[g] == cams[query]))
+    if remove == 'place': keep &= ~((cams[query] == 3) & (cams[g] == 2))
+    if remove == 'same_cam' and known(pids[query]): keep &= ~((pids[g] == pids[query]) & (cams[g] == cams[query]))
     g = g[keep]
     d = torch.cdist(feats[query][None].float(), feats[torch.as_tensor(g)].float(), compute_mode='donot_use_mm_for_euclid_dist')[0].cpu().numpy()  # equal images, equal distances
     order = np.argsort(d, kind='stable')[:k]
@@ -72,8 +72,8 @@ def plot_ranks(
         for ax in row: ax.axis('off')
         row[0].axis('on'); _show(row[0], items[q], f'query cam {items[q].cam}' + (f'\n{labels[i]}' if labels else ''), ir_range=ir_range)
         for ax,g,d in zip(row[1:], *top_matches(feats, pids, cams, q, gallery, setting.rule, k)):
-            right = pids[g] == pids[q]
-            ax.axis('on'); _show(ax, items[g], f'{"" if right else "✗ "}{d:.2f} cam {items[g].cam}', right, ir_range)
+            right = same_person(pids[g], pids[q])
+            ax.axis('on'); _show(ax, items[g], f'{"✗ " if right is False else ""}{d:.2f} cam {items[g].cam}', right, ir_range)
     fig.suptitle(title or f'{setting.name}: distance and camera of the {k} nearest', fontsize=11)
     return fig
 
@@ -152,6 +152,7 @@ def plot_worst_queries(self:ReIDInterpretation,
     if not 0 <= trial < len(s.g_idxs): raise ConfigError(f'trial={trial}: setting {s.name} has the trials 0 to {len(s.g_idxs)-1}')
     def first(q):
         g = top_matches(self.feats, self.pids, self.cams, q, s.g_idxs[trial], s.rule, None)[0]
+        g = g[known(self.pids[g])]  # as the score counts
         hits = np.flatnonzero(self.pids[g] == self.pids[q])
         return f'right at {hits[0]+1}' if len(hits) else 'no match'
     labels = [f'AP {ap:.0f} %\n{first(q)}' for q,ap in worst.AP.items()]
@@ -197,7 +198,7 @@ def _distances(feats, a, b, step=2**11):
 # %% ../nbs/17a_interpret.ipynb #68f35af8
 def pair_distances(
     feats, # Tensor (n, D), L2-normalised
-    pids, # (n,) identities
+    pids, # (n,) identities; images of unknown people (-1) are left out
     modality, # (n,) Modality
     max_pairs:int=100_000, # Most pairs of one kind
     seed:int=0, # Which are drawn
@@ -205,7 +206,7 @@ def pair_distances(
     "Distances between images of one person and of two people, within and across modalities."
     pids,modality,rng,res = np.asarray(pids),np.asarray(modality),np.random.default_rng(seed),{}
     feats = torch.as_tensor(feats).float().cpu()
-    v,r = (np.flatnonzero(modality == m) for m in Modality)
+    v,r = (np.flatnonzero((modality == m) & known(pids)) for m in Modality)
     v,r = (o[np.argsort(pids[o], kind='stable')] for o in (v, r))
     for name,a,b in (('vis-vis', v, v), ('ir-ir', r, r), ('vis-ir', v, r)):
         lo,hi,start,n_other = _partners(pids[a], pids[b], a is b)

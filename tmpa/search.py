@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 from PIL import Image
-from .core import (CheckpointError, ConfigError, DataError, ProtocolError, PublishedImage, ReIDImage, TMPAError, arg_names,
-                       atomic_write, check_names, check_record)
+from .core import (UNKNOWN, CheckpointError, ConfigError, DataError, ProtocolError, PublishedImage, ReIDImage, TMPAError,
+                       arg_names, atomic_write, check_names, check_record, known, same_person)
 from .data.image import check_range, how_read, read_image
 from .learner import extract_features
 from .models.net import scored_as
@@ -51,15 +51,15 @@ class Hits(list):
     "The hits of one query, nearest first."
     def __init__(self, hits=(), query=None, ir_range=None): super().__init__(hits); self.query,self.ir_range = query,ir_range
     def __repr__(self):
-        name = lambda o: f'{o.path}  camera {o.cam}' + ('' if o.pid < 0 else f'  id {o.pid}')
+        name = lambda o: f'{o.path}  camera {o.cam}' + (f'  id {o.pid}' if known(o.pid) else '')
         return '\n'.join(f'{n:3}  {h.distance:.3f}  {name(h.item)}' for n,h in enumerate(self, 1)) or 'no hits'
     def show(self,
         k:int=10, # How many hits
         figsize=None, dpi:int=80, # As in matplotlib
     ):
-        "The query and its nearest hits; where the identity of the query is known, right and wrong ones are framed."
+        "The query and its nearest hits; where the identities of both are known, right and wrong ones are framed."
         q,hits = self.query,self[:k]
-        todo = ([(q, 'query', None)] if q is not None else []) + [(h.item, f'{h.distance:.2f}', None if q is None or q.pid < 0 else h.item.pid == q.pid) for h in hits]
+        todo = ([(q, 'query', None)] if q is not None else []) + [(h.item, f'{h.distance:.2f}', None if q is None else same_person(h.item.pid, q.pid)) for h in hits]
         if not todo: raise ConfigError('nothing to show: no query image and no hits')
         fig,axs = plt.subplots(1, len(todo), figsize=figsize or (.9*len(todo), 2.1), dpi=dpi, squeeze=False, layout='constrained')
         for ax,(o,title,right) in zip(axs[0], todo):
@@ -154,7 +154,7 @@ def _record(o, modality=None):
     if isinstance(o, np.ndarray) and o.dtype == np.uint8 and (o.ndim == 2 or o.ndim == 3 and o.shape[2] in (3, 4)): o = Image.fromarray(o)
     if not isinstance(o, (str, Path, Image.Image)): raise ConfigError(f'{type(o).__name__} is no image: give a path, a PIL image, a uint8 array (H, W, 3) or a ReIDImage')
     if modality not in (0, 1): raise ConfigError(f"modality={modality!r}: a path or picture does not say by what camera it was taken, pass modality=0 (visible) or 1 (infrared)")
-    return ReIDImage(Path(o) if isinstance(o, str) else o, -1, 0, int(modality))
+    return ReIDImage(Path(o) if isinstance(o, str) else o, UNKNOWN, 0, int(modality))
 
 @patch
 def add(self:Gallery,
@@ -209,7 +209,7 @@ def _hidden(self:Gallery, queries, cams, only, rule):
     if not allowed.any(): raise ConfigError(f'no image of the gallery fits cams={cams}, only={only}: it has cameras {sorted(set(cam.tolist()))} and modalities {sorted(set(mod.tolist()))}')
     remove = get_rule(rule).remove
     if remove == 'none': return None if allowed.all() else lambda s: ~allowed[s]
-    if any(q is None or q.cam < 1 or (remove == 'same_cam' and q.pid < 0) for q in queries): raise ProtocolError(f"rule={rule!r} needs the camera{' and identity' if remove == 'same_cam' else ''} of each query: pass ReIDImages, or records=")
+    if any(q is None or q.cam < 1 or (remove == 'same_cam' and not known(q.pid)) for q in queries): raise ProtocolError(f"rule={rule!r} needs the camera{' and identity' if remove == 'same_cam' else ''} of each query: pass ReIDImages, or records=")
     check_cameras([q.cam for q in queries], rule, lambda i: queries[i].path)
     check_cameras(cam.cpu(), rule, lambda i: self.items[i].path)
     qp,qc = (torch.tensor([getattr(q, k) for q in queries], device=self.device)[:, None] for k in ('pid', 'cam'))

@@ -20,7 +20,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import _loaders
 from fastai.torch_core import TensorImage, default_device, to_detach
 from fastai.vision.core import imagenet_stats
-from ..core import ConfigError, DataError, arg_names, check_modality, check_names, check_record, slots, tmpa_home
+from ..core import ConfigError, DataError, arg_names, check_modality, check_names, check_record, known, same_person, slots, tmpa_home
 from ..processes import own_batches
 from .external import (cross_settings, llcm_items, llcm_settings,
                                 regdb_items, regdb_settings, sysu_items, sysu_settings)
@@ -102,9 +102,10 @@ def _deal(n, P, n_batches, rng):
     return np.array(out[:n_batches*P]).reshape(n_batches, P)
 
 def _pairs(items):
-    "Item numbers by identity for those seen in both modalities: {pid: (visible, infrared)}."
+    "Item numbers by identity for those seen in both modalities, unknown ones (-1) left out: {pid: (visible, infrared)}."
     groups = defaultdict(lambda: ([], []))
-    for i, o in enumerate(items): groups[o.pid][int(o.modality)].append(i)
+    for i, o in enumerate(items):
+        if known(o.pid): groups[o.pid][int(o.modality)].append(i)
     return {p: (np.array(v), np.array(r)) for p, (v, r) in sorted(groups.items()) if v and r}
 
 def _epoch_shape(groups, P, K, world=1):
@@ -319,9 +320,12 @@ def show_results(self:ReIDDL, b, out, max_n=4, ctxs=None, show=True, figsize=Non
     ranks = [[i for i in (f@f[q]).argsort(descending=True, stable=True).tolist() if modality[i]!=modality[q]][:5] for q in queries]
     if not show or not queries: return x,queries,ranks
     axs = _grid(len(queries), 6, figsize, ctxs)
+    marks = {True: ('same', '#0072b2'), False: ('other', '#d55e00'), None: ('unknown', 'black')}
     for row, q, idxs in zip(axs, queries, ranks):
         _picture(row[0], x[q], f'query {pid[q]}')
-        for ax, i in zip(row[1:], idxs): _picture(ax, x[i], f'{pid[i]} '+('same' if pid[i]==pid[q] else 'other'), '#0072b2' if pid[i]==pid[q] else '#d55e00')
+        for ax, i in zip(row[1:], idxs):
+            word,colour = marks[same_person(int(pid[i]), int(pid[q]))]
+            _picture(ax, x[i], f'{pid[i]} {word}', colour)
 
 # %% ../../nbs/03_data.load.ipynb #b7da3c89
 def split_by_pid(
@@ -341,7 +345,9 @@ def _checked(items, P, K):
     "Training items of identities seen in both modalities."
     if P<1 or K<1: raise ConfigError(f'P={P} identities and K={K} images per modality make no batch: both must be at least 1')
     if not items: raise DataError('no training items: give a list of ReIDImage')
-    both,pids = _pairs(items),{o.pid for o in items}
+    both,pids = _pairs(items),{o.pid for o in items if known(o.pid)}
+    if not pids: raise DataError(f'none of the {len(items)} training images (the first is {items[0].path}) has a known identity: give the person of each, -1 means that it is unknown')
+    if n := sum(not known(o.pid) for o in items): warn(f'{n} of {len(items)} training images are of unknown identity (-1) and are left out')
     if not both: raise DataError(f'none of the {len(pids)} training identities was seen in both modalities (first image: {items[0].path}): check the modality of the items')
     if len(both)<len(pids):
         out = sorted(pids-set(both))
@@ -417,7 +423,7 @@ def _check_arguments(kwargs, cls, name):
 # %% ../../nbs/03_data.load.ipynb #7dc83486
 @patch(cls_method=True)
 def from_items(cls:ReIDDataLoaders,
-    train_items:list, # ReIDImage; identities seen in one modality only are left out with a warning
+    train_items:list, # ReIDImage; unknown people (-1), and those seen in one modality only, are left out with a warning
     valid_items:list|None=None, # ReIDImage of other people (see split_by_pid); None: no validation
     size:tuple=(288, 144), # (height, width) that every image is resized to
     P:int=8, # Identities in a batch
@@ -439,6 +445,7 @@ def from_items(cls:ReIDDataLoaders,
     _check_arguments(kwargs, cls, 'from_items')
     train_items,vocab = _checked(_records(train_items), P, K)
     valid_items = _records(valid_items or [])
+    if valid_items and not any(known(o.pid) for o in valid_items): raise DataError(f'none of the {len(valid_items)} validation images has a known identity (-1 means unknown), so there is nothing to score: leave valid_items out, or give the people')
     seen = {o.pid for o in valid_items} & set(vocab)
     if seen: warn(f'{len(seen)} validation identities are also trained on: scores will be too good; use split_by_pid')
     if not (isinstance(size, (tuple, list)) and len(size)==2 and min(size)>0): raise ConfigError(f'size={size}: give (height, width) in pixels')

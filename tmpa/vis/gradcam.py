@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from torch import nn
-from ..core import ConfigError, Modality
+from ..core import ConfigError, Modality, same_person
 from ..data.image import how_read, load_resized
 
 # %% ../../nbs/21_vis.gradcam.ipynb #038226e9
@@ -116,7 +116,7 @@ def plot_gradcam(
         for ax,layer in zip(row[1:], layers):
             cam = grad_cam(model, xn[i], mods[i], f[1-i], layer)
             overlay(ax, x[i], cam); ax.set_title(f'{layer}\nmax {float(cam.max()):.2g}', fontsize=9)
-    same = 'same person' if items[0].pid == items[1].pid else 'other person'
+    same = {True: 'same person', False: 'other person', None: 'person unknown'}[same_person(items[0].pid, items[1].pid)]
     fig.suptitle(f'similarity {float(f[0]@f[1]):.2f}, {same}', fontsize=10)
     return fig
 

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from fastai.learner import Learner
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
-from ..core import ConfigError, Modality
+from ..core import ConfigError, Modality, known
 from ..interpret import ReIDInterpretation, pair_distances
 
 # %% ../../nbs/20_vis.tsne.ipynb #2892e9e4
@@ -20,8 +20,8 @@ def pick_people(
     n_ids:int=10, # People
     seed:int=0, # Which
 )->np.ndarray: # Rows of their images, in order
-    "Rows of all images of some people that were seen in both modalities."
-    both = sorted(set.intersection(*({o.pid for o in items if o.modality == m} for m in Modality)))
+    "Rows of all images of some people that were seen in both modalities; unknown ones (-1) are nobody."
+    both = sorted(set.intersection(*({o.pid for o in items if o.modality == m and known(o.pid)} for m in Modality)))
     if not both: raise ConfigError('items: nobody was seen in both modalities')
     pids = set(np.random.default_rng(seed).permutation(both)[:n_ids].tolist())
     return np.array([i for i,o in enumerate(items) if o.pid in pids])
