@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'Modality', 'ReIDImage', 'PublishedImage', 'known', 'same_person', 'plain', 'TMPAError', 'DataError',
-           'ProtocolError', 'CheckpointError', 'ConfigError', 'check_record', 'arg_names', 'check_names', 'rand_on',
-           'check_modality', 'slots', 'tmpa_home', 'keep_memory', 'free_memory', 'in_memory', 'atomic_write']
+           'ProtocolError', 'CheckpointError', 'ConfigError', 'arg_names', 'check_names', 'as_picture', 'check_record',
+           'check_records', 'rand_on', 'check_modality', 'slots', 'tmpa_home', 'keep_memory', 'free_memory',
+           'in_memory', 'atomic_write']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
 import ctypes, inspect, os, tempfile
@@ -17,7 +18,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import numpy as np, torch
+from PIL import Image
 from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #e04efa0c
@@ -81,15 +83,6 @@ class ProtocolError(TMPAError): "An evaluation that would be meaningless: no val
 class CheckpointError(TMPAError): "Weights that are missing, damaged, or made for another model."
 class ConfigError(TMPAError): "Arguments that contradict each other or the data."
 
-def check_record(
-    o, # What should be a ReIDImage
-)->ReIDImage:
-    "The record itself, or `ConfigError` where a field is of the wrong kind: it would be found much later, or not at all."
-    if not isinstance(o, ReIDImage): raise ConfigError(f'items must be ReIDImage(path, pid, cam, modality), not {type(o).__name__}: build them with a reader of tmpa.data.external or by hand')
-    if not (isinstance(o.pid, Integral) and isinstance(o.cam, Integral)): raise ConfigError(f'{o.path}: pid={o.pid!r}, cam={o.cam!r}: both must be whole numbers')
-    if o.modality not in (0, 1): raise ConfigError(f'{o.path}: modality={o.modality!r}: give 0 (visible) or 1 (infrared)')
-    return o
-
 # %% ../nbs/00_core.ipynb #19732a45
 def arg_names(
     f, # A function or class
@@ -111,6 +104,49 @@ def check_names(
         near = get_close_matches(name, known, 1, .65)
         remedy = f'did you mean {near[0]}?' if near else f'it takes {", ".join(known) or "none"}'
         raise ConfigError(f'{what} has no argument {name}: {remedy}')
+
+# %% ../nbs/00_core.ipynb #9d83a1b6
+def as_picture(
+    x, # A Pillow image, or an array or tensor of pixels
+): # A Pillow image; None if it is no picture
+    "One picture from pixels: uint8 (H, W), (H, W, 3) or (H, W, 4), or uint16 (H, W)."
+    if isinstance(x, Image.Image): return x
+    if torch.is_tensor(x): x = x.detach().cpu().numpy()
+    if not isinstance(x, np.ndarray) or 0 in x.shape: return None
+    grey = x.ndim == 2 and x.dtype in (np.uint8, np.uint16)
+    colour = x.ndim == 3 and x.shape[2] in (3, 4) and x.dtype == np.uint8
+    return Image.fromarray(x) if grey or colour else None
+
+def _no_image(o):
+    kind = f'{type(o).__name__} of {o.dtype} {tuple(o.shape)}' if hasattr(o, 'dtype') else type(o).__name__
+    return ConfigError(f'{kind} is no image: give a ReIDImage(path, pid, cam, modality), a path, a Pillow image, or pixels: uint8 (H, W) or (H, W, 3), uint16 (H, W)')
+
+def check_record(
+    o, # A ReIDImage, a path or a picture
+    modality:int|None=None, # Of a path or picture
+)->ReIDImage:
+    "A record with fields of the right kind, or `ConfigError`: a wrong one would be found much later, or not at all."
+    if isinstance(o, (str, os.PathLike)) or (picture := as_picture(o)) is not None:
+        if modality not in (0, 1): raise ConfigError(f'modality={modality!r}: a path or picture does not say by what camera it was taken, pass modality=0 (visible) or 1 (infrared)')
+        return ReIDImage(Path(o) if isinstance(o, (str, os.PathLike)) else picture, UNKNOWN, 0, int(modality))
+    if not isinstance(o, ReIDImage): raise _no_image(o)
+    if not (isinstance(o.pid, Integral) and isinstance(o.cam, Integral)): raise ConfigError(f'{o.path}: pid={o.pid!r}, cam={o.cam!r}: both must be whole numbers, a pid of {UNKNOWN} is unknown')
+    if o.modality not in (0, 1): raise ConfigError(f'{o.path}: modality={o.modality!r}: give 0 (visible) or 1 (infrared)')
+    if isinstance(o.path, (Path, Image.Image)): return o
+    if not isinstance(o.path, (str, os.PathLike)): raise ConfigError(f'path={o.path!r}: a ReIDImage takes a path or a Pillow image')
+    return o._replace(path=Path(o.path))
+
+def check_records(
+    items, # ReIDImages, paths or pictures, or one of them
+    modality=None, # Of paths and pictures: one for all, or one for each
+)->list: # ReIDImages
+    "`check_record` of each."
+    if isinstance(items, (str, os.PathLike, ReIDImage)) or as_picture(items) is not None: items = [items]
+    if not hasattr(items, '__iter__') or hasattr(items, 'ndim') and items.ndim != 1 or torch.is_tensor(items): raise _no_image(items)
+    items = list(items)
+    each = [modality]*len(items) if modality is None or isinstance(modality, Integral) else list(modality)
+    if len(each) != len(items): raise ConfigError(f'{len(each)} modalities for {len(items)} images: give one for all, or one for each')
+    return [check_record(o, m) for o, m in zip(items, each)]
 
 # %% ../nbs/00_core.ipynb #a3862e7a
 def rand_on(

@@ -10,7 +10,7 @@ import numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from functools import cached_property
-from .core import ConfigError, Modality, check_names, known, same_person
+from .core import ConfigError, Modality, check_names, check_records, known, same_person
 from .data.external import cross_settings
 from .data.image import how_read, read_image
 from .evaluation import Setting, evaluate_settings
@@ -66,6 +66,7 @@ def plot_ranks(
         rng = np.random.default_rng(seed)
         queries = rng.choice(np.asarray(setting.q_idx), min(max(queries, 0), len(setting.q_idx)), replace=False)
     if not len(queries) or k < 1: raise ConfigError(f'{len(queries)} queries, k={k}: plot 1 or more of each')
+    items = check_records(items)
     pids,cams = np.array([o.pid for o in items]),np.array([o.cam for o in items])
     fig,axs = plt.subplots(len(queries), k+1, figsize=(1.1*(k+1), 2.4*len(queries)+.4), dpi=80, squeeze=False, layout='constrained')
     for i,(row,q) in enumerate(zip(axs, queries)):
@@ -81,14 +82,16 @@ def plot_ranks(
 class ReIDInterpretation:
     "Features of images and the settings they are scored in; plots and tables of what was found."
     def __init__(self,
-        items:list, # ReIDImages
+        items:list, # ReIDImages, or paths or pictures
         feats, # (n, D) features, one row an item; normalised here
         settings:list|None=None, # Settings over `items`; default: each modality searches the other
         ir_range:tuple|None=None, # As in read_image, for 16-bit infrared files
+        modality=None, # Of paths and pictures: 0 visible, 1 infrared; one for all, or one for each
     ):
+        items = check_records(items, modality)
         feats = torch.as_tensor(feats).detach().float().cpu()
         if len(items) != len(feats): raise ConfigError(f'{len(items)} items but {len(feats)} rows of features: give one row for each item')
-        self.items,self.feats,self.ir_range = list(items),torch.nn.functional.normalize(feats, dim=1),ir_range
+        self.items,self.feats,self.ir_range = items,torch.nn.functional.normalize(feats, dim=1),ir_range
         self.pids,self.cams,self.modality = (np.array([int(getattr(o, k)) for o in self.items]) for k in ('pid', 'cam', 'modality'))
         self.settings = {s.name: s for s in (cross_settings(self.items) if settings is None else settings)}
 
@@ -100,7 +103,8 @@ class ReIDInterpretation:
     ):
         "Extract the features of `items` with the learner's model, as its loaders prepare images."
         dls = learn.dls
-        if items is None:
+        if items is not None: items = check_records(items)
+        else:
             items,of_data = (dls.test_items, dls.test_settings) if dls.test_items else (dls.valid_items, dls.settings)
             settings = of_data if settings is None else settings
         if not len(items): raise ConfigError('the loaders have neither test nor validation items: pass items=')

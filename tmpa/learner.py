@@ -20,7 +20,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.core import imagenet_stats
-from .core import ConfigError, DataError, arg_names, check_names, plain
+from .core import ConfigError, DataError, arg_names, check_names, check_records, plain
 from .processes import agreed, in_order, n_processes, own_batches, this_process
 from .data.cache import ImageCache
 from .data.load import ReIDDataset, ReIDDL
@@ -175,7 +175,7 @@ def tmpa_learner(dls, # ReIDDataLoaders
 # %% ../nbs/16_learner.ipynb #1fb804aa
 def extract_features(
     model, # A network with `model(images, modality) -> features`
-    items:list, # ReIDImages
+    items:list, # ReIDImages, or paths or pictures
     size:tuple, # Height and width that the network was trained with
     bs:int=128, # Images a batch
     ir_range:tuple|None=None, # Fixed range of 16-bit infrared files, see read_image
@@ -183,9 +183,11 @@ def extract_features(
     device=None, # Default: where the model is
     flip:bool=False, # Average with the feature of the mirrored image (to be named beside the score)
     cache:ImageCache|None=None, # Decoded images; what is not in there is decoded
+    modality:int|list|None=None, # Of paths and pictures: 0 visible, 1 infrared; one for all, or one for each
 )->torch.Tensor: # (n, D) float32 on the CPU, in the order of `items`; L2-normalised
     "Features of all images, each from its own modality's path; within `learn.distrib_ctx()` processes share the work."
-    if not len(items): raise DataError('no images to extract features from: the item list is empty')
+    items = check_records(items, modality)
+    if not items: raise DataError('no images to extract features from: the item list is empty')
     if n_processes() > 1:
         own = items[own_batches(len(items), bs, this_process(), n_processes())]
         one = partial(_extract, model, own, size, bs, ir_range, num_workers, device, flip, cache)

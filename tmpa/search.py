@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 from PIL import Image
-from .core import (UNKNOWN, CheckpointError, ConfigError, DataError, ProtocolError, PublishedImage, ReIDImage, TMPAError,
-                       arg_names, atomic_write, check_names, check_record, known, same_person)
+from .core import (CheckpointError, ConfigError, DataError, ProtocolError, PublishedImage, ReIDImage, TMPAError, arg_names,
+                       as_picture, atomic_write, check_names, check_records, known, same_person)
 from .data.image import check_range, how_read, read_image
 from .learner import extract_features
 from .models.net import scored_as
@@ -117,12 +117,20 @@ def _own(self:Gallery):
     if len(self) and self.made_by != self._made_by: raise CheckpointError(f'the model was changed after {len(self):,} images had been added: make a new Gallery and add them again')
     self._made_by = self.made_by
 
+def _kind(x):
+    "'u', 'i', 'f' and so on: the kind of numbers of an array or tensor; None for anything else."
+    if not hasattr(x, 'dtype') or not hasattr(x, 'ndim'): return None
+    if torch.is_tensor(x): return 'f' if x.is_floating_point() else torch.empty(0, dtype=x.dtype).numpy().dtype.kind
+    return np.dtype(x.dtype).kind if isinstance(x, np.ndarray) else None
+
 @patch
 def _features(self:Gallery, feats, n=None):
     "Checked rows of length one, float32, on the gallery's device."
-    x = check_finite(as_matrix(feats, 'features'), 'features').to(self.device, torch.float32)
+    x = as_matrix(feats, 'features')
+    if _kind(feats) == 'u': raise ConfigError(f'features of {feats.dtype} {tuple(x.shape)} look like pixels: features are floats (n, D)')
+    x = check_finite(x, 'features').to(self.device, torch.float32)
     if n is not None and len(x) != n: raise ConfigError(f'{len(x)} features for {n} images: one row for each is needed')
-    if self.dim not in (None, x.shape[1]): raise CheckpointError(f'features of {x.shape[1]} dimensions in a gallery of {self.dim}: they come from another model')
+    if self.dim not in (None, x.shape[1]): raise CheckpointError(f'features of {x.shape[1]} dimensions in a gallery of {self.dim}: they come from another model (pixels are uint8 or uint16, features floats)')
     return torch.nn.functional.normalize(x)
 
 @patch
@@ -148,22 +156,14 @@ def _put(self:Gallery, start, x):
         start,x = start+n,x[n:]
 
 # %% ../nbs/22_search.ipynb #9d9bdd08
-def _record(o, modality=None):
-    "A ReIDImage of a path, picture or record; identity -1 and camera 0 mean unknown."
-    if isinstance(o, ReIDImage): return check_record(o)
-    if isinstance(o, np.ndarray) and o.dtype == np.uint8 and (o.ndim == 2 or o.ndim == 3 and o.shape[2] in (3, 4)): o = Image.fromarray(o)
-    if not isinstance(o, (str, Path, Image.Image)): raise ConfigError(f'{type(o).__name__} is no image: give a path, a PIL image, a uint8 array (H, W, 3) or a ReIDImage')
-    if modality not in (0, 1): raise ConfigError(f"modality={modality!r}: a path or picture does not say by what camera it was taken, pass modality=0 (visible) or 1 (infrared)")
-    return ReIDImage(Path(o) if isinstance(o, str) else o, UNKNOWN, 0, int(modality))
-
 @patch
 def add(self:Gallery,
-    images, # ReIDImages, or paths
-    modality:int|None=None, # Of paths: 0 visible, 1 infrared
+    images, # ReIDImages or paths, or one of them
+    modality:int|None=None, # Of paths: 0 visible, 1 infrared; one for all, or one for each
     feats=None, # (n, D) features of the images, made elsewhere; default: the model makes them
 )->int: # How many were added
     "Add images; those that are there already are passed over."
-    items = [_record(o, modality) for o in ([images] if isinstance(images, (str, Path, Image.Image, ReIDImage)) else images)]
+    items = check_records(images, modality)
     if any(isinstance(o.path, Image.Image) for o in items): raise ConfigError('a gallery keeps paths, not pictures: write the pictures to files first')
     if self.model is not None or feats is None: self._own()
     if feats is not None: feats = self._features(feats, len(items))
@@ -243,15 +243,23 @@ def nearest(self:Gallery,
     return v,i
 
 # %% ../nbs/22_search.ipynb #64eccab1
-def _alone(query):
-    "Is it one image or feature, or a list of them?"
-    if query is None: raise ConfigError('None is no image: give a path, a PIL image, a uint8 array (H, W, 3) or a ReIDImage')
-    if isinstance(query, np.ndarray) and query.dtype == np.uint8: return query.ndim in (2, 3)
-    return isinstance(query, (str, Path, Image.Image, ReIDImage)) or getattr(query, 'ndim', 0) == 1
+def _queries(query, modality):
+    "Is it one query? And the features (n, D), or the records, of all."
+    if isinstance(query, (str, os.PathLike, ReIDImage)) or as_picture(query) is not None: return True, check_records(query, modality)
+    kind = _kind(query)
+    if kind == 'f' and query.ndim in (1, 2): return query.ndim == 1, query[None] if query.ndim == 1 else query
+    if kind not in (None, 'U', 'O'):
+        raise ConfigError(f'an array of {query.dtype} {tuple(query.shape)} is no image and no features: pixels are uint8 (H, W) or (H, W, 3) or uint16 (H, W), features floats (D,) or (n, D)')
+    if not hasattr(query, '__iter__'): return False, check_records(query)
+    query = list(query)
+    if query and all(_kind(o) == 'f' and o.ndim == 1 for o in query):
+        if len({len(o) for o in query}) > 1: raise ConfigError('query features of different lengths: give (n, D) from one model')
+        return False, torch.stack([torch.as_tensor(o) for o in query])
+    return False, check_records(query, modality)
 
 @patch
 def search(self:Gallery,
-    query, # A path, picture (PIL, uint8 array), ReIDImage or feature (D,); or a list of them, or features (n, D)
+    query, # A path, picture (Pillow, or pixels uint8 (H, W[, 3]) or uint16 (H, W)), ReIDImage or feature (float, (D,)); or a list of one kind, or features (n, D)
     k:int=10, # Hits a query
     modality:int|None=None, # Of query paths and pictures: 0 visible, 1 infrared
     cams=None, # Only images of this camera, or of these
@@ -261,17 +269,15 @@ def search(self:Gallery,
     step:int=1024, # Queries at a time
 ): # `Hits`, or a list of them for several queries
     "Find the nearest images, nearest first."
-    one = _alone(query)
-    qs = query if not one else query[None] if getattr(query, 'ndim', 0) == 1 else [query]
+    one, qs = _queries(query, modality)
     if not len(qs): return []
     if not len(self): raise ProtocolError('the gallery is empty: add images first')
-    if isinstance(qs, (np.ndarray, torch.Tensor)):
+    if not isinstance(qs, list):
         feats,records = qs,list(records) if records is not None else [None]*len(qs)
         if len(records) != len(feats): raise ConfigError(f'{len(records)} records for {len(feats)} query features: one for each is needed')
     else:
         self._own()
-        records = [_record(o, modality) for o in qs]
-        feats = self._extract(records)
+        records, feats = qs, self._extract(qs)
     if step < 1: raise ConfigError(f'step={step}: give 1 or more queries at a time')
     hits = []
     for s in range(0, len(records), step):

@@ -13,7 +13,7 @@ import numpy as np
 from collections import Counter, defaultdict
 from pathlib import Path
 from warnings import warn
-from ..core import Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError, known
+from ..core import Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError, check_records, known
 from ..evaluation import Setting, cross_settings_of
 from ..ranking import SYSU_INFRARED, check_cameras
 from .image import as_float, decoded, image_exts, item_range, load_resized, read_image
@@ -122,6 +122,7 @@ def _sysu_perms(items, convention, perms):
 # %% ../../nbs/01_data.external.ipynb #10cf6e93
 def _check_sysu(items):
     "Refuse records whose camera is none of SYSU-MM01's, or of another modality there."
+    items = check_records(items)
     check_cameras([o.cam for o in items], 'sysu', lambda i: items[i].path, [o.modality for o in items])
 
 def sysu_gallery(
@@ -284,7 +285,7 @@ def cross_settings(
     note:str='', # Goes into the report
 ) -> list: # Setting 'v2t' and 't2v'
     "Every image of one modality against every image of the other, in both directions."
-    res = cross_settings_of([o.modality for o in items], rule, note)
+    res = cross_settings_of([o.modality for o in check_records(items)], rule, note)
     if not res: raise ProtocolError(f'{len(items)} test images of one modality have nothing to search: give test items of both modalities')
     return res
 

@@ -20,7 +20,8 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import _loaders
 from fastai.torch_core import TensorImage, default_device, to_detach
 from fastai.vision.core import imagenet_stats
-from ..core import ConfigError, DataError, arg_names, check_modality, check_names, check_record, known, same_person, slots, tmpa_home
+from ..core import (ConfigError, DataError, arg_names, check_modality, check_names, check_records, known, same_person, slots,
+                       tmpa_home)
 from ..processes import own_batches
 from .external import (cross_settings, llcm_items, llcm_settings,
                                 regdb_items, regdb_settings, sysu_items, sysu_settings)
@@ -334,6 +335,7 @@ def split_by_pid(
     seed:int=0, # Which ones
 ) -> tuple: # (items of the others, items held out)
     "Split items by identity; identities seen in one modality only are not held out, since they could not be searched for."
+    items = check_records(items)
     pids = list(_pairs(items))
     n = max(1, round(len(pids)*frac)) if frac>0 else 0
     if n>=len(pids) and n: raise ConfigError(f'{len(pids)} identities in both modalities cannot be split with frac={frac}: give more data or a smaller share')
@@ -355,7 +357,6 @@ def _checked(items, P, K):
     if len(both)<P: raise ConfigError(f'{len(both)} training identities, but a batch takes P={P}: pass P={len(both)} or less, or give more identities')
     return [o for o in items if o.pid in both],list(both)
 
-def _records(items): return [check_record(o) for o in items]
 
 def _cache_for(items, size, ir_range, cache, more, device):
     "The cache that was asked for; without being asked, one for a GPU where there is room."
@@ -392,12 +393,13 @@ class ReIDDataLoaders(DataLoaders):
         return self.test[1](self.test_items) if self.test else []
 
     def test_dl(self,
-        test_items:list, # ReIDImage
+        test_items:list, # ReIDImages, or paths or pictures of one modality
         rm_type_tfms=None, with_labels=True, # As fastai passes them; labels are always there
+        modality:int|None=None, # Of paths and pictures: 0 visible, 1 infrared
         **kwargs
     ):
         "A loader that gives every item once, unaugmented, in order."
-        return self.valid.new(self.valid_ds.new(_records(test_items)), shuffle=False, drop_last=False, **kwargs)
+        return self.valid.new(self.valid_ds.new(check_records(test_items, modality)), shuffle=False, drop_last=False, **kwargs)
 
     def new_empty(self):
         loaders = [dl.new(dl.dataset.new_empty()) for dl in self.loaders]
@@ -443,8 +445,8 @@ def from_items(cls:ReIDDataLoaders,
 ):
     "Loaders from lists of records."
     _check_arguments(kwargs, cls, 'from_items')
-    train_items,vocab = _checked(_records(train_items), P, K)
-    valid_items = _records(valid_items or [])
+    train_items,vocab = _checked(check_records(train_items), P, K)
+    valid_items = check_records(valid_items or [])
     if valid_items and not any(known(o.pid) for o in valid_items): raise DataError(f'none of the {len(valid_items)} validation images has a known identity (-1 means unknown), so there is nothing to score: leave valid_items out, or give the people')
     seen = {o.pid for o in valid_items} & set(vocab)
     if seen: warn(f'{len(seen)} validation identities are also trained on: scores will be too good; use split_by_pid')

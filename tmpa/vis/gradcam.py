@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from torch import nn
-from ..core import ConfigError, Modality, same_person
+from ..core import ConfigError, Modality, check_records, same_person
 from ..data.image import how_read, load_resized
 
 # %% ../../nbs/21_vis.gradcam.ipynb #038226e9
@@ -72,6 +72,7 @@ def load_pair(
     ir_range=None, # As in read_image; a learner knows its own
 )->tuple: # (network, images in [0, 1] (n, 3, H, W), the same normalised and on the network's device)
     "Images as the model wants to see them."
+    items = check_records(items)
     if isinstance(model, Learner):
         ds = model.dls.valid_ds
         model,size,ir_range = model.model,size or ds.size,ir_range or ds.ir_range
@@ -98,17 +99,19 @@ def overlay(
 # %% ../../nbs/21_vis.gradcam.ipynb #f9361069
 def plot_gradcam(
     model, # A `Learner` on ReIDDataLoaders, or a network
-    query_item, # ReIDImage
-    match_item, # ReIDImage, usually of the other modality
-    layers=None, # Layers as in get_layer; default: the extractors that there are
+    query_item, # ReIDImage, path or picture
+    match_item, # ReIDImage, path or picture, usually of the other modality
+    layers=None, # A layer or several, as in get_layer; default: the extractors that there are
     size=None, ir_range=None, # As in load_pair
+    modality=None, # Of paths and pictures: 0 visible, 1 infrared; one for both, or (query, match)
 ):
     "What makes two images match: heat maps on both, a column for each layer (figure 7)."
-    items = (query_item, match_item)
+    items = check_records((query_item, match_item), modality)
     model,x,xn = load_pair(model, items, size, ir_range)
     mods = torch.tensor([int(o.modality) for o in items], device=xn.device)
     with torch.no_grad(), _evaluating(model): f = model(xn, mods)
-    layers = layers or ['shared'] + (['visible', 'infrared'] if getattr(getattr(model, 'mfe', None), 'visible', None) is not None else [])
+    if isinstance(layers, (str, nn.Module)): layers = [layers]
+    layers = list(layers or []) or ['shared'] + (['visible', 'infrared'] if getattr(getattr(model, 'mfe', None), 'visible', None) is not None else [])
     fig,axs = plt.subplots(2, 1+len(layers), figsize=(1.25*(1+len(layers)), 5), dpi=75, squeeze=False, layout='constrained')
     for i,(row,name) in enumerate(zip(axs, ('query', 'match'))):
         row[0].imshow(x[i].permute(1, 2, 0).numpy()); row[0].set(xticks=[], yticks=[]); row[0].set_title(name, fontsize=9)
@@ -169,13 +172,14 @@ def attention_map(
 # %% ../../nbs/21_vis.gradcam.ipynb #2c32dcf7
 def plot_attention(
     model, # A `Learner` on ReIDDataLoaders, or a TMPANet
-    item, # ReIDImage whose positions ask
-    source_item=None, # ReIDImage that is read; None: `item` itself
+    item, # ReIDImage, path or picture whose positions ask
+    source_item=None, # The one that is read; None: `item` itself
     positions=4, # (row, column)s of the feature map, or how many, from head to feet in the middle
     size=None, ir_range=None, # As in load_pair
+    modality=None, # Of paths and pictures: 0 visible, 1 infrared; one for both, or (item, source)
 ):
     "Which positions of one image some positions of another read in MFT's cross attention (eq. 10)."
-    source_item = source_item or item
+    item,source_item = check_records((item, item if source_item is None else source_item), modality)
     model,x,xn = load_pair(model, (item, source_item), size, ir_range)
     w = attention_map(model, xn[0], item.modality, source=xn[1])
     (rows,cols),(H,W) = w.shape[:2],x.shape[-2:]

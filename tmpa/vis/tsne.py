@@ -7,11 +7,12 @@ __all__ = ['pick_people', 'separation', 'tsne', 'plot_tsne']
 
 # %% ../../nbs/20_vis.tsne.ipynb #93121ac3
 import numpy as np, torch
+from math import isnan, nan
 import matplotlib.pyplot as plt
 from fastai.learner import Learner
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
-from ..core import ConfigError, Modality, known
+from ..core import ConfigError, Modality, check_records, known
 from ..interpret import ReIDInterpretation, pair_distances
 
 # %% ../../nbs/20_vis.tsne.ipynb #2892e9e4
@@ -21,6 +22,7 @@ def pick_people(
     seed:int=0, # Which
 )->np.ndarray: # Rows of their images, in order
     "Rows of all images of some people that were seen in both modalities; unknown ones (-1) are nobody."
+    if n_ids < 1: raise ConfigError(f'n_ids={n_ids}: show 1 person or more')
     both = sorted(set.intersection(*({o.pid for o in items if o.modality == m and known(o.pid)} for m in Modality)))
     if not both: raise ConfigError('items: nobody was seen in both modalities')
     pids = set(np.random.default_rng(seed).permutation(both)[:n_ids].tolist())
@@ -29,12 +31,14 @@ def pick_people(
 # %% ../../nbs/20_vis.tsne.ipynb #9cb98be1
 def separation(
     feats, # Tensor (n, D), L2-normalised
-    pids, # (n,) identities, at least two
+    pids, # (n,) identities
     modality, # (n,) Modality
-)->dict: # silhouette, and mean distances `same` and `other` across modalities
+)->dict: # silhouette, and mean distances `same` and `other` across modalities; nan where there is nothing to tell apart
     "How well people are told apart, in the space of the features."
     d = pair_distances(feats, pids, modality)['vis-ir']
-    return dict(silhouette=float(silhouette_score(np.asarray(feats), pids)), same=float(d['same'].mean()), other=float(d['other'].mean()))
+    several = 1 < len(np.unique(pids)) < len(pids)
+    mean = lambda x: float(x.mean()) if len(x) else nan
+    return dict(silhouette=float(silhouette_score(np.asarray(feats), pids)) if several else nan, same=mean(d['same']), other=mean(d['other']))
 
 # %% ../../nbs/20_vis.tsne.ipynb #82ca5237
 _colours = '#332288 #88CCEE #44AA99 #117733 #999933 #DDCC77 #CC6677 #882255 #AA4499 #000000'.split()  # told apart by the colour-blind
@@ -46,7 +50,10 @@ def tsne(
 )->np.ndarray: # (n, 2)
     "scikit-learn's t-SNE, started from the principal components."
     x = torch.as_tensor(feats).float().cpu().numpy()
-    return TSNE(perplexity=perplexity or min(30, (len(x)-1)/3), init='pca', random_state=seed).fit_transform(x)
+    if perplexity is not None and not 0 < perplexity < len(x): raise ConfigError(f'perplexity={perplexity}: it must be below the number of images, {len(x)}, and above 0: give less, or None')
+    if len(x) < 2: raise ConfigError(f'{len(x)} images: t-SNE needs 2 or more')
+    init = 'pca' if min(x.shape) > 1 else 'random'
+    return TSNE(perplexity=perplexity or min(30, (len(x)-1)/3), init=init, random_state=seed).fit_transform(x)
 
 def _points(ax, xy, pids, modality):
     for k,p in enumerate(dict.fromkeys(pids.tolist())):
@@ -65,6 +72,7 @@ def _features(models, items, n_ids, seed):
         learn = next((o for o in models.values() if isinstance(o, Learner)), None)
         if learn is None: raise ConfigError('items: pass the images along with features, or pass learners')
         items = learn.dls.test_items or learn.dls.valid_items
+    items = check_records(items)
     rows = pick_people(items, n_ids, seed)
     shown,res = [items[i] for i in rows],{}
     for name,o in models.items():
@@ -86,7 +94,8 @@ def plot_tsne(
     for ax,(name,f) in zip(axs[0], feats.items()):
         _points(ax, tsne(f, seed, perplexity), pids, mod)
         s = separation(f, pids, mod)
-        ax.set_title(f'{name}\nsilhouette {s["silhouette"]:.2f}\nvisible to infrared: same {s["same"]:.2f}, other {s["other"]:.2f}', fontsize=9)
+        show = {k: '–' if isnan(v) else f'{v:.2f}' for k,v in s.items()}
+        ax.set_title(f'{name}\nsilhouette {show["silhouette"]}\nvisible to infrared: same {show["same"]}, other {show["other"]}', fontsize=9)
     axs[0, 0].set_ylabel('t-SNE 2')
     mark = lambda c, m: plt.Line2D([], [], color=c, marker=m, linestyle='')
     people = list(dict.fromkeys(pids.tolist()))
