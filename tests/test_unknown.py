@@ -10,10 +10,11 @@ from PIL import Image
 
 from tmpa.confidence import bootstrap
 from tmpa.core import UNKNOWN, ConfigError, DataError, ProtocolError, ReIDImage
-from tmpa.data.external import csv_items, llcm_gallery, sysu_gallery
+from tmpa.data.external import cross_settings, csv_items, llcm_gallery, sysu_gallery
 from tmpa.data.load import ReIDDataLoaders, ReIDDataset, identity_batches, split_by_pid
 from tmpa.interpret import ReIDInterpretation, pair_distances
 from tmpa.robust import noisy_items
+from tmpa.scoring import score_feats
 from tmpa.search import Gallery, Hit, Hits
 from tmpa.vis.tsne import pick_people
 
@@ -95,3 +96,12 @@ def test_a_query_of_an_unknown_person_has_no_same_camera_rule():
     g.add([ReIDImage(Path('a'), UNKNOWN, 1, 1), ReIDImage(Path('b'), 5, 1, 1)], feats=torch.eye(2))
     with pytest.raises(ProtocolError, match='camera and identity'): g.search(torch.eye(2)[:1], rule='market', records=[ReIDImage(Path('q'), UNKNOWN, 1, 0)])
     assert [h.pos for h in g.search(torch.eye(2)[:1], rule='market', records=[ReIDImage(Path('q'), 5, 1, 0)])[0]] == [0]  # hides b, not the unknown one
+
+
+def test_scores_count_the_unknown(people):
+    feats = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    scores = score_feats(feats, people, cross_settings(people))[0]
+    assert [o['n_unknown'] for o in scores.values()] == [2, 2] and [o['n_queries'] for o in scores.values()] == [10, 10]
+    known = [i for i,o in enumerate(people) if o.pid != UNKNOWN]
+    some = score_feats(feats[known], [people[i] for i in known], cross_settings([people[i] for i in known]))[0]
+    assert 'n_unknown' not in some['v2t'] and some['v2t']['mAP'] == scores['v2t']['mAP']

@@ -94,6 +94,7 @@ class ReIDInterpretation:
         self.items,self.feats,self.ir_range = items,torch.nn.functional.normalize(feats, dim=1),ir_range
         self.pids,self.cams,self.modality = (np.array([int(getattr(o, k)) for o in self.items]) for k in ('pid', 'cam', 'modality'))
         self.settings = {s.name: s for s in (cross_settings(self.items) if settings is None else settings)}
+        for s in self.settings.values(): check_cameras(self.cams, s.rule, lambda i: items[i].path, self.modality)
 
     @classmethod
     def from_learner(cls,

@@ -122,6 +122,7 @@ def as_scores(
     for name,trials in results.items():
         vals = {**{f'rank{k}': [t.cmc[k-1] for t in trials] for k in (1,5,10,20)}, 'mAP': [t.mAP for t in trials], 'mINP': [t.mINP for t in trials]}
         out[name] = dict(n_queries=trials[0].n_queries, n_valid=trials[0].n_valid, n_gallery=n_gallery[name], n_trials=len(trials))
+        if trials[0].n_unknown: out[name]['n_unknown'] = trials[0].n_unknown  # of unknown people, not scored
         for k,v in vals.items(): out[name] |= {k: float(np.mean(v)), f'{k}_std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.}
     return out
 
