@@ -423,7 +423,7 @@ def test_no_memory_is_one_line(monkeypatch):
     import tmpa.core as core
     q, g, *labels = make(300, 200, 12)
     dist = -q@g.T
-    for score,words in ((lambda: rerank(q, g), r'all distances of 300 queries to a gallery of 200 needs about .* GB.*rerank=True'),
+    for score,words in ((lambda: rerank(q, g), r'holding the distances of 300 queries to a gallery of 200 needs about .* GB.*rerank=True'),
                         (lambda: evaluate(q, g, *labels, rerank=True), 're-ranking 300 queries in a gallery of 200.*smaller chunk, or fewer images'),
                         (lambda: evaluate(q, g, *labels), 'scoring 300 queries at a time in a gallery of 200.*chunk=75'),
                         (lambda: cmc_map(dist, *labels), 'scoring 300 queries at a time.*chunk=75')):

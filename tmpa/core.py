@@ -118,22 +118,29 @@ def as_picture(
     return Image.fromarray(x) if grey or colour else None
 
 def _no_image(o):
+    "The error for what is no image."
     kind = f'{type(o).__name__} of {o.dtype} {tuple(o.shape)}' if hasattr(o, 'dtype') else type(o).__name__
-    return ConfigError(f'{kind} is no image: give a ReIDImage(path, pid, cam, modality), a path, a Pillow image, or pixels: uint8 (H, W) or (H, W, 3), uint16 (H, W)')
+    return ConfigError(f'{kind} is no image: give a ReIDImage(path, pid, cam, modality), a path, a Pillow image, '
+                       'or pixels: uint8 (H, W) or (H, W, 3), uint16 (H, W)')
 
 def check_record(
     o, # A ReIDImage, a path or a picture
     modality:int|None=None, # Of a path or picture
 )->ReIDImage:
     "A record with fields of the right kind, or `ConfigError`: a wrong one would be found much later, or not at all."
-    if isinstance(o, (str, os.PathLike)) or (picture := as_picture(o)) is not None:
-        if modality not in (0, 1): raise ConfigError(f'modality={modality!r}: a path or picture does not say by what camera it was taken, pass modality=0 (visible) or 1 (infrared)')
-        return ReIDImage(Path(o) if isinstance(o, (str, os.PathLike)) else picture, UNKNOWN, 0, int(modality))
+    what = Path(o) if isinstance(o, (str, os.PathLike)) else as_picture(o)
+    if what is not None:
+        if modality not in (0, 1):
+            raise ConfigError(f'modality={modality!r}: a path or picture does not say by what camera it was taken, '
+                              'pass modality=0 (visible) or 1 (infrared)')
+        return ReIDImage(what, UNKNOWN, 0, int(modality))
     if not isinstance(o, ReIDImage): raise _no_image(o)
-    if not (isinstance(o.pid, Integral) and isinstance(o.cam, Integral)): raise ConfigError(f'{o.path}: pid={o.pid!r}, cam={o.cam!r}: both must be whole numbers, a pid of {UNKNOWN} is unknown')
+    if not (isinstance(o.pid, Integral) and isinstance(o.cam, Integral)):
+        raise ConfigError(f'{o.path}: pid={o.pid!r}, cam={o.cam!r}: both must be whole numbers, a pid of {UNKNOWN} is unknown')
     if o.modality not in (0, 1): raise ConfigError(f'{o.path}: modality={o.modality!r}: give 0 (visible) or 1 (infrared)')
     if isinstance(o.path, (Path, Image.Image)): return o
-    if not isinstance(o.path, (str, os.PathLike)): raise ConfigError(f'path={o.path!r}: a ReIDImage takes a path or a Pillow image')
+    if not isinstance(o.path, (str, os.PathLike)):
+        raise ConfigError(f'path={o.path!r}: a ReIDImage takes a path or a Pillow image')
     return o._replace(path=Path(o.path))
 
 def check_records(
@@ -142,10 +149,12 @@ def check_records(
 )->list: # ReIDImages
     "`check_record` of each."
     if isinstance(items, (str, os.PathLike, ReIDImage)) or as_picture(items) is not None: items = [items]
-    if not hasattr(items, '__iter__') or hasattr(items, 'ndim') and items.ndim != 1 or torch.is_tensor(items): raise _no_image(items)
+    numbers = torch.is_tensor(items) or getattr(items, 'ndim', 1) != 1
+    if numbers or not hasattr(items, '__iter__'): raise _no_image(items)
     items = list(items)
     each = [modality]*len(items) if modality is None or isinstance(modality, Integral) else list(modality)
-    if len(each) != len(items): raise ConfigError(f'{len(each)} modalities for {len(items)} images: give one for all, or one for each')
+    if len(each) != len(items):
+        raise ConfigError(f'{len(each)} modalities for {len(items)} images: give one for all, or one for each')
     return [check_record(o, m) for o, m in zip(items, each)]
 
 # %% ../nbs/00_core.ipynb #a3862e7a

@@ -13,7 +13,8 @@ from math import nan
 from fastcore.basics import patch
 from .core import Modality, ProtocolError, ReIDImage, known
 from .features import load_features
-from .ranking import EvalResult, RULES, Rule, as_matrix, check_cameras, check_chunk, check_finite, check_label, check_labels, cmc_map, cmc_map_slow, get_rule, refuse_own, run_rule, same_rows
+from .ranking import (IN_ITSELF, RULES, EvalResult, Rule, as_matrix, check_cameras, check_chunk, check_finite, check_label,
+                          check_labels, cmc_map, cmc_map_slow, get_rule, refuse_own, run_rule, same_rows)
 from .rerank import reranker
 
 _all_ = ['cmc_map', 'cmc_map_slow', 'EvalResult', 'RULES', 'Rule']
@@ -77,7 +78,9 @@ def _refuse_equal(q_feats, g_feats, q_pids, g_pids, q_cams, g_cams):
     if q.shape[1] != g.shape[1]: return  # an error of its own
     dtype, cams = torch.promote_types(q.dtype, g.dtype), q_cams is not None and g_cams is not None
     q_who, g_who = [q_pids], [g_pids]
-    if cams: q_who, g_who = [q_pids, check_label(q_cams, len(q), 'q_cams')], [g_pids, check_label(g_cams, len(g), 'g_cams')]
+    if cams:
+        q_who.append(check_label(q_cams, len(q), 'q_cams'))
+        g_who.append(check_label(g_cams, len(g), 'g_cams'))
     pairs = same_rows(q.to(dtype), g.to(q.device, dtype), np.stack(q_who, 1), np.stack(g_who, 1))
     if len(pairs[0]): refuse_own(pairs, len(q), how='equal features and identity' + ' and camera'*cams)
 
@@ -169,7 +172,9 @@ def __repr__(self:SettingResult):
 def _refuse_overlap(name, q_idx, g_idx):
     "Refuse a setting in which an image is query and gallery."
     both = np.intersect1d(q_idx, g_idx)
-    if len(both): refuse_own([both, [int(np.flatnonzero(g_idx == both[0])[0])]], len(q_idx), f'the gallery of setting {name!r}', f'both are row {both[0]} of the features')
+    if not len(both): return
+    at = int(np.flatnonzero(g_idx == both[0])[0])
+    refuse_own([both, [at]], len(q_idx), f'the gallery of setting {name!r}', f'row {both[0]} of the features')
 
 def evaluate_settings(
     feats,                # (n, D) features of all images
@@ -213,9 +218,9 @@ def evaluate_features(
             check_cameras(f.cams, rule, path, f.modality)
     if q.feats.shape[1] != g.feats.shape[1]: raise ProtocolError(f"{q_path} has features of {q.feats.shape[1]} dimensions, {g_path} of {g.feats.shape[1]}: both must come from one model")
     if get_rule(rule).remove != 'same_cam' and np.array_equal(q.feats, g.feats) and np.array_equal(q.pids, g.pids):
-        cross = '' if q.modality is None else '; for each modality to search the other, call evaluate_settings(feats, pids, cams, cross_settings_of(modality))'
-        raise ProtocolError(f"{q_path} and {g_path} hold the same images, each of which would find itself: write queries and gallery to two files{cross}; "
-                            "to search a set in itself, give every image a camera number of its own and choose rule 'market'")
+        cross = 'for each modality to search the other, call evaluate_settings(feats, pids, cams, cross_settings_of(modality)); '
+        raise ProtocolError(f'{q_path} and {g_path} hold the same images, each of which would find itself: write queries and gallery '
+                            f'to two files; {"" if q.modality is None else cross}{IN_ITSELF}')
     for f,path in ((q, q_path), (g, g_path)): check_finite(as_matrix(f.feats, str(path)), str(path))
     return evaluate(q.feats, g.feats, q.pids, g.pids, q.cams, g.cams, rule, max_rank, metric, rerank, chunk)
 

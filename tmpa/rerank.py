@@ -92,7 +92,7 @@ def _encode(x, near, top, k1, chunk):
 
 # %% ../nbs/13b_rerank.ipynb #21f61b73
 def _shared(v, g, most=2**22):
-    "Sum of the element-wise minimum of each row of `v` (b, n) and each of the gallery's (n_g, n), whose CSC form is `g`; about `most` pairs at a time."
+    "Sum of the smaller numbers of each row of `v` (b, n) and each of the gallery's (n_g, n) in CSC form; `most` pairs at a time."
     n = np.diff(g.indptr)[v.indices]
     if n.sum() > most and v.shape[0] > 1:
         half = v.shape[0]//2
@@ -115,12 +115,14 @@ def reranker(
     if q.shape[1] != g.shape[1]: raise ProtocolError(f"q_feats have {q.shape[1]} columns and g_feats {g.shape[1]}: both must come from one model")
     if not all(isinstance(k, (int, np.integer)) for k in (k1, k2)) or not 0 < k2 <= k1 or k1 >= len(q) + len(g): raise ProtocolError(f"k1={k1}, k2={k2}: re-ranking needs whole numbers 0 < k2 <= k1 < {len(q) + len(g)}, the number of images")
     n, n_q = len(q) + len(g), len(q)
-    with in_memory(f're-ranking {n_q:,} queries in a gallery of {len(g):,}', 3*n*q.shape[1]*g.element_size() + 64*chunk*n, 'pass a smaller chunk, or fewer images', g.device):
+    what, size = f're-ranking {n_q:,} queries in a gallery of {len(g):,}', 3*n*q.shape[1]*g.element_size() + 64*chunk*n
+    with in_memory(what, size, 'pass a smaller chunk, or fewer images', g.device):
         x = F.normalize(torch.cat([q.to(g), g]), dim=1)
         first = _first_equal(x)
         near, top = _neighbours(x, k1+1, chunk, first)
         v = _encode(x, near, top, k1, chunk)
-        v = sparse.csr_matrix((np.full(n*k2, 1/k2), near[:,:k2].cpu().numpy().ravel(), np.arange(0, n*k2+1, k2)), (n, n)) @ v
+        mean = np.full(n*k2, 1/k2), near[:,:k2].cpu().numpy().ravel(), np.arange(0, n*k2+1, k2)
+        v = sparse.csr_matrix(mean, (n, n)) @ v
         vq, vg = v[:n_q], v[n_q:].tocsc()
     def distances(rows):
         d = 2 - 2*x[rows]@x[n_q:].T if first is None else (2 - 2*x[rows]@x.T)[:,first[n_q:]]
@@ -139,7 +141,8 @@ def rerank(
 ) -> np.ndarray: # (n_q, n_g) float64 distances for cmc_map
     "k-reciprocal re-ranking of Zhong et al., in blocks of rows."
     n_q, n_g = len(q_feats), len(g_feats)
-    with in_memory(f'all distances of {n_q:,} queries to a gallery of {n_g:,}', 8*n_q*n_g, 'call evaluate(..., rerank=True), which needs a block of them at a time, or take fewer images'):
+    remedy = 'call evaluate(..., rerank=True), which needs a block of them at a time, or take fewer images'
+    with in_memory(f'holding the distances of {n_q:,} queries to a gallery of {n_g:,}', 8*n_q*n_g, remedy):
         some, out = reranker(q_feats, g_feats, k1, k2, lam, chunk), np.empty((n_q, n_g))
         for i in range(0, n_q, chunk): out[i:i+chunk] = some(np.arange(i, min(i+chunk, n_q)))
     return out

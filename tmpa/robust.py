@@ -146,7 +146,8 @@ def noisy_items(
 )->tuple[list, np.ndarray]: # The items, and a bool (n,): which have a wrong identity
     "Give some images a wrong identity, for trials with known label noise."
     if not 0 <= noise < 1: raise ConfigError(f'noise={noise}: give a share from 0 to below 1')
-    if not all(known(o.pid) for o in items): raise ConfigError('items hold images of unknown identity (-1), of which nothing can be wrong: leave them out')
+    if not all(known(o.pid) for o in items):
+        raise ConfigError('items hold images of unknown identity (-1), of which nothing can be wrong: leave them out')
     vocab,label = np.unique([o.pid for o in items], return_inverse=True)
     mod,rng = np.array([int(o.modality) for o in items]),np.random.default_rng(seed)
     if len(vocab) < 2 and noise: raise ConfigError('noise needs two identities or more: there is no other name to give')

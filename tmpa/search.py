@@ -59,7 +59,9 @@ class Hits(list):
     ):
         "The query and its nearest hits; where the identities of both are known, right and wrong ones are framed."
         q,hits = self.query,self[:k]
-        todo = ([(q, 'query', None)] if q is not None else []) + [(h.item, f'{h.distance:.2f}', None if q is None else same_person(h.item.pid, q.pid)) for h in hits]
+        right = lambda o: None if q is None else same_person(o.pid, q.pid)
+        todo = [(h.item, f'{h.distance:.2f}', right(h.item)) for h in hits]
+        if q is not None: todo.insert(0, (q, 'query', None))
         if not todo: raise ConfigError('nothing to show: no query image and no hits')
         fig,axs = plt.subplots(1, len(todo), figsize=figsize or (.9*len(todo), 2.1), dpi=dpi, squeeze=False, layout='constrained')
         for ax,(o,title,right) in zip(axs[0], todo):
@@ -127,10 +129,13 @@ def _kind(x):
 def _features(self:Gallery, feats, n=None):
     "Checked rows of length one, float32, on the gallery's device."
     x = as_matrix(feats, 'features')
-    if _kind(feats) == 'u': raise ConfigError(f'features of {feats.dtype} {tuple(x.shape)} look like pixels: features are floats (n, D)')
+    if _kind(feats) == 'u':
+        raise ConfigError(f'features of {feats.dtype} {tuple(x.shape)} look like pixels: features are floats (n, D)')
     x = check_finite(x, 'features').to(self.device, torch.float32)
     if n is not None and len(x) != n: raise ConfigError(f'{len(x)} features for {n} images: one row for each is needed')
-    if self.dim not in (None, x.shape[1]): raise CheckpointError(f'features of {x.shape[1]} dimensions in a gallery of {self.dim}: they come from another model (pixels are uint8 or uint16, features floats)')
+    if self.dim not in (None, x.shape[1]):
+        raise CheckpointError(f'features of {x.shape[1]} dimensions in a gallery of {self.dim}: they come from another model, '
+                              'or are pixels (those are uint8 or uint16)')
     return torch.nn.functional.normalize(x)
 
 @patch
@@ -245,21 +250,24 @@ def nearest(self:Gallery,
 # %% ../nbs/22_search.ipynb #64eccab1
 def _queries(query, modality):
     "Is it one query? And the features (n, D), or the records, of all."
-    if isinstance(query, (str, os.PathLike, ReIDImage)) or as_picture(query) is not None: return True, check_records(query, modality)
+    one = isinstance(query, (str, os.PathLike, ReIDImage)) or as_picture(query) is not None
+    if one: return True, check_records(query, modality)
     kind = _kind(query)
     if kind == 'f' and query.ndim in (1, 2): return query.ndim == 1, query[None] if query.ndim == 1 else query
     if kind not in (None, 'U', 'O'):
-        raise ConfigError(f'an array of {query.dtype} {tuple(query.shape)} is no image and no features: pixels are uint8 (H, W) or (H, W, 3) or uint16 (H, W), features floats (D,) or (n, D)')
+        raise ConfigError(f'an array of {query.dtype} {tuple(query.shape)} is no image and no features: '
+                          'pixels are uint8 (H, W) or (H, W, 3) or uint16 (H, W), features floats (D,) or (n, D)')
     if not hasattr(query, '__iter__'): return False, check_records(query)
     query = list(query)
     if query and all(_kind(o) == 'f' and o.ndim == 1 for o in query):
-        if len({len(o) for o in query}) > 1: raise ConfigError('query features of different lengths: give (n, D) from one model')
+        if len({len(o) for o in query}) > 1:
+            raise ConfigError('query features of different lengths: give (n, D) from one model')
         return False, torch.stack([torch.as_tensor(o) for o in query])
     return False, check_records(query, modality)
 
 @patch
 def search(self:Gallery,
-    query, # A path, picture (Pillow, or pixels uint8 (H, W[, 3]) or uint16 (H, W)), ReIDImage or feature (float, (D,)); or a list of one kind, or features (n, D)
+    query, # A path, picture (Pillow, or pixels), ReIDImage or feature (D,); or a list of one kind, or features (n, D)
     k:int=10, # Hits a query
     modality:int|None=None, # Of query paths and pictures: 0 visible, 1 infrared
     cams=None, # Only images of this camera, or of these

@@ -348,8 +348,11 @@ def _checked(items, P, K):
     if P<1 or K<1: raise ConfigError(f'P={P} identities and K={K} images per modality make no batch: both must be at least 1')
     if not items: raise DataError('no training items: give a list of ReIDImage')
     both,pids = _pairs(items),{o.pid for o in items if known(o.pid)}
-    if not pids: raise DataError(f'none of the {len(items)} training images (the first is {items[0].path}) has a known identity: give the person of each, -1 means that it is unknown')
-    if n := sum(not known(o.pid) for o in items): warn(f'{n} of {len(items)} training images are of unknown identity (-1) and are left out')
+    if not pids:
+        raise DataError(f'none of the {len(items)} training images (the first is {items[0].path}) has a known identity: '
+                        'give the person of each, -1 means that it is unknown')
+    n = sum(not known(o.pid) for o in items)
+    if n: warn(f'{n} of {len(items)} training images are of unknown identity (-1) and are left out')
     if not both: raise DataError(f'none of the {len(pids)} training identities was seen in both modalities (first image: {items[0].path}): check the modality of the items')
     if len(both)<len(pids):
         out = sorted(pids-set(both))
@@ -399,7 +402,8 @@ class ReIDDataLoaders(DataLoaders):
         **kwargs
     ):
         "A loader that gives every item once, unaugmented, in order."
-        return self.valid.new(self.valid_ds.new(check_records(test_items, modality)), shuffle=False, drop_last=False, **kwargs)
+        items = check_records(test_items, modality)
+        return self.valid.new(self.valid_ds.new(items), shuffle=False, drop_last=False, **kwargs)
 
     def new_empty(self):
         loaders = [dl.new(dl.dataset.new_empty()) for dl in self.loaders]
@@ -447,7 +451,9 @@ def from_items(cls:ReIDDataLoaders,
     _check_arguments(kwargs, cls, 'from_items')
     train_items,vocab = _checked(check_records(train_items), P, K)
     valid_items = check_records(valid_items or [])
-    if valid_items and not any(known(o.pid) for o in valid_items): raise DataError(f'none of the {len(valid_items)} validation images has a known identity (-1 means unknown), so there is nothing to score: leave valid_items out, or give the people')
+    if valid_items and not any(known(o.pid) for o in valid_items):
+        raise DataError(f'none of the {len(valid_items)} validation images has a known identity (-1 means unknown), '
+                        'so there is nothing to score: leave valid_items out, or give the people')
     seen = {o.pid for o in valid_items} & set(vocab)
     if seen: warn(f'{len(seen)} validation identities are also trained on: scores will be too good; use split_by_pid')
     if not (isinstance(size, (tuple, list)) and len(size)==2 and min(size)>0): raise ConfigError(f'size={size}: give (height, width) in pixels')

@@ -111,7 +111,7 @@ def plot_gradcam(
     mods = torch.tensor([int(o.modality) for o in items], device=xn.device)
     with torch.no_grad(), _evaluating(model): f = model(xn, mods)
     if isinstance(layers, (str, nn.Module)): layers = [layers]
-    layers = list(layers or []) or ['shared'] + (['visible', 'infrared'] if getattr(getattr(model, 'mfe', None), 'visible', None) is not None else [])
+    layers = layers or ['shared'] + (['visible', 'infrared'] if getattr(getattr(model, 'mfe', None), 'visible', None) is not None else [])
     fig,axs = plt.subplots(2, 1+len(layers), figsize=(1.25*(1+len(layers)), 5), dpi=75, squeeze=False, layout='constrained')
     for i,(row,name) in enumerate(zip(axs, ('query', 'match'))):
         row[0].imshow(x[i].permute(1, 2, 0).numpy()); row[0].set(xticks=[], yticks=[]); row[0].set_title(name, fontsize=9)

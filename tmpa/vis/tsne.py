@@ -38,7 +38,8 @@ def separation(
     d = pair_distances(feats, pids, modality)['vis-ir']
     several = 1 < len(np.unique(pids)) < len(pids)
     mean = lambda x: float(x.mean()) if len(x) else nan
-    return dict(silhouette=float(silhouette_score(np.asarray(feats), pids)) if several else nan, same=mean(d['same']), other=mean(d['other']))
+    silhouette = float(silhouette_score(np.asarray(feats), pids)) if several else nan
+    return dict(silhouette=silhouette, same=mean(d['same']), other=mean(d['other']))
 
 # %% ../../nbs/20_vis.tsne.ipynb #82ca5237
 _colours = '#332288 #88CCEE #44AA99 #117733 #999933 #DDCC77 #CC6677 #882255 #AA4499 #000000'.split()  # told apart by the colour-blind
@@ -50,7 +51,8 @@ def tsne(
 )->np.ndarray: # (n, 2)
     "scikit-learn's t-SNE, started from the principal components."
     x = torch.as_tensor(feats).float().cpu().numpy()
-    if perplexity is not None and not 0 < perplexity < len(x): raise ConfigError(f'perplexity={perplexity}: it must be below the number of images, {len(x)}, and above 0: give less, or None')
+    if perplexity is not None and not 0 < perplexity < len(x):
+        raise ConfigError(f'perplexity={perplexity}: it must be above 0 and below the number of images, {len(x)}: give another, or None')
     if len(x) < 2: raise ConfigError(f'{len(x)} images: t-SNE needs 2 or more')
     init = 'pca' if min(x.shape) > 1 else 'random'
     return TSNE(perplexity=perplexity or min(30, (len(x)-1)/3), init=init, random_state=seed).fit_transform(x)
