@@ -121,9 +121,10 @@ def _sysu_perms(items, convention, perms):
 
 # %% ../../nbs/01_data.external.ipynb #10cf6e93
 def _check_sysu(items):
-    "Refuse records whose camera is none of SYSU-MM01's, or of another modality there."
+    "The records; those of a camera that SYSU-MM01 does not have, or that has another modality there, are refused."
     items = check_records(items)
     check_cameras([o.cam for o in items], 'sysu', lambda i: items[i].path, [o.modality for o in items])
+    return items
 
 def sysu_gallery(
     items:list, # ReIDImage of SYSU-MM01's test split; infrared ones and unknown people (-1) are passed over
@@ -135,8 +136,11 @@ def sysu_gallery(
 ) -> list: # Indices into `items`, by identity, then camera
     "One gallery draw of SYSU-MM01."
     if mode not in ('all', 'indoor'): raise ProtocolError(f"SYSU-MM01 has no mode '{mode}': use 'all' or 'indoor'")
-    _check_sysu(items)
-    convention,perms = _sysu_perms(items, convention, perms)
+    items = _check_sysu(items)
+    return _draw(items, mode, shots, trial, *_sysu_perms(items, convention, perms))
+
+def _draw(items, mode, shots, trial, convention, perms):
+    "`sysu_gallery` of checked items."
     cams,groups,res,rng = (1, 2, 4, 5) if mode=='all' else (1, 2),defaultdict(list),[],random.Random(trial)
     for i, o in enumerate(items):
         if o.cam in cams and known(o.pid): groups[o.pid, o.cam].append(i)
@@ -273,9 +277,10 @@ def sysu_settings(
     perms=None, # As in sysu_gallery
 ) -> list: # Setting 'all_single', 'all_multi', 'indoor_single', 'indoor_multi'
     "All-search and indoor-search of SYSU-MM01, single- and multi-shot; the note names the gallery convention."
+    items = _check_sysu(items)
     convention,perms = _sysu_perms(items, convention, perms)
     note = 'official gallery (rand_perm_cam.mat)' if convention=='official' else 'seeded gallery (Python random, seed = trial)'
-    return [_setting(f'{mode}_{name}', _where(items, 1), [sysu_gallery(items, mode, shots, t, convention, perms) for t in range(trials)], 'sysu', note,
+    return [_setting(f'{mode}_{name}', _where(items, 1), [_draw(items, mode, shots, t, convention, perms) for t in range(trials)], 'sysu', note,
                      'infrared images of cameras 3 and 6, and visible ones of cameras 1 and 2, where indoor-search looks')
             for mode in ('all', 'indoor') for name, shots in (('single', 1), ('multi', 10))]
 
