@@ -8,12 +8,13 @@ from hypothesis import given, settings, strategies as st
 
 from tmpa.callback.pedmix import PedMix
 from tmpa.core import CheckpointError, ConfigError, ReIDImage
+from tmpa.models.agw import AGWNet
 from tmpa.models.net import split_params
-from tmpa.dart import DART, TwinNet, dart_learner, sample_losses
+from tmpa.dart import DART, TwinNet, dart_learner, measured_rows, sample_losses
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.learner import tmpa_learner
 from tmpa.models.backbone import micro_resnet, tiny_resnet
-from tmpa.models.tmpa import load_tmpa, load_weights, read_meta, save_weights
+from tmpa.models.tmpa import TMPANet, load_tmpa, load_weights, read_meta, save_weights
 from tmpa.robust import PairKind, clean_confidence, group_confidence, noisy_items, pair_division, quadruplet_loss, row_confidence, soft_id_loss
 
 # ---------------------------------------------------------------- confidence
@@ -132,15 +133,43 @@ def test_files(tmp_path):
     m = twin(evaluate='a', feature='pool').eval(); save_weights(m, f, note='x')
     again = load_tmpa(f)
     assert type(again).__name__ == 'TwinNet' and again.evaluate == 'a' and not again.training and read_meta(f)['note'] == 'x'
+    assert again.base == 'agw' and type(again.a) is AGWNet
     with torch.no_grad(): assert torch.equal(again(x, 0), m(x, 0))
     with pytest.raises(CheckpointError, match='do not fit resnet18 TwinNet'): load_weights(TwinNet(7, 'resnet18', False), f)
     d = torch.load(f, weights_only=True); d['meta']['net'] = 'os'; torch.save(d, f)
     with pytest.raises(CheckpointError, match='holds a os, which is unknown'): load_tmpa(f)
 
+def without_base(f):
+    "A file of before 0.7, when twins had one trunk and said nothing of it."
+    d = torch.load(f, weights_only=True)
+    del d['meta']['base']
+    torch.save(d, f)
+
+def test_files_of_before_there_was_a_base(tmp_path):
+    f, x = tmp_path/'twin.pth', torch.randn(3, 3, 48, 24)
+    m = twin(base='tmpa', attention='se').eval()
+    save_weights(m, f)
+    without_base(f)
+    again = load_tmpa(f)
+    assert read_meta(f)['base'] == again.base == again.meta['base'] == 'tmpa' and type(again.b) is TMPANet
+    with torch.no_grad(): assert torch.equal(again(x, 0), m(x, 0))
+    with pytest.raises(CheckpointError, match='TwinNet of tmpa do not fit tiny_resnet TwinNet of agw') as e:
+        load_weights(twin(), f)
+    assert '\n' not in str(e.value)
+
+def test_learners_of_before_there_was_a_base():
+    m = twin(base='tmpa')
+    del m.base
+    again = pickle.loads(pickle.dumps(m))
+    assert again.base == 'tmpa' and again.meta == twin(base='tmpa').meta
+
 def test_one_weight_file_starts_both_trunks():
     sd = tiny_resnet().state_dict()
     m = TwinNet(7, tiny_resnet, sd)
-    assert torch.equal(m.a.mfe.shared.conv1.weight, m.b.mfe.shared.conv1.weight) and not torch.equal(m.a.classifier.weight, m.b.classifier.weight)
+    stems = [o.mfe.shared.stems for o in (m.a, m.b)]
+    for o in stems:
+        for s in (o.visible, o.infrared): assert torch.equal(s[0].weight, sd['conv1.weight'])
+    assert not torch.equal(m.a.classifier.weight, m.b.classifier.weight)
     assert m.pretrained and [len(g) for g in split_params(m)] == [2*len([*m.a.mfe.parameters(), *m.a.tail.parameters()]), 4]
 
 # ---------------------------------------------------------------- learner
@@ -156,13 +185,41 @@ def fit(folder, epochs=2, mix=None, seed=0, cbs=None, dls=None, **kw):
     with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(epochs, lr=.03)
     return learn
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(2, 20), st.booleans(), st.integers(0, 99))
+def test_every_image_is_measured(n_vis, n_ir, bs, halves, seed):
+    torch.manual_seed(seed)
+    modality = torch.tensor([0]*n_vis + [1]*n_ir)[torch.randperm(n_vis + n_ir)]
+    rows = measured_rows(modality.tolist(), bs, halves)
+    assert set(rows.flatten().tolist()) == set(range(n_vis + n_ir)) and rows.shape[1] <= bs
+    per = rows.shape[1]//2
+    if halves: assert (modality[rows].sum(1) == per).all() and (len(rows) - 1)*per < max(n_vis, n_ir)
+    else: assert rows.flatten()[:n_vis + n_ir].unique().numel() == n_vis + n_ir   # none is read twice before all were
+
+def test_measuring_with_more_of_one_modality(folder, device):
+    "Each image is measured, and twins of one trunk are shown the order that they always were."
+    dls = loaders(folder, bs_valid=16)
+    ds = dls.train.dataset
+    ds.items = [o for i,o in enumerate(ds.items) if o.modality == 0 or i % 2]
+    assert sample_losses(TwinNet(12, micro_resnet, False).to(dls.device), dls).shape == (2, len(ds.items))
+    seen = []
+    class Seen(TwinNet):
+        def logits(self, images, modality): seen.append(modality); return super().logits(images, modality)
+    got = sample_losses(Seen(12, micro_resnet, False, base='tmpa').to(dls.device), dls, seed=4)
+    torch.manual_seed(4)
+    order = torch.randperm(len(ds.items))
+    order = torch.cat([order, order[:-len(order) % 16]])
+    assert torch.cat(seen).tolist() == [int(ds.items[i].modality) for i in order] and got.isfinite().all()
+
 @pytest.mark.parametrize('mix', [None, lambda: PedMix(patch=6, seed=1)])
 def test_one_seed_one_result(folder, mix, device):
     a,b = (fit(folder, mix=mix and mix()) for _ in range(2))
     for p,q in zip(a.model.state_dict().values(), b.model.state_dict().values()): assert torch.equal(p, q)
     assert torch.equal(a.dart.conf, b.dart.conf) and str(a.recorder.values) == str(b.recorder.values)
     assert np.isfinite(a.recorder.values[-1][0]) and a.loss_func.conf is None
-    assert not torch.equal(a.model.state_dict()['a.mfe.shared.conv1.weight'], fit(folder, mix=mix and mix(), seed=1).model.state_dict()['a.mfe.shared.conv1.weight'])
+    other = fit(folder, mix=mix and mix(), seed=1)
+    weight = lambda learn: learn.model.a.mfe.shared.stems.visible[0].weight
+    assert not torch.equal(weight(a), weight(other))
 
 def test_measuring_disturbs_nothing(folder, device):
     "Confidences of one, and a quadruplet loss that is switched off: the same training with and without the measuring pass."
@@ -201,6 +258,11 @@ def test_wrong_company(folder, device):
         def before_batch(self): self.learn.xb,self.learn.yb = (tuple(o.flip(0) for o in b) for b in (self.xb, self.yb))
     with pytest.raises(ConfigError, match='reorders'): fit(folder, cbs=[Reorder()])
     with pytest.raises(ConfigError, match='evaluate'): TwinNet(3, tiny_resnet, False, evaluate='c')
+
+def test_one_trunk_trains_as_well(folder, device):
+    learn = fit(folder, mix=PedMix(patch=6, seed=1), model_kw=dict(base='tmpa'))
+    assert type(learn.model.a) is TMPANet and learn.dart.losses.isfinite().all()
+    assert np.isfinite(learn.recorder.values[-1][0])
 
 def test_pickles(folder, device):
     learn = fit(folder)

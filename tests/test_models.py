@@ -191,6 +191,7 @@ BESIDE = {
     **{k: lambda k=k: TMPANet(5, tiny_resnet, False, mfe=False, mft=False, attention=k) for k in ('se', 'stn', 'cbam')},
     'AGW': lambda: AGWNet(5, tiny_resnet, False),
     'DART': lambda: TwinNet(5, tiny_resnet, False),
+    'DART one trunk': lambda: TwinNet(5, tiny_resnet, False, base='tmpa'),
 }
 
 @pytest.mark.parametrize('name', BESIDE)

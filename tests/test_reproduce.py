@@ -300,7 +300,8 @@ def test_methods_are_told_apart():
 
 
 @pytest.mark.parametrize('change,words', [(dict(mfe=False), 'MFT needs'), (dict(loss=dict(alfa=1)), 'alfa'), (dict(model=dict(heeds=1)), 'heeds'), (dict(mix=dict(ratio=1)), 'ratio'), (dict(method='dart'), 'one trunk'), (dict(net='agw'), 'one trunk'),
-    (dict(net='agw', method='dart', mfe=False, mft=False), 'DART trains'), (dict(mix=dict(kind='stripes')), 'choose one of')])
+    (dict(net='agw', method='dart'), 'one trunk'),
+    (dict(method='dart', mfe=False, mft=False, model=dict(base='agw')), 'base'), (dict(mix=dict(kind='stripes')), 'choose one of')])
 def test_recipes_that_contradict_themselves(toy, tmp_path, change, words):
     r = get_recipe('TMPA').but(**change)
     with pytest.raises(ConfigError, match=words): r.check()

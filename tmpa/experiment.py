@@ -124,7 +124,8 @@ def _learner(cfg, dls, mix):
     r, arch = cfg.recipe, ARCHS.get(cfg.arch, cfg.arch)
     how = dict(mix=mix, precision=cfg.precision, eval_every=cfg.eval_every, compile=cfg.compile)
     if r.method == 'dart':
-        return dart_learner(dls, arch, cfg.pretrained, loss_func=r.make_loss(), model_kw=r.model, seed=cfg.seed, **how)
+        return dart_learner(dls, arch, cfg.pretrained, loss_func=r.make_loss(),
+                            model_kw={**r.parts(), **r.model}, seed=cfg.seed, **how)
     return reid_learner(dls, r.make_net(dls.c, arch, cfg.pretrained), r.make_loss(), **how)
 
 # %% ../nbs/18_experiment.ipynb #0bbaf9ba

@@ -72,9 +72,10 @@ class Recipe:
         "`ConfigError` where fields contradict each other or a part does not know an argument; to be called before anything is trained."
         cls = net_class(self.net, self.method)
         if cls is not TMPANet and (self.mfe or self.mft): raise ConfigError(f"recipe {self.name}: net {self.net!r}, method {self.method!r} have one trunk: pass mfe=False, mft=False")
-        if (self.net, self.method) == ('agw','dart'): raise ConfigError(f"recipe {self.name}: DART trains twins of net 'tmpa', not of 'agw'")
+        if self.method == 'dart' and self.net not in cls.settings['base']:
+            raise ConfigError(f"recipe {self.name}: DART trains twins of net 'agw' or 'tmpa', not of {self.net!r}")
         if self.mft and not self.mfe: raise ConfigError(f'recipe {self.name}: MFT needs the three extractors: pass mft=False as well')
-        given = ['n_classes', 'arch', 'pretrained'] + ['mfe', 'mft']*(cls is TMPANet)  # by the run, or by other fields
+        given = ['n_classes', 'arch', 'pretrained', *self.parts()]  # by the run, or by other fields
         check_names(self.model, [k for k in _defaults(cls) if k not in given], f'recipe {self.name}, model')
         try: self.make_mix(); self.make_loss()
         except TypeError as e: raise ConfigError(f'recipe {self.name}, mix, model or loss: {e}') from None
@@ -87,12 +88,14 @@ class Recipe:
     def make_loss(self):
         "The loss function."
         return (TMPALoss if self.method == 'plain' else DARTLoss)(**self.loss)
+    def parts(self):
+        "What the fields, beside `model`, tell the network."
+        if self.method == 'dart': return dict(base=self.net)
+        return dict(mfe=self.mfe, mft=self.mft) if self.net == 'tmpa' else {}
     def make_net(self, n_classes, arch, pretrained=True):
         "The network."
         self.check()
-        cls = net_class(self.net, self.method)
-        parts = dict(mfe=self.mfe, mft=self.mft) if cls is TMPANet else {}
-        return cls(n_classes, arch, pretrained, **parts, **_tuples(self.model))
+        return net_class(self.net, self.method)(n_classes, arch, pretrained, **self.parts(), **_tuples(self.model))
 
 # %% ../nbs/17_recipes.ipynb #1d7722a0
 def _changed(kw, f):
@@ -150,8 +153,10 @@ _all = [
     Recipe('B+CA+PedMix C+S', mix=dict(regions=(True,True,False)), **_one, note='centre and sub-centre are mixed'),
     *[Recipe(f'B+CA+{n}', mix=dict(kind=k), **_one, note=f'{n} in the place of PedMix')
       for n,k in {'Mixup': 'mixup', 'CutMix': 'cutmix', 'PatchMix': 'patchmix', 'Attentive CutMix': 'attentive_cutmix'}.items()],
-    Recipe('DART', mix=None, method='dart', **_one, note='twin networks that divide the pairs by their losses'),
-    Recipe('DART+PedMix', method='dart', **_one, note='the twin networks see mixed images too'),
+    Recipe('DART', mix=None, net='agw', method='dart', **_one, note='twin networks that divide the pairs by their losses'),
+    Recipe('DART+PedMix', net='agw', method='dart', **_one, note='the twin networks see mixed images too'),
+    Recipe('DART one trunk', mix=None, method='dart', **_one, note='DART with the one-trunk baseline twice'),
+    Recipe('DART+PedMix one trunk', method='dart', **_one, note='the one-trunk twins see mixed images too'),
     Recipe('AGW', channel_exchange=False, mix=None, net='agw', **_one, note='the published baseline with non-local blocks'),
     *[Recipe(f'B+CA+PedMix+{n}', model=dict(attention=n.lower()), **_one, note=f'{n} on the shared feature, where MFT would be') for n in ('SE','STN','CBAM')],
     *[Recipe(f'B+CA+PedMix {p}x{p}', mix=dict(patch=p), **_one, note=f'patches of {p} x {p} pixels') for p in (8,16)],
@@ -219,7 +224,8 @@ TABLES = dict(
         note='B stands for B+CA here, as the numbers of B+PedMix show.', base='B+PedMix'),
     table5=RecipeTable('Table V: parameters', _rows(('params','rank1','mAP'), ('AlignGAN', None, 82.0,56.30,53.40), ('JSIA', None, 60.6,48.10,48.90), ('DART', 'DART', 70.9,81.97,73.78),
         ('TMPA (w/o MFT)', 'TMPA w/o MFT', 69.5,85.55,77.86), ('TMPA', 'TMPA', 48.3,86.31,79.77)), metrics=('rank1','mAP'),
-        note='Parameters (millions, without classifiers) and GFLOPs of one 288 x 144 image are counted on ResNet-50 at either scale.', base='TMPA'),
+        note="Parameters (millions, without classifiers) and GFLOPs of one 288 x 144 image are counted on ResNet-50 "
+             "at either scale. The paper's 70.9 of DART is one of its two networks as published, 47.0 of it unused copies; ours is what both use.", base='TMPA'),
     table6=RecipeTable('Table VI: attention', _rows(_m, ('B_DA+SENet', 'B+CA+PedMix+SE', 81.62,95.63,97.22,73.31), ('B_DA+STN', 'B+CA+PedMix+STN', 82.33,94.96,96.84,74.57),
         ('B_DA+CBMA', 'B+CA+PedMix+CBAM', 84.27,96.32,97.65,77.22), ('B_DA+MFT', 'TMPA', *_tmpa)), note='B_DA is B+CA+PedMix; CBMA is CBAM.', base='B_DA+MFT'),
     table7=RecipeTable('Table VII: patch size', _rows(_m, ('Baseline', 'B+CA', *_ca), ('8×8', 'B+CA+PedMix 8x8', 80.27,93.66,94.03,71.53), ('12×12', 'B+CA+PedMix', *_ped), ('16×16', 'B+CA+PedMix 16x16', 78.88,92.25,93.63,69.87))),
@@ -234,7 +240,8 @@ TABLES |= dict(
     parts=RecipeTable('One part of the complete feature', [TableRow('after the neck', 'TMPA'), *[TableRow(f'{l}, before the neck', 'TMPA', score=dict(feature='pool', **({} if p == 'both' else dict(part=p))))
         for l,p in (('complete','both'), ('shared alone','shared'), ('specific alone','specific'))]], note='One trained network, scored in several ways.'),
     readings=RecipeTable('Readings of the paper', _rows(_m, ('PedMix beside originals', 'B+CA+PedMix'), ('mixed images alone', 'B+CA+PedMix only'), ('TMPA, completed one by one', 'TMPA'), ('TMPA, completed in pairs', 'TMPA pair')), base=None),
-    baselines=RecipeTable('Baselines', _rows(_m, ('B', 'B'), ('AGW', 'AGW'), ('B+CA', 'B+CA'), ('DART', 'DART'))),
+    baselines=RecipeTable('Baselines', _rows(_m, ('B', 'B'), ('AGW', 'AGW'), ('B+CA', 'B+CA'), ('DART', 'DART'),
+        ('DART, one trunk', 'DART one trunk'), ('DART+PedMix, one trunk', 'DART+PedMix one trunk')), base='B'),
 )
 
 def get_table(

@@ -105,7 +105,8 @@ def describe(
     meta = model if isinstance(model, dict) else getattr(model, 'meta', {})
     parts = {(False, False): 'baseline', (True, False): 'without MFT', (True, True): 'TMPA'}
     kind = meta.get('net') or parts.get((meta.get('mfe'), meta.get('mft')), 'unnamed model')
-    return f"{meta.get('arch', 'unknown architecture')} {kind}"
+    base = f" of {meta['base']}" if meta.get('base') else ''  # what twins are two of
+    return f"{meta.get('arch', 'unknown architecture')} {kind}{base}"
 
 # %% ../../nbs/11a_models.net.ipynb #817ce890
 @contextmanager
