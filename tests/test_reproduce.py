@@ -295,6 +295,9 @@ def test_methods_are_told_apart():
         return Mine
     mine = [key('B', mix=dict(kind=k, **kw)) for k,kw in ((mix(0.), {}), (mix(1.), {}), (mix(0., 'x'), dict(stripes=8, p=1.)))]
     assert mine[0] == mine[2] != mine[1]
+    # runs of before 0.7, when AGW and DART were something else, belong to the recipes that say so
+    before = {'AGW alpha=0.8': '9b018064', 'DART one trunk': 'b54a6cca', 'DART+PedMix one trunk': '9863d27c'}
+    assert {r: key(r) for r in before} == before and not {key(r) for r in ('AGW', 'DART', 'DART+PedMix')} & {*before.values()}
     for r,kw in (('B+CA+PatchMix', dict(mix=dict(kind='patchmix', ratio=.5))), ('B+CA+CutMix', dict(mix=dict(kind='cutmix', alpha=1.))), ('DART', dict(loss=dict(threshold=.5))), ('AGW', dict(model=dict(nonlocal_channels=1)))):
         assert key(r, **kw) == key(r), r
 

@@ -157,7 +157,9 @@ _all = [
     Recipe('DART+PedMix', net='agw', method='dart', **_one, note='the twin networks see mixed images too'),
     Recipe('DART one trunk', mix=None, method='dart', **_one, note='DART with the one-trunk baseline twice'),
     Recipe('DART+PedMix one trunk', method='dart', **_one, note='the one-trunk twins see mixed images too'),
-    Recipe('AGW', channel_exchange=False, mix=None, net='agw', **_one, note='the published baseline with non-local blocks'),
+    Recipe('AGW', channel_exchange=False, mix=None, net='agw', loss=dict(alpha=1.), **_one,
+           note='the published baseline with non-local blocks, its losses weighed as published'),
+    Recipe('AGW alpha=0.8', channel_exchange=False, mix=None, net='agw', **_one, note='AGW with the weight of equation 16'),
     *[Recipe(f'B+CA+PedMix+{n}', model=dict(attention=n.lower()), **_one, note=f'{n} on the shared feature, where MFT would be') for n in ('SE','STN','CBAM')],
     *[Recipe(f'B+CA+PedMix {p}x{p}', mix=dict(patch=p), **_one, note=f'patches of {p} x {p} pixels') for p in (8,16)],
     *[Recipe(f'B+CA+PedMix A_C={a:.2f}', mix=dict(ratios=(a, round(a+.05, 2), round(a+.1, 2))), **_one, note='another share of exchanged patches') for a in (.45,.55,.75,.85)],
@@ -240,8 +242,8 @@ TABLES |= dict(
     parts=RecipeTable('One part of the complete feature', [TableRow('after the neck', 'TMPA'), *[TableRow(f'{l}, before the neck', 'TMPA', score=dict(feature='pool', **({} if p == 'both' else dict(part=p))))
         for l,p in (('complete','both'), ('shared alone','shared'), ('specific alone','specific'))]], note='One trained network, scored in several ways.'),
     readings=RecipeTable('Readings of the paper', _rows(_m, ('PedMix beside originals', 'B+CA+PedMix'), ('mixed images alone', 'B+CA+PedMix only'), ('TMPA, completed one by one', 'TMPA'), ('TMPA, completed in pairs', 'TMPA pair')), base=None),
-    baselines=RecipeTable('Baselines', _rows(_m, ('B', 'B'), ('AGW', 'AGW'), ('B+CA', 'B+CA'), ('DART', 'DART'),
-        ('DART, one trunk', 'DART one trunk'), ('DART+PedMix, one trunk', 'DART+PedMix one trunk')), base='B'),
+    baselines=RecipeTable('Baselines', _rows(_m, ('B', 'B'), ('AGW', 'AGW'), ('AGW, alpha 0.8', 'AGW alpha=0.8'), ('B+CA', 'B+CA'),
+        ('DART', 'DART'), ('DART, one trunk', 'DART one trunk'), ('DART+PedMix, one trunk', 'DART+PedMix one trunk')), base='B'),
 )
 
 def get_table(
