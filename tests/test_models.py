@@ -327,6 +327,125 @@ def test_agw_nonlocal_blocks(arch, want):
     with torch.device('meta'): m = AGWNet(3, arch, False)
     assert sum(isinstance(o, NonLocal) for o in m.modules()) == want and n_flops(m, (64, 32)) > 0
 
+class Published:
+    """AGW's network written out once more, from its weights alone, in float64.
+
+    A ResNet-50 whose last stage keeps the size, a stem for each modality, and behind the last two blocks of stage 2
+    and the last three of stage 3 a non-local block with every product of two positions; means of cubes, to which
+    `floor` is added before the cube root; batch norm. In training batch norm goes by the batch."""
+    blocks = {1: 3, 2: 4, 3: 6, 4: 3}
+    strides = {1: 1, 2: 2, 3: 2, 4: 1}
+    nonlocals = {1: 0, 2: 2, 3: 3, 4: 0}  # behind so many of the last blocks
+
+    def __init__(self, weights, training=False, clamp=0., floor=1e-12):
+        self.w, self.training = {k: v.double() for k,v in weights.items()}, training
+        self.clamp, self.floor = clamp, floor
+
+    def conv(self, x, name, stride=1):
+        w = self.w[f'{name}.weight']
+        return F.conv2d(x, w, self.w.get(f'{name}.bias'), stride, w.shape[-1]//2)
+
+    def norm(self, x, name):
+        over = [d for d in range(x.ndim) if d != 1]
+        mean, var = x.mean(over), x.var(over, unbiased=False)
+        if not self.training: mean, var = self.w[f'{name}.running_mean'], self.w[f'{name}.running_var']
+        numbers = mean, var, self.w[f'{name}.weight'], self.w[f'{name}.bias']
+        mean, var, a, b = (o.view(1, -1, *[1]*(x.ndim-2)) for o in numbers)
+        return a*(x - mean)/(var + 1e-5).sqrt() + b
+
+    def stem(self, x, name):
+        return F.max_pool2d(self.norm(self.conv(x, f'{name}.0', 2), f'{name}.1').clamp(min=0), 3, 2, 1)
+
+    def bottleneck(self, x, name, stride):
+        y = self.norm(self.conv(x, f'{name}.conv1'), f'{name}.bn1').clamp(min=0)
+        y = self.norm(self.conv(y, f'{name}.conv2', stride), f'{name}.bn2').clamp(min=0)
+        y = self.norm(self.conv(y, f'{name}.conv3'), f'{name}.bn3')
+        if f'{name}.downsample.0.weight' in self.w:
+            x = self.norm(self.conv(x, f'{name}.downsample.0', stride), f'{name}.downsample.1')
+        return (x + y).clamp(min=0)
+
+    def non_local(self, x, name):
+        theta, phi, g = (self.conv(x, f'{name}.{o}').flatten(2) for o in ('theta', 'phi', 'g'))  # (B, 1, N)
+        n = x[0, 0].numel()
+        y = torch.zeros_like(g)
+        for i in range(n):
+            for j in range(n): y[:, :, i] += (theta[:, :, i]*phi[:, :, j]).sum(1, keepdim=True)/n*g[:, :, j]
+        return x + self.norm(self.conv(y.view(*y.shape[:2], *x.shape[2:]), f'{name}.out.0'), f'{name}.out.1')
+
+    def __call__(self, vis, ir):
+        "Pooled and normalised feature of images (B, 3, H, W); in training pooled feature and scores of the identities."
+        x = torch.cat([self.stem(o.double(), f'mfe.shared.stems.{m}') for o,m in ((vis, 'visible'), (ir, 'infrared'))])
+        for stage,n in self.blocks.items():
+            name = 'tail.layer4' if stage == 4 else f'mfe.shared.layers.layer{stage}'
+            for k in range(n):
+                x = self.bottleneck(x, f'{name}.{k}', self.strides[stage] if k == 0 else 1)
+                if k >= n - self.nonlocals[stage]: x = self.non_local(x, f'{name}.nonlocal{k}')
+        pooled = ((x.clamp(min=self.clamp)**3).mean((2, 3)) + self.floor)**(1/3)
+        feat = self.norm(pooled, 'neck')
+        if self.training: return pooled, feat @ self.w['classifier.weight'].T
+        return [o/o.norm(dim=1, keepdim=True) for o in (pooled, feat)]
+
+class PublishedPool(nn.Module):
+    def forward(self, x): return ((x**3).mean((2, 3)) + 1e-12)**(1/3)
+
+@pytest.fixture(scope='module')
+def agw50():
+    "AGW on a ResNet-50 in float64, every number of it random, its statistics those of a batch."
+    m = agw(resnet50).double()
+    g = torch.Generator().manual_seed(0)
+    draw = lambda o: torch.rand(o.shape, generator=g, dtype=o.dtype)
+    norms = [o for o in m.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad():
+        for o in norms:
+            o.weight.copy_(.5 + draw(o.weight))
+            o.momentum = 1.
+            if o is not m.neck: o.bias.copy_(draw(o.bias) - .5)
+        for o in m.mfe.shared.stems.infrared[0].parameters(): o.add_(.05*(draw(o) - .5))
+        for o in m.modules():  # their output is cubic in their input, which runs away over five of them
+            if isinstance(o, NonLocal): o.out[1].weight.mul_(.1)
+        m(data()[0].double(), MOD)
+    return m.eval()
+
+@pytest.fixture
+def no_casts(monkeypatch): monkeypatch.setattr(torch.Tensor, 'float', lambda self: self)
+
+def both(m, x):
+    with torch.no_grad(): return torch.cat([m(x[MOD == 0], 0), m(x[MOD == 1], 1)])
+
+def published(m, x, **kw): return Published(m.state_dict(), **kw)(x[MOD == 0], x[MOD == 1])[m.feature == 'bn']
+
+@pytest.mark.parametrize('feature', ['bn', 'pool'])
+def test_agw_differs_from_the_published_network_by_floor_and_casts(agw50, feature):
+    m, x = copy.deepcopy(agw50), data(2)[0].double()
+    m.feature = feature
+    off = (both(m, x) - published(m, x)).abs().max()
+    assert 1e-10 < off < 1e-5
+
+@pytest.mark.parametrize('feature', ['bn', 'pool'])
+def test_agw_without_casts_differs_by_the_floor(agw50, no_casts, feature):
+    m, x = copy.deepcopy(agw50), data(2)[0].double()
+    m.feature = feature
+    close(both(m, x), published(m, x, clamp=m.pool.eps, floor=0.), 1e-12)
+    assert (both(m, x) - published(m, x)).abs().max() > 1e-10
+    m.pool = PublishedPool()
+    close(both(m, x), published(m, x), 1e-12)
+
+def test_without_non_local_blocks_it_is_another_network(agw50):
+    "The comparison sees them."
+    m, x = copy.deepcopy(agw50), data(2)[0].double()
+    for o in m.modules():
+        if isinstance(o, NonLocal): nn.init.zeros_(o.out[1].weight)
+    assert (both(m, x) - published(agw50, x)).abs().max() > 1e-3
+
+def test_agw_trains_as_the_published_network(agw50, no_casts):
+    m, x = copy.deepcopy(agw50).train(), data(2)[0].double()
+    m.pool = PublishedPool()
+    pooled, scores = Published(m.state_dict(), training=True)(x[MOD == 0], x[MOD == 1])
+    with torch.no_grad(): got = m(x, MOD)
+    rows = MOD.argsort(stable=True)
+    close(got['feat'][rows], pooled, 1e-11)
+    close(got['logits'][rows], scores, 1e-11)
+
 def test_agw_files(tmp_path):
     x,_ = data(); save_weights(agw(), tmp_path/'a.pth')
     with pytest.raises(CheckpointError, match='tiny_resnet AGWNet do not fit tiny_resnet baseline') as e: load_weights(net(mfe=False, mft=False), tmp_path/'a.pth')
