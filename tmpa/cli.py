@@ -8,12 +8,11 @@ __all__ = ['parse_size', 'parse_ints', 'parse_range', 'tmpa_demo', 'mean_scores'
 
 # %% ../nbs/18b_cli.ipynb #1e02945a
 import functools, os, sys, time
-from pathlib import Path
 import numpy as np
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import noop
 from fastcore.script import call_parse, Param, store_true
-from .core import ConfigError, TMPAError, keep_memory
+from .core import ConfigError, TMPAError, keep_memory, user_path
 from .processes import agreed, is_told, on_rank0, this_process, together, told
 from .demo import compare, demo_patch, demo_rows, summarise
 from .experiment import evaluate_run, train_run
@@ -90,14 +89,14 @@ def tmpa_demo(
     quiet:store_true=False, # No progress bars
 ):
     "Render people, train the baseline and TMPA on them from scratch, and score both on unseen identities in both directions."
-    size,seeds = parse_size(size),parse_ints(seeds, 'seeds')
-    if Path(out).exists() and not resume: raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
+    size,seeds,out = parse_size(size),parse_ints(seeds, 'seeds'),user_path(out)
+    if out.exists() and not resume: raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
     rows = demo_rows(['B','B+CA','B+CA+PedMix','TMPA'] if ablation else ['B','TMPA'], epochs, equal_compute, size=size)
     spec = DataSpec('synthetic', path=data, n_ids=ids, size=size, seed=world)
     print(f'Rendering {ids} identities (once) ...', flush=True)
     lines = compare(rows, out, spec, seeds, resume=resume, quiet=quiet, workers=workers, arch='micro_resnet', pretrained=False, patch=demo_patch(size), select='held_out', lr=.03, warmup=.3, decay=(.6,.85), cache=True)
     print('\nUnseen identities, per cent' + (', mean ± deviation over seeds' if len(seeds) > 1 else '') + ':\n' + text_table(summarise(lines)))
-    print(f'\nReport: {Path(out)/"report.html"}')
+    print(f'\nReport: {out/"report.html"}')
 
 # %% ../nbs/18b_cli.ipynb #6d898b80
 def mean_scores(
@@ -115,7 +114,7 @@ def mean_scores(
 # %% ../nbs/18b_cli.ipynb #2c713d62
 def trials_folder(out, resume):
     "The folder of ten models: new, or with `resume` one that holds trials and nothing else."
-    out = Path(out)
+    out = user_path(out)
     if not (resume and out.exists()): return new_folder(out)
     if not out.is_dir() or any(not o.name.startswith(('.', 'trial', 'metrics.json')) for o in out.iterdir()): raise ConfigError(f'{out} holds other things than trials: choose another --out')
     return out
@@ -163,7 +162,7 @@ def tmpa_train(
             patch=patch, select=select, eval_every=eval_every, precision=precision, compile=compile, sync_bn=sync_bn, beta_warmup=beta_warmup, num_workers=workers, ir_range=parse_range(ir_range), cache=decoded, log=log)
     if not (per_model and trial == 'all'):
         m = train_run(agreed(lambda: cfg(trial, out)), quiet=quiet, resume=resume)
-        say(f"\n{m['recipe']} on {data}, per cent:\n{text_table(score_rows(m['scores']))}\n\nReport: {Path(out)/'report.html'}")
+        say(f"\n{m['recipe']} on {data}, per cent:\n{text_table(score_rows(m['scores']))}\n\nReport: {user_path(out)/'report.html'}")
         if 'mix' in m: say(m['mix'])
         if also := m.get('also_trained'): say(f'Warning: {also_trained_note(also)}')
         return
@@ -201,7 +200,7 @@ def tmpa_evaluate(
     out:str=None, # Also write the scores to this JSON file (it must not exist)
 ):
     "Score weights by a data set's protocol, or anybody's features by a rule."
-    if out and Path(out).exists(): raise ConfigError(f'{out} exists already: choose another --out')
+    if out and user_path(out).exists(): raise ConfigError(f'{out} exists already: choose another --out')
     given = lambda **kw: [f'--{k}' for k,v in kw.items() if v not in (None, False)]
     if features:
         if idle := given(weights=weights, data=data, path=path, trial=trial, complete=complete, flip=flip, ir_range=ir_range): raise ConfigError(f"{', '.join(idle)}: of weights and images, not of --features, which are scored as they are")
@@ -241,4 +240,4 @@ def tmpa_reproduce(
     setup = make_setup(scale, data, path, trial, epochs, ids, seeds, budget, patch=patch)
     files = reproduce(tables, setup, out, direction, None if rows is None else [o.strip() for o in rows.split(';')], workers, show=show)
     for f in files: print(f'\n{f.read_text(encoding="utf8", errors="backslashreplace").strip()}')
-    print(f'\nRuns: {Path(out)/"results.csv"}; tables: {", ".join(str(f) for f in files)}')
+    print(f'\nRuns: {user_path(out)/"results.csv"}; tables: {", ".join(str(f) for f in files)}')

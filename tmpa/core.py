@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'Modality', 'ReIDImage', 'PublishedImage', 'known', 'same_person', 'plain', 'TMPAError', 'DataError',
-           'ProtocolError', 'CheckpointError', 'ConfigError', 'arg_names', 'check_names', 'as_picture', 'check_record',
-           'check_records', 'rand_on', 'check_modality', 'slots', 'tmpa_home', 'keep_memory', 'free_memory',
-           'in_memory', 'atomic_write']
+           'ProtocolError', 'CheckpointError', 'ConfigError', 'arg_names', 'check_names', 'user_path', 'as_picture',
+           'check_record', 'check_records', 'rand_on', 'check_modality', 'slots', 'tmpa_home', 'keep_memory',
+           'free_memory', 'in_memory', 'atomic_write']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
 import ctypes, inspect, os, tempfile
@@ -105,6 +105,13 @@ def check_names(
         remedy = f'did you mean {near[0]}?' if near else f'it takes {", ".join(known) or "none"}'
         raise ConfigError(f'{what} has no argument {name}: {remedy}')
 
+# %% ../nbs/00_core.ipynb #0fe9c13d
+def user_path(
+    path:str|os.PathLike, # As a user gives it
+)->Path:
+    "A path with `~` and `~name` as home folders; where there is nobody of that name it is left as it is."
+    return Path(os.path.expanduser(path))
+
 # %% ../nbs/00_core.ipynb #9d83a1b6
 def as_picture(
     x, # A Pillow image, or an array or tensor of pixels
@@ -128,7 +135,7 @@ def check_record(
     modality:int|None=None, # Of a path or picture
 )->ReIDImage:
     "A record with fields of the right kind, or `ConfigError`: a wrong one would be found much later, or not at all."
-    what = Path(o) if isinstance(o, (str, os.PathLike)) else as_picture(o)
+    what = user_path(o) if isinstance(o, (str, os.PathLike)) else as_picture(o)
     if what is not None:
         if modality not in (0, 1):
             raise ConfigError(f'modality={modality!r}: a path or picture does not say by what camera it was taken, '
@@ -141,7 +148,7 @@ def check_record(
     if isinstance(o.path, (Path, Image.Image)): return o
     if not isinstance(o.path, (str, os.PathLike)):
         raise ConfigError(f'path={o.path!r}: a ReIDImage takes a path or a Pillow image')
-    return o._replace(path=Path(o.path))
+    return o._replace(path=user_path(o.path))
 
 def check_records(
     items, # ReIDImages, paths or pictures, or one of them
@@ -212,7 +219,7 @@ def slots(
 # %% ../nbs/00_core.ipynb #3a99d0f3
 def tmpa_home()->Path: # The folder; it need not exist
     "Where the library keeps what it has made and can make again."
-    return Path(os.environ.get('TMPA_HOME') or '~/.cache/tmpa').expanduser()
+    return user_path(os.environ.get('TMPA_HOME') or '~/.cache/tmpa')
 
 # %% ../nbs/00_core.ipynb #3acd8266
 def keep_memory()->bool: # Whether there was anybody to ask
@@ -254,7 +261,7 @@ def atomic_write(
     path:str|os.PathLike, # The file to make or replace
 ):
     "Yield a temporary `Path` beside `path`; rename it to `path` on success, remove it on failure."
-    path = Path(path)
+    path = user_path(path)
     if path.is_symlink(): path = path.resolve()  # or the link would be replaced, and its file left as it was
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

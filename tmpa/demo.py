@@ -9,10 +9,9 @@ __all__ = ['FIELDS', 'train_flops', 'Row', 'demo_rows', 'demo_patch', 'as_line',
 # %% ../nbs/18a_demo.ipynb #58444c43
 import csv, json, re
 from dataclasses import dataclass
-from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from .core import ConfigError, arg_names, atomic_write, check_names
+from .core import ConfigError, arg_names, atomic_write, check_names, user_path
 from .data.synthetic import GENERATOR_VERSION
 from .experiment import mean_map, train_runs
 from .run import ARCHS, RunConfig, alone, earlier_run, environment, images_key, new_folder, read_json, write_json
@@ -78,7 +77,8 @@ def read_lines(
     path, # CSV file
 )->list:
     "Records of a CSV file; none if there is no such file yet."
-    if not Path(path).exists(): return []
+    path = user_path(path)
+    if not path.exists(): return []
     with open(path, newline='', encoding='utf8', errors='surrogateescape') as f: return list(csv.DictReader(f))
 
 def write_lines(path, lines, fields=FIELDS):
@@ -131,7 +131,7 @@ def compare(
 )->list: # One record a run
     "Run all rows over all seeds; `results.csv`, `results.md` and `report.html` grow with every run."
     check_names(kwargs, [*arg_names(compare), *arg_names(RunConfig, ['recipe', 'spec', 'epochs', 'seed'])], 'compare')
-    out = Path(out)
+    out = user_path(out)
     if min(seeds) < 0 or min(r.epochs for r in rows) < 1: raise ConfigError(f'seeds {list(seeds)}, epochs {rows[0].epochs}: seeds start at 0, epochs at 1')
     train,test,_ = read_data(spec)  # renders, once, before processes start
     what = _setup(out, dict(data=spec.data, n_ids=spec.n_ids, size=list(spec.size), data_seed=spec.seed, generator=GENERATOR_VERSION, **kwargs), resume)

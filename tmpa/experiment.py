@@ -23,7 +23,7 @@ from fastai.torch_core import set_seed
 from .callback.loop import RunawayError, not_finite
 from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
-from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic_write, keep_memory
+from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic_write, keep_memory, user_path
 from .processes import n_processes, on_rank0, rank0_first, this_process, together, told, is_told
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
@@ -42,7 +42,7 @@ from .scoring import (DataSpec, also_trained, also_trained_note, read_data, read
 class SaveWeights(Callback):
     "After every epoch write `last.pth`, and `best.pth` when the held-out mAP is the best so far; whole files or none, and finite numbers alone."
     order = 56  # after the recorder and the CSV log
-    def __init__(self, folder, meta): self.folder,self.meta,self.best = Path(folder),meta,-1.
+    def __init__(self, folder, meta): self.folder,self.meta,self.best = user_path(folder),meta,-1.
     def after_epoch(self):
         if hasattr(self, 'lr_finder') or hasattr(self, 'gather_preds'): return
         if name := not_finite(self.model):

@@ -9,7 +9,7 @@ __all__ = ['Features', 'load_features', 'save_features']
 import numpy as np, torch
 from pathlib import Path
 from typing import NamedTuple
-from .core import DataError, atomic_write
+from .core import DataError, atomic_write, user_path
 
 # %% ../nbs/13c_features.ipynb #05de8157
 _names = dict(feats=('feats', 'feat', 'features', 'feature', 'f', 'x', 'embeddings', 'embedding', 'emb', 'descriptors'),
@@ -74,7 +74,7 @@ def load_features(
     side=None, # 'query' or 'gallery', for files that hold both (`query_f`, `gallery_f`, ...)
 ) -> Features:
     "Features, identities and, where the file has them, cameras and modalities; `DataError` names the file and what it holds."
-    path = Path(path)
+    path = user_path(path)
     d = _arrays(path)
     feats, pids, cams, modality = (_pick(d, k, path, side) for k in _names)
     missing = [what for x,what in ((feats, "features ('feats')"), (pids, "identities ('pids')")) if x is None]
@@ -90,7 +90,7 @@ def save_features(
     modality=None, # (n,) modalities
 ):
     "Write features so that `load_features` reads them back; the file is whole or absent."
-    path = Path(path)
+    path = user_path(path)
     feats = _numbers(feats, 'features', path)
     d = dict(feats=feats, **{k: _numbers(x, k, path, len(feats)) for k,x in (('pids', pids), ('cams', cams), ('modality', modality)) if x is not None})
     with atomic_write(path) as tmp:

@@ -8,10 +8,9 @@ __all__ = ['COLUMNS', 'score_rows', 'text_table', 'mean_std', 'markdown_table', 
 
 # %% ../nbs/17b_report.ipynb #343b6372
 import base64, csv, html, io, json, math, statistics
-from pathlib import Path
 import matplotlib.pyplot as plt
 from .confidence import difference
-from .core import atomic_write
+from .core import atomic_write, user_path
 
 # %% ../nbs/17b_report.ipynb #bf4c0cb8
 COLUMNS = {'rank1':'Rank-1', 'rank10':'Rank-10', 'rank20':'Rank-20', 'mAP':'mAP', 'mINP':'mINP'}
@@ -63,7 +62,7 @@ def difference_rows(
 # %% ../nbs/17b_report.ipynb #727ed538
 def read_log(path):
     "Columns of a `CSVLogger` file as lists of floats (`nan` for what is no number)."
-    with open(path, newline='') as f: rows = list(csv.DictReader(f))
+    with open(user_path(path), newline='') as f: rows = list(csv.DictReader(f))
     def num(v):
         try: return float(v)
         except (TypeError, ValueError): return math.nan
@@ -115,4 +114,4 @@ def write_report(
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<title>{html.escape(title)}</title><style>{_CSS}</style></head><body><h1>{html.escape(title)}</h1>{"".join(body)}</body></html>')
     with atomic_write(path) as tmp: tmp.write_text(page, encoding='utf8', errors='backslashreplace')
-    return Path(path)
+    return user_path(path)

@@ -10,7 +10,7 @@ import itertools, shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from .callback.loop import RunawayError
-from .core import ConfigError, TMPAError, check_names
+from .core import ConfigError, TMPAError, check_names, user_path
 from .experiment import OverBudget, evaluate_run, train_runs
 from .run import OtherImages, alone, earlier_run, images_key, new_folder, write_json
 from .recipes import TABLES, Recipe, RecipeTable, TableRow, get_recipe, get_table, short_hash
@@ -73,7 +73,7 @@ def reproduce(
     show:bool=False, # Run nothing, write the tables from what is there
 )->list: # Markdown files of the tables
     "Run what is not finished, write `results.csv` after each run, then every table as Markdown, CSV and a plot."
-    out = Path(out)
+    out = user_path(out)
     rows = [r for t in tables.values() for r in t.rows if r.recipe and (only is None or {r.label.lower(), get_recipe(r.recipe).name.lower()} & {o.lower() for o in only})]
     labels = {o for r in rows for o in (r.label.lower(), get_recipe(r.recipe).name.lower())}
     if unknown := [o for o in only or [] if o.lower() not in labels] or (['none'] if not rows else []): raise ConfigError(f"rows {unknown}: choose from {', '.join(dict.fromkeys(r.label for t in tables.values() for r in t.rows if r.recipe))}")

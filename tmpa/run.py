@@ -15,7 +15,7 @@ from pathlib import Path
 import torch, torchvision
 from . import __version__
 from .callback.loop import RunawayError
-from .core import CheckpointError, ConfigError, atomic_write
+from .core import CheckpointError, ConfigError, atomic_write, user_path
 from .data.synthetic import GENERATOR_VERSION
 from .models.backbone import get_arch, micro_resnet, tiny_resnet
 from .models.tmpa import read_meta
@@ -29,12 +29,12 @@ def write_json(path, obj):
 
 def remove_leftovers(folder):
     "Half-written files of a process that was killed, under the temporary names of `atomic_write`."
-    for f in Path(folder).glob('.*'):
+    for f in user_path(folder).glob('.*'):
         if re.fullmatch(r'\.\w+-\w{8}\.(json|pth|csv|html|png)', f.name): f.unlink(missing_ok=True)
 
 def read_json(path):
     "What `write_json` wrote."
-    try: return json.loads(Path(path).read_text(encoding='utf8'))
+    try: return json.loads(user_path(path).read_text(encoding='utf8'))
     except (OSError, ValueError) as e: raise ConfigError(f'{path} cannot be read ({type(e).__name__}): choose another --out, or remove {Path(path).parent} to run it again') from None
 
 # %% ../nbs/17d_run.ipynb #d0f10009
@@ -62,7 +62,7 @@ def save_environment(
     path, # JSON file; one that is there keeps what a run was begun with, and gets what it goes on with where that is something else
 ):
     "Write `environment()`."
-    now,f = environment(),Path(path)
+    now,f = environment(),user_path(path)
     first = read_json(f) if f.exists() else {}
     other = first and any(first.get(k) != v for k,v in json.loads(json.dumps(now)).items())
     write_json(f, {**first, 'resumed_with': [*first.get('resumed_with', []), now]} if other else first or now)
@@ -106,12 +106,14 @@ class RunConfig:
     ir_range:tuple|None = None
     log:str = 'csv' # 'csv', 'tensorboard' or 'wandb'
 
+    def __post_init__(self): self.out = str(user_path(self.out))
+
     def asdict(self): "As plain data for JSON."; return json.loads(json.dumps({**asdict(self), 'recipe': self.recipe.asdict()}, default=named))
 
 # %% ../nbs/17d_run.ipynb #d0f1000f
 def new_folder(out):
     "Make `out`; what is already there is never written over."
-    out = Path(out)
+    out = user_path(out)
     if out.is_file(): raise ConfigError(f'{out} is a file: choose another --out')
     if out.exists(): raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
     try: out.mkdir(parents=True)
@@ -125,7 +127,7 @@ def alone(
     "Two commands in one folder would take each other's unfinished runs for cut-off ones; the second is refused."
     try: import fcntl
     except ImportError: yield; return
-    fd = os.open(folder, os.O_RDONLY)
+    fd = os.open(user_path(folder), os.O_RDONLY)
     try:
         try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise ConfigError(f'{folder} is in use by another command: wait for it, or choose another --out') from None

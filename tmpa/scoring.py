@@ -11,7 +11,7 @@ import csv, os, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from .core import ConfigError, DataError, atomic_write, tmpa_home
+from .core import ConfigError, DataError, atomic_write, tmpa_home, user_path
 from .data.external import csv_items, llcm_items, regdb_items, sysu_items, cross_settings, llcm_settings, regdb_settings, sysu_settings
 from .data.load import split_by_pid
 from .data.image import check_range
@@ -31,6 +31,9 @@ class DataSpec:
     n_ids:int = 400 # Synthetic: identities, three quarters of them for training
     size:tuple = (288,144) # Height and width
     seed:int = 0 # Synthetic: seed of the renderer
+
+    def __post_init__(self):
+        if self.path: self.path = str(user_path(self.path))
 
 # %% ../nbs/17c_scoring.ipynb #1e75928e
 def _int_trial(trial, low, high, data):
@@ -82,7 +85,7 @@ def read_data(spec:DataSpec):
 def synthetic_path(spec:DataSpec):
     "Where the built-in data of this description is rendered, once."
     h,w = spec.size
-    return Path(spec.path) if spec.path else tmpa_home()/f'v{GENERATOR_VERSION}-{spec.n_ids}x10-{h}x{w}-{spec.seed}'
+    return user_path(spec.path) if spec.path else tmpa_home()/f'v{GENERATOR_VERSION}-{spec.n_ids}x10-{h}x{w}-{spec.seed}'
 
 # %% ../nbs/17c_scoring.ipynb #b0639d03
 def _numbers(spec, items):

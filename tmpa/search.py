@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from PIL import Image
 from .core import (CheckpointError, ConfigError, DataError, ProtocolError, PublishedImage, ReIDImage, TMPAError, arg_names,
-                       as_picture, atomic_write, check_names, check_records, known, same_person)
+                       as_picture, atomic_write, check_names, check_records, known, same_person, user_path)
 from .data.image import check_range, how_read, read_image
 from .learner import extract_features
 from .models.net import scored_as
@@ -172,7 +172,7 @@ def add(self:Gallery,
     if any(isinstance(o.path, Image.Image) for o in items): raise ConfigError('a gallery keeps paths, not pictures: write the pictures to files first')
     if self.model is not None or feats is None: self._own()
     if feats is not None: feats = self._features(feats, len(items))
-    key = lambda o: os.path.abspath(o.path)  # one file, whether or not it is named from the working folder
+    key = lambda o: os.path.abspath(user_path(o.path))  # one file, whether or not it is named from the working folder
     there,todo = {key(o) for o in self.items},[]
     for i,o in enumerate(items):
         if key(o) not in there: there.add(key(o)); todo.append(i)
@@ -345,7 +345,7 @@ def load(cls:Gallery,
 )->Gallery:
     "Read a gallery; one of another model is refused."
     check_names(kwargs, arg_names(cls), 'Gallery.load')
-    with _whole(path), np.load(path, allow_pickle=False) as z:
+    with _whole(path), np.load(user_path(path), allow_pickle=False) as z:
         meta,numbers = json.loads(str(z['meta'])),z['numbers'].T.tolist()
         names = z['paths'].tobytes().decode('utf8', 'surrogateescape').split('\0') if meta['n'] else []
         stored = z['as_stored'] if 'as_stored' in z.files else [False]*len(names)  # up to version 0.6 nobody asked

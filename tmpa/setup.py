@@ -11,7 +11,7 @@ import itertools, math, shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from warnings import warn
-from .core import ConfigError, arg_names, check_names
+from .core import ConfigError, arg_names, check_names, user_path
 from .data.synthetic import GENERATOR_VERSION
 from .demo import Row, demo_patch, write_lines
 from .regions import grid_size
@@ -68,7 +68,7 @@ class Setup:
             f'budget {self.budget:g} minutes of one core a run' if self.budget else 'no budget')
     def config(self, recipe, spec, seed, out):
         "A run; its folder is found by recipe, setup, trial and seed, under whatever name the recipe was first run."
-        r,runs = get_recipe(recipe),Path(out)/'runs'
+        r,runs = get_recipe(recipe),user_path(out)/'runs'
         end = f'{short_hash(content(r))}-{self.key}-trial{spec.trial}-seed{seed}'
         folder = next(runs.glob(f'*-{end}'), runs/f'{Row(r.name, r, 0).slug[:60]}-{end}')
         return RunConfig(scaled(r, spec.size, self.run.get('patch')), spec, str(folder), seed=seed, **self.run)
@@ -123,12 +123,12 @@ def _read(f):
 def run_state(folder)->tuple: # 'done', 'over budget', 'failed' or 'cut off', and what the folder says about it
     "How far a run folder came."
     for status,name in (('done','metrics'), ('over budget','over_budget'), ('failed','failed')):
-        if (d := _read(Path(folder)/f'{name}.json')) is not None: return status,d
+        if (d := _read(user_path(folder)/f'{name}.json')) is not None: return status,d
     return 'cut off',{}
 
 def run_lines(folder)->list: # None of a run that was cut off; more than one where its network was scored in several ways
     "A run folder as flat records."
-    folder = Path(folder)
+    folder = user_path(folder)
     (status,d),cfg = run_state(folder),_read(folder/'config.json')
     if status == 'cut off': return []
     cfg,(_,rkey,setup,_,_) = cfg or d.get('config'),folder.name.rsplit('-', 4)
@@ -152,7 +152,7 @@ def _flat(scores): return {f'{k}_{s}': round(v[k], 6) for s,v in scores.items() 
 def collect(out)->list:
     "The records of all runs in `out`, also written to `results.csv`; a damaged folder is passed over with a warning."
     lines = []
-    for f in sorted((Path(out)/'runs').glob('*-trial*-seed*')):
+    for f in sorted((user_path(out)/'runs').glob('*-trial*-seed*')):
         try: lines += run_lines(f)
         except (ConfigError, KeyError, TypeError, AttributeError) as e: warn(str(e) if isinstance(e, ConfigError) else f'{f} holds something else than a run of tmpa ({type(e).__name__}): remove it')
     write_lines(Path(out)/'results.csv', lines, list(dict.fromkeys([*RUN_FIELDS, *itertools.chain(*lines)])))

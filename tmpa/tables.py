@@ -9,11 +9,10 @@ __all__ = ['FilledRow', 'ratio_label', 'fill', 'cells', 'command', 'missing', 'm
 # %% ../nbs/18ab_tables.ipynb #7ab10003
 import csv, shlex
 from dataclasses import dataclass, replace
-from pathlib import Path
 import matplotlib.pyplot as plt, torch
 from torchvision.models import resnet50
 from .confidence import difference
-from .core import ConfigError, Modality, atomic_write
+from .core import ConfigError, Modality, atomic_write, user_path
 from .callback.pedmix import pedmix
 from .data.image import how_read, load_resized
 from .models.tmpa import n_flops, n_params
@@ -192,7 +191,7 @@ def save_figure(path, fig):
 
 def save_table(out, name, table, lines, setup, setting):
     "`NAME-DATA-SETTING.md`, `.csv` and `.png` in `out`; table I has its own form."
-    stem = Path(out)/f'{name}-{setup.specs[0].data}-{setting}'
+    stem = user_path(out)/f'{name}-{setup.specs[0].data}-{setting}'
     filled,where = fill(table, lines, setup, setting),'' if str(out) == 'runs/tables' else out
     if name == 'table1': rows,fig = (t := table1(lines)),None; text = '\n\n'.join(['## Table I', setup.text, markdown_table(t), *missing(name, table, filled, setup, setting, where)]) + '\n'
     else:

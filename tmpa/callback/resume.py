@@ -14,7 +14,7 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import get_model, num_distrib, to_device
-from ..core import CheckpointError, ConfigError, atomic_write
+from ..core import CheckpointError, ConfigError, atomic_write, user_path
 from ..processes import in_order, n_processes, on_rank0, this_process
 from ..models.backbone import first_mismatch, load_torch
 
@@ -56,7 +56,7 @@ class ResumeFit(Callback):
         file, # A .pth file; whole or not there, and gone when the fit is finished
         quiet:bool=False, # Do not say that a fit goes on
     ):
-        self.file,self.quiet,self.muted = Path(file),quiet,{}
+        self.file,self.quiet,self.muted = user_path(file),quiet,{}
         self._reset()
 
     def _unmute(self):

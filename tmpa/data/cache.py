@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 import torch
 from fastprogress.fastprogress import progress_bar
-from ..core import ConfigError, DataError, atomic_write, tmpa_home
+from ..core import ConfigError, DataError, atomic_write, tmpa_home, user_path
 from .image import decoded, how_read, item_range
 
 # %% ../../nbs/01b_data.cache.ipynb #17b9c191
@@ -34,7 +34,7 @@ def _name(o, ir_range):
     "What decides about the pixels of a record: its file, its range as plain numbers, and whether it is read as stored."
     how = how_read(o, ir_range)
     r = how['ir_range']
-    return os.path.abspath(o.path), None if r is None else tuple(map(float, r)), how['as_stored']
+    return os.path.abspath(user_path(o.path)), None if r is None else tuple(map(float, r)), how['as_stored']
 
 # %% ../../nbs/01b_data.cache.ipynb #5719c786
 class ImageCache:
@@ -161,7 +161,7 @@ def image_cache(
     "The decoded images of all `items`, made now or found; `ConfigError` where there is no place for them."
     names = sorted({_name(o, ir_range) for o in items}, key=str)
     if not names: raise DataError('no images to decode: the item list is empty')
-    folder = Path(folder).expanduser() if folder else tmpa_home()/'images'
+    folder = user_path(folder) if folder else tmpa_home()/'images'
     old = [n[:2] if n[2] else n for n in names]  # of published images the key is that of version 0.6, whose file is made again
     key = hashlib.sha1(repr((old, tuple(size))).encode('utf8', 'surrogateescape')).hexdigest()[:16]
     file, sources = folder/f'{size[0]}x{size[1]}-{key}.images', _sources(names)

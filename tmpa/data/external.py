@@ -13,7 +13,7 @@ import numpy as np
 from collections import Counter, defaultdict
 from pathlib import Path
 from warnings import warn
-from ..core import Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError, check_records, known
+from ..core import Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError, check_records, known, user_path
 from ..evaluation import Setting, cross_settings_of
 from ..ranking import SYSU_INFRARED, check_cameras
 from .image import as_float, decoded, image_exts, item_range, load_resized, read_image
@@ -23,7 +23,7 @@ _all_ = ['as_float', 'decoded', 'item_range', 'load_resized', 'read_image']  # w
 
 # %% ../../nbs/01_data.external.ipynb #7bf59653
 def _root(path, hint):
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_dir(): raise DataError(f'no folder {path}: pass the folder that holds {hint}')
     return path
 
@@ -99,7 +99,7 @@ def load_perms(
 ) -> dict: # (camera, identity) -> int array (10, n): row t is the order of files 1..n in trial t
     "The official gallery order of SYSU-MM01; `DataError` when the file is missing or is something else."
     from scipy.io import loadmat
-    path = Path(path)
+    path = user_path(path)
     if path.is_dir():
         path = next((f for f in (path/'rand_perm_cam.mat', path/'exp'/'rand_perm_cam.mat') if f.exists()), path/'rand_perm_cam.mat')
     if not path.exists(): raise DataError(f"no file {path}: copy it from the data set, or use convention='seeded'")
@@ -114,7 +114,7 @@ def _sysu_perms(items, convention, perms):
     if convention not in (None, 'official', 'seeded'): raise ProtocolError(f"gallery convention '{convention}' does not exist: use 'official' or 'seeded'")
     if convention=='seeded' or not items: return 'seeded', None
     if isinstance(perms, dict): return 'official', perms
-    root = Path(items[0].path).parents[2] if perms is None else Path(perms)
+    root = Path(items[0].path).parents[2] if perms is None else user_path(perms)
     found = any(f.exists() for f in (root/'rand_perm_cam.mat', root/'exp'/'rand_perm_cam.mat'))
     if convention is None and perms is None and not found: return 'seeded', None
     return 'official', load_perms(root)
@@ -243,7 +243,7 @@ def csv_items(
     split:str='train', # Which lines: those with this word in `split`
 ) -> list: # ReIDImage, in the order of the file
     "Images listed in a CSV file; `DataError` names the line that cannot be used."
-    path,res,mods = Path(path),[],{'visible': 0, 'infrared': 1, '0': 0, '1': 1}
+    path,res,mods = user_path(path),[],{'visible': 0, 'infrared': 1, '0': 0, '1': 1}
     if not path.is_file(): raise DataError(f'no file {path}: pass a CSV file with the columns file, pid, cam, modality and split')
     try: text = _text(path)
     except OSError as e: raise DataError(f'{path} cannot be read ({type(e).__name__}): save it as CSV in UTF-8') from None

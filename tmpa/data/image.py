@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from ..core import ConfigError, DataError, Modality
+from ..core import ConfigError, DataError, Modality, user_path
 
 # %% ../../nbs/00b_data.image.ipynb #a4ed5ac3
 FORMATS = ('AVIF', 'BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP') # as Pillow calls them
@@ -45,7 +45,7 @@ def _decode(path, as_stored=False):
     pic = isinstance(path, Image.Image)
     if pic and path.format=='TIFF' and getattr(path, 'tile', ()) and path.filename and path.tell()==0:
         pic,path = False,path.filename                  # not loaded yet: see `_opened`
-    if not pic: path = Path(path)
+    if not pic: path = user_path(path)
     lenient,ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES,False
     try:
         with nullcontext(path) if pic else _opened(path) as im:

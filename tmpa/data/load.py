@@ -21,7 +21,7 @@ from fastai.data.load import _loaders
 from fastai.torch_core import TensorImage, default_device, to_detach
 from fastai.vision.core import imagenet_stats
 from ..core import (ConfigError, DataError, arg_names, check_modality, check_names, check_records, known, same_person, slots,
-                       tmpa_home)
+                       tmpa_home, user_path)
 from ..processes import own_batches
 from .external import (cross_settings, llcm_items, llcm_settings,
                                 regdb_items, regdb_settings, sysu_items, sysu_settings)
@@ -374,7 +374,7 @@ def _cache_for(items, size, ir_range, cache, more, device):
 class ReIDDataLoaders(DataLoaders):
     "A training and a validation loader for visible-infrared re-identification; make it with one of the `from_` methods."
     def __init__(self, *loaders, path='.', device=None, settings_fn=cross_settings, test=None, source=None):
-        super().__init__(*loaders, path=path, device=device)
+        super().__init__(*loaders, path=user_path(path), device=device)
         self.settings_fn,self.test,self.source = settings_fn,test,source or {}
 
     @property
@@ -485,7 +485,7 @@ def _from_reader(cls, name, path, read, test_settings, valid, split_seed, info, 
         return [o for s in splits for o in _if_there(read, s)]
     settings_fn = test_settings if valid == 'test' else cross_settings
     res = cls.from_items(train, held, settings_fn=settings_fn, **{'cache_with': everything, **kwargs})
-    res.test,res.source = (partial(read, 'test'), test_settings),dict(dataset=name, path=str(path), valid=valid, **info)
+    res.test,res.source = (partial(read, 'test'), test_settings),dict(dataset=name, path=str(user_path(path)), valid=valid, **info)
     return res
 
 # %% ../../nbs/03_data.load.ipynb #213a1aad
@@ -544,7 +544,7 @@ def from_synthetic(cls:ReIDDataLoaders,
     "Loaders for rendered people in RegDB's layout; decoded images are kept beside them unless `cache=False`."
     _check_arguments(kwargs, cls, 'from_synthetic')
     if path is None: path = tmpa_home()/f'regdb-v{GENERATOR_VERSION}-{n_ids}x{per_modality}-{size[0]}x{size[1]}-{data_seed}'
-    path = make_regdb(Path(path), n_ids, per_modality=per_modality, size=size, seed=data_seed)
+    path = make_regdb(path, n_ids, per_modality=per_modality, size=size, seed=data_seed)
     res = cls.from_regdb(path, size=size, **{'cache': path/'decoded', **kwargs})
     res.source.update(dataset='synthetic', n_ids=n_ids, per_modality=per_modality, size=tuple(size), data_seed=data_seed)
     return res

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from PIL import Image
-from ..core import ConfigError, DataError, Modality, arg_names, check_names
+from ..core import ConfigError, DataError, Modality, arg_names, check_names, user_path
 
 # %% ../../nbs/01a_data.synthetic.ipynb #6e18250b
 GENERATOR_VERSION = '1' # Changes whenever a rendered pixel changes; stored in every manifest
@@ -437,7 +437,7 @@ def _ready(path, manifest):
 
 def _write(path, layout, size, seed, jobs, texts, n_workers, **counts):
     "Render `jobs` (relative path, pid, modality, cam, shot) and write `texts`, atomically; return the folder."
-    path, size = Path(path), tuple(int(o) for o in size)
+    path, size = user_path(path), tuple(int(o) for o in size)
     digest = hashlib.sha256(json.dumps([jobs, sorted(texts.items())]).encode()).hexdigest()[:16]
     manifest = dict(generator=GENERATOR_VERSION, layout=layout, size=list(size), seed=int(seed), images=len(jobs), **counts, contents=digest)
     if _ready(path, manifest): return path
@@ -501,7 +501,7 @@ def _structure(table):
     keys = ['pid', 'split', *(f'cam{k}' for k in range(1, 7))]
     try:
         if isinstance(table, (str, os.PathLike)):
-            with open(table, newline='') as f: table = list(csv.DictReader(f))
+            with open(user_path(table), newline='') as f: table = list(csv.DictReader(f))
         rows = [[r[k] for k in keys] if hasattr(r, 'keys') else list(r) for r in table]
         rows = [(int(r[0]), str(r[1]).strip(), [int(o) for o in r[2:8]]) for r in rows]
     except OSError as e: raise DataError(f'cannot read the structure table {table}: {e.strerror}; pass a CSV file with the columns {",".join(keys)}')

@@ -12,7 +12,7 @@ from pathlib import Path
 from functools import partial
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from ..core import CheckpointError, ConfigError, arg_names, check_names
+from ..core import CheckpointError, ConfigError, arg_names, check_names, user_path
 
 # %% ../../nbs/08_models.backbone.ipynb #a29a058e
 class _TinyResNet(ResNet):
@@ -99,7 +99,7 @@ def load_torch(
     path, # A file written by `torch.save`
 )->dict:  # Its content, tensors on the CPU
     "Read a checkpoint without running code from it; what cannot be read is a `CheckpointError` of one line."
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file(): raise CheckpointError(f'{path}: no such file: check the path of the weights')
     try: r = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # torch raises half a dozen unrelated types for a damaged file
