@@ -1,5 +1,5 @@
 """The commands as a shell calls them: help, a whole run, and one clear line for whatever a user can put right."""
-import inspect, json, runpy, shutil, subprocess, sys
+import inspect, json, os, runpy, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -235,6 +235,32 @@ def test_ten_trials_go_on_where_they_were_cut_off(run, regdb, tmp_path, monkeypa
     one_line(run(*args, '--resume', '--lr', .5), 'lr', '--out')
     (tmp_path/'all'/'notes.txt').touch()
     one_line(run(*args, '--resume'), 'other things')
+
+
+TEN_TRIALS = '''
+from tmpa import cli, run
+from pathlib import Path
+def train(cfg, quiet, resume):
+    "Stands in for the training."
+    run.new_folder(cfg.out)
+    scores = dict(n_queries=9, n_valid=9, n_gallery=9, n_trials=1, **{k: int(cfg.spec.trial)/10 for k in ('rank1', 'rank10', 'rank20', 'mAP', 'mINP')})
+    return dict(scores={'v2t': scores})
+cli.train_run = train
+cli.tmpa_train(data='regdb', path='nowhere', trial='all', out=%r, recipe='B', arch='tiny_resnet', scratch=True)
+'''
+
+def test_a_console_of_another_encoding_ends_nothing(tmp_path):
+    "Ten finished models whose table holds a plus-minus sign, in a folder whose name is no text."
+    out = str(tmp_path).encode()+b'/r\xff'
+    code = TEN_TRIALS % out.decode('utf8', 'surrogateescape')
+    env = {**os.environ, 'PYTHONIOENCODING': 'ascii'}
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, env=env, timeout=120)
+    assert r.returncode == 0, r.stderr
+    assert b'55.00 +- 30.28' in r.stdout and b'Reports: '+out in r.stdout
+    assert json.loads(Path(os.fsdecode(out), 'metrics.json').read_text())['trials'] == 10
+
+def test_help_is_in_letters_that_every_console_has(run):
+    for command in ('tmpa_demo', 'tmpa_train', 'tmpa_evaluate', 'tmpa_reproduce'): assert run(command, '--help')[1].isascii()
 
 
 def test_llcm_both_directions(run, tmp_path, device):
