@@ -79,7 +79,7 @@ def test_own_networks_that_pass_arguments_on_may_take_what_their_bases_take():
     finally: del NETS['own for arguments']
 
 # what takes anything by design, or is fastai's to call
-ANY = {'save_weights', 'RunawayError', 'set_switches', 'ReIDNet.__init_subclass__'}
+ANY = {'save_weights', 'RunawayError', 'set_switches', 'Foreign', 'ReIDNet.__init_subclass__'}
 
 def public():
     "Every function and method of ours with **kwargs, by name."

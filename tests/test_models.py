@@ -1,7 +1,7 @@
 "Networks: references spelled out row by row, pretrained starts, damaged files, mixed precision."
-import copy, pickle, itertools
+import argparse, copy, pickle, itertools
 from urllib.error import URLError
-import pytest, torch, torch.nn.functional as F, torchvision
+import numpy as np, pytest, torch, torch.nn.functional as F, torchvision
 from functools import partial
 from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50
@@ -611,3 +611,32 @@ def test_the_assertion_reads_nothing_back():
             move_to_fake_cuda(net)
             with Watch() as w: f = net(torch.rand(4, 3, 32, 16, device='cuda'), torch.randint(0, 2, (4,), device='cuda'))
         assert f.device.type == 'cuda' and w.n > 50 and w.bad == []
+
+# ---------------------------------------------------------------- files of other programs
+
+def test_weights_of_another_program(tmp_path):
+    "Trained elsewhere in the same network, written as published code writes them; features are those of the source."
+    source = net().eval()
+    sd, x = source.state_dict(), torch.randn(2, 3, 64, 32)
+    parallel = {f'module.{k}': v for k, v in sd.items()}
+    files = [sd, parallel, dict(state_dict=sd), dict(net=sd, acc=np.float64(.81), epoch=np.int64(3)), dict(net=parallel, args=argparse.Namespace(lr=.1)),
+             dict(model=sd, meta=['not ours'], optimizer=dict(state={0: dict(step=torch.ones(()))}, param_groups=[]))]
+    with torch.no_grad(): want = source(x, 0)
+    for i, content in enumerate(files):
+        torch.save(content, tmp_path/f'{i}.pth')
+        m = net(seed=1 + i)
+        assert load_weights(m, tmp_path/f'{i}.pth') == {}
+        with torch.no_grad(): assert torch.equal(m.eval()(x, 0), want)
+        with pytest.raises(CheckpointError, match='does not say which model it is'): load_tmpa(tmp_path/f'{i}.pth')
+    resnet = tiny_resnet()
+    torch.save(dict(state_dict={f'module.{k}': v for k, v in resnet.state_dict().items()}, best_acc1=np.float32(70.)), tmp_path/'r.pth')
+    m = TMPANet(5, tiny_resnet, tmp_path/'r.pth')
+    assert torch.equal(m.mfe.shared.conv1.weight, resnet.conv1.weight)
+
+def test_files_that_hold_no_weights_say_what_they_are(tmp_path):
+    m, f = net(), tmp_path/'w.pth'
+    for content, words in ((m, 'a whole TMPANet network with its code'), (dict(net=m), r'net \(a whole TMPANet network'), (dict(epoch=3), 'no weights but epoch'),
+                           (dict(teacher=m.state_dict(), student=m.state_dict()), 'teacher, student'), (dict(a=torch.ones(2)), 'another program .*the file has a: build')):
+        torch.save(content, f)
+        with pytest.raises(CheckpointError, match=words) as e: load_weights(net(), f)
+        assert '\n' not in str(e.value) and str(f) in str(e.value)

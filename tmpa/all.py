@@ -11,6 +11,7 @@ from fastai.callback.fp16 import *
 from .core import *
 from .processes import *
 from .data.image import *
+from .files import *
 from .data.external import *
 from .data.synthetic import *
 from .data.cache import *

@@ -10,6 +10,7 @@ import numpy as np, torch
 from pathlib import Path
 from typing import NamedTuple
 from .core import DataError, atomic_write, user_path
+from .files import read_mat, read_torch
 
 # %% ../nbs/13c_features.ipynb #05de8157
 _names = dict(feats=('feats', 'feat', 'features', 'feature', 'f', 'x', 'embeddings', 'embedding', 'emb', 'descriptors'),
@@ -44,10 +45,8 @@ def _arrays(path):
     try:
         if kind == '.npz':
             with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z.files}
-        if kind in ('.pt', '.pth'): d = torch.load(path, map_location='cpu', weights_only=True)
-        elif kind == '.mat':
-            from scipy.io import loadmat
-            d = {k: v for k,v in loadmat(path).items() if not k.startswith('__')}
+        if kind in ('.pt', '.pth'): d = read_torch(path)
+        elif kind == '.mat': d = read_mat(path)
         else: raise DataError(f"{path}: features are read from .npz, .pt and .mat files, not from '{kind}'")
     except FileNotFoundError: raise DataError(f"{path} does not exist: give the path of a .npz, .pt or .mat file") from None
     except DataError: raise

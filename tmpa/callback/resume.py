@@ -16,7 +16,8 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import get_model, num_distrib, to_device
 from ..core import CheckpointError, ConfigError, atomic_write, user_path
 from ..processes import in_order, n_processes, on_rank0, this_process
-from ..models.backbone import first_mismatch, load_torch
+from ..files import load_torch
+from ..models.backbone import first_mismatch
 
 # %% ../../nbs/16c_callback.resume.ipynb #c3a10006
 def _plain(o):

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from warnings import warn
 from ..core import Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError, check_records, known, user_path
+from ..files import read_mat
 from ..evaluation import Setting, cross_settings_of
 from ..ranking import SYSU_INFRARED, check_cameras
 from .image import as_float, decoded, image_exts, item_range, load_resized, read_image
@@ -98,14 +99,14 @@ def load_perms(
     path:str|Path, # `rand_perm_cam.mat`, or the folder that holds it (or `exp/rand_perm_cam.mat`)
 ) -> dict: # (camera, identity) -> int array (10, n): row t is the order of files 1..n in trial t
     "The official gallery order of SYSU-MM01; `DataError` when the file is missing or is something else."
-    from scipy.io import loadmat
     path = user_path(path)
     if path.is_dir():
         path = next((f for f in (path/'rand_perm_cam.mat', path/'exp'/'rand_perm_cam.mat') if f.exists()), path/'rand_perm_cam.mat')
     if not path.exists(): raise DataError(f"no file {path}: copy it from the data set, or use convention='seeded'")
     try:
-        cams = loadmat(path)['rand_perm_cam']
+        cams = read_mat(path)['rand_perm_cam']
         return {(c+1, p+1): np.asarray(o).astype(int) for c in range(cams.size) for p, o in enumerate(cams.flat[c].flat) if np.asarray(o).size}
+    except DataError: raise
     except Exception as e:
         raise DataError(f"{path} is not SYSU-MM01's rand_perm_cam.mat ({type(e).__name__}): copy it from the data set, or use convention='seeded'") from None
 

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import __version__
 from ..core import CheckpointError, ConfigError, atomic_write, plain
 from .attention import ATTENTION
-from .backbone import arch_name, first_mismatch, get_arch, load_torch
+from ..files import load_torch, weights_in
+from .backbone import arch_name, first_mismatch, get_arch
 
 # %% ../../nbs/11a_models.net.ipynb #1af4a269
 NETS = {}  # method -> network class
@@ -191,8 +192,9 @@ def _named(name):
     return next((cls for cls in NETS.values() if cls.__name__ == (name or 'TMPANet')), None)
 
 def _meta(file):
-    "The metadata of a file that was read, with the arguments that are newer than it."
-    meta = dict(file.get('meta') or {})
+    "The metadata of a file that was read, with the arguments that are newer than it; other programs may mean something else."
+    meta = file.get('meta')
+    meta = dict(meta) if isinstance(meta, dict) else {}
     return {**getattr(_named(meta.get('net')), 'earlier', {}), **meta}
 
 def read_meta(
@@ -202,19 +204,24 @@ def read_meta(
     return _meta(load_torch(path))
 
 # %% ../../nbs/11a_models.net.ipynb #1c1ca4a1
+def _first(weights):
+    "The first names of weights that do not say of what they are."
+    return f"the file has {', '.join(list(weights)[:3])}{' ...' if len(weights) > 3 else ''}"
+
 def load_weights(
     model:ReIDNet,            # Changed in place
-    path,                     # File of save_weights, or of `torch.save(model.state_dict(), path)`
+    path,                     # File of save_weights, or of any program that keeps a state dict of this model in it
     strict_classes:bool=True, # False: classifiers of another number of identities are skipped
 )->dict:                      # The file's metadata
     "Load weights; one-line `CheckpointError` for a file that is absent, damaged, or of another model."
     file, want = load_torch(path), model.state_dict()
-    meta, got = _meta(file), file['model'] if isinstance(file.get('model'), dict) else file
+    meta, got = _meta(file), weights_in(file, path)
     skip = {k for k in want if is_classifier(k) and k in got and want[k].ndim == 2 and want[k].shape != got[k].shape}
     keep = {k: v for k,v in got.items() if k not in skip}
     if bad := first_mismatch({k: v for k,v in want.items() if k not in skip}, keep):
-        raise CheckpointError(f'{path}: weights of {describe(meta)} do not fit {describe(model)}: {bad}: '
-                              'build the model that read_meta describes')
+        whose, how = describe(meta), 'build the model that read_meta describes'
+        if 'arch' not in meta: whose, how = 'another program', f'{_first(got)}: build the network that they are of'
+        raise CheckpointError(f'{path}: weights of {whose} do not fit {describe(model)}: {bad}: {how}')
     if skip and strict_classes:
         n, m = (len(o[min(skip)]) for o in (got, want))
         raise CheckpointError(f'{path}: made for {n} identities, the model has {m}: '
