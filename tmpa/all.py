@@ -40,6 +40,7 @@ from .robust import *
 from .dart import *
 from .callback.loop import *
 from .callback.distributed import *
+from .guard import *
 from .callback.resume import *
 from .recipes import *
 from .interpret import *

@@ -12,7 +12,7 @@ import numpy as np
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import noop
 from fastcore.script import call_parse, Param, store_true
-from .core import ConfigError, TMPAError, keep_memory, user_path
+from .core import ConfigError, TMPAError, keep_memory, memory_asked, user_path
 from .processes import agreed, is_told, on_rank0, this_process, together, told
 from .demo import compare, demo_patch, demo_rows, summarise
 from .experiment import evaluate_run, train_run
@@ -52,6 +52,8 @@ def _one_line_errors(f):
         except Exception as e:
             if is_told(e): time.sleep(1 if 'TORCHELASTIC_RUN_ID' in os.environ else 0)  # a launcher ends all as soon as one has ended, and another has a line to print
             elif isinstance(e, TMPAError): say(f'error: {e}')
+            elif (asked := memory_asked(e)) is not None:
+                say(f"error: out of memory{f', {asked} more were asked for' if asked else ''}: use smaller images or batches, or fewer --workers")
             elif isinstance(e, OSError): say(f"error: {e.filename or 'writing'}: {e.strerror}: choose a place that can be read and written, and has room")
             elif _lost_others(e): say(f'error: process {rank_distrib()} of {num_distrib()} has lost another one, which says why')
             else: raise
@@ -214,20 +216,22 @@ def tmpa_evaluate(
     flip:store_true=False, # Average with the mirrored image (named in the output)
     ir_range:str=None, # low,high of 16-bit infrared files
     workers:int=None, # Loader processes
+    bs:int=128, # Images at a time
     out:str=None, # Also write the scores to this JSON file (it must not exist)
 ):
     "Score weights by a data set's protocol, or anybody's features by a rule."
     if out and user_path(out).exists(): raise ConfigError(f'{out} exists already: choose another --out')
     given = lambda **kw: [f'--{k}' for k,v in kw.items() if v not in (None, False)]
     if features:
-        if idle := given(weights=weights, data=data, path=path, trial=trial, complete=complete, flip=flip, ir_range=ir_range): raise ConfigError(f"{', '.join(idle)}: of weights and images, not of --features, which are scored as they are")
+        if idle := given(weights=weights, data=data, path=path, trial=trial, complete=complete, flip=flip, ir_range=ir_range, bs=bs != 128): raise ConfigError(f"{', '.join(idle)}: of weights and images, not of --features, which are scored as they are")
         from tmpa.evaluation import evaluate_features
         r = evaluate_features(*features, rule=rule, metric=metric, rerank=rerank)
         scores,how = as_scores({'features': [r]}, {'features': r.n_gallery}),f"rule {rule}; {metric} distance{'; ' + r.note if r.note else ''}"
     else:
+        if bs < 1: raise ConfigError(f'bs={bs}: give 1 or more')
         if not weights: raise ConfigError('pass --weights FILE with --data and --path, or --features QUERIES GALLERY with --rule')
         if idle := given(rule=rule != 'regdb', metric=metric != 'cosine'): raise ConfigError(f"{', '.join(idle)}: for --features alone; weights are scored by their data set's protocol")
-        scores,how = evaluate_run(weights, data, path, trial, complete=complete, flip=flip, rerank=rerank, num_workers=workers, ir_range=parse_range(ir_range))
+        scores,how = evaluate_run(weights, data, path, trial, complete=complete, flip=flip, rerank=rerank, num_workers=workers, ir_range=parse_range(ir_range), bs=bs)
     print(f'{text_table(score_rows(scores))}\n\n{how}')
     if out: write_json(out, dict(how=how, scores=scores))
 

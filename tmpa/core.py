@@ -6,10 +6,10 @@
 __all__ = ['UNKNOWN', 'Modality', 'ReIDImage', 'PublishedImage', 'known', 'same_person', 'plain', 'TMPAError', 'DataError',
            'ProtocolError', 'CheckpointError', 'ConfigError', 'arg_names', 'check_names', 'user_path', 'as_picture',
            'check_record', 'check_records', 'rand_on', 'check_modality', 'slots', 'tmpa_home', 'keep_memory',
-           'free_memory', 'in_memory', 'atomic_write']
+           'OutOfMemory', 'memory_asked', 'enough_memory', 'free_memory', 'in_memory', 'atomic_write']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
-import ctypes, inspect, os, tempfile
+import ctypes, errno, inspect, os, re, tempfile, traceback
 from contextlib import contextmanager
 from difflib import get_close_matches
 from enum import IntEnum
@@ -229,6 +229,37 @@ def keep_memory()->bool: # Whether there was anybody to ask
     trim, top_pad, mmap = -1, -2, -3
     return bool(mallopt(mmap, 2**25) and mallopt(trim, 2**31 - 1) and mallopt(top_pad, 2**28))
 
+# %% ../nbs/00_core.ipynb #e3a06caf
+class OutOfMemory(ConfigError): "Work that does not fit into memory; the message says what was asked for and what to make smaller."
+
+_no_memory = re.compile("can't allocate memory|not enough memory|out of memory|Cannot allocate memory|ALLOC_FAILED", re.I)
+
+def memory_asked(
+    e:BaseException, # Any error
+)->str|None: # '2.50 GiB', or '' where it does not say how much; None: this error is about something else
+    "What an allocator was asked for and did not have."
+    text = str(e)
+    ours = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, OSError) and e.errno == errno.ENOMEM
+    if not (ours or isinstance(e, RuntimeError) and _no_memory.search(text)): return None
+    size = re.search(r'allocate ([\d.]+) ?([KMGTPE]i?B|bytes)', text)
+    if size is None: return ''
+    return f'{float(size[1])/2**30:.2f} GiB' if size[2] == 'bytes' else f'{size[1]} {size[2]}'
+
+@contextmanager
+def enough_memory(
+    what, # What is done, with its sizes; or a function that says it when it is asked
+    smaller, # What to make smaller, and how; or a function
+):
+    "`OutOfMemory` in place of what an allocator raises in this block."
+    try: yield
+    except Exception as e:
+        asked = memory_asked(e)
+        if asked is None: raise
+        what, smaller = (o() if callable(o) else o for o in (what, smaller))
+        traceback.clear_frames(e.__traceback__)  # or this error would keep the tensors of the batch
+    else: return
+    raise OutOfMemory(f"{what}: out of memory{f', {asked} more were asked for' if asked else ''}: {smaller}") from None
+
 # %% ../nbs/00_core.ipynb #76ca45d3
 def free_memory()->float: # Bytes; infinite where the system does not say
     "Memory that processes can still have."
@@ -237,8 +268,6 @@ def free_memory()->float: # Bytes; infinite where the system does not say
         return int(rows['MemAvailable'].split()[0])*1024
     except (OSError, KeyError, ValueError): return inf
 
-_no_memory = ('out of memory', "can't allocate memory", 'not enough memory')
-
 @contextmanager
 def in_memory(
     what:str, # What is done, for the error
@@ -246,14 +275,11 @@ def in_memory(
     remedy:str, # What to make smaller
     device='cpu', # Where it is done
 ):
-    "`ConfigError` with one line in place of a traceback where memory does not suffice."
-    no = lambda: ConfigError(f'{what} needs about {nbytes/1e9:.2g} GB of memory, more than there is: {remedy}')
-    if torch.device(device).type == 'cpu' and nbytes > free_memory(): raise no()
-    try: yield
-    except MemoryError: raise no() from None
-    except RuntimeError as e:
-        if not any(o in str(e) for o in _no_memory): raise
-        raise no() from None
+    "`enough_memory` for work of a known size, which is refused at once where a CPU has less."
+    needs = f'{what} needs about {nbytes/1e9:.2g} GB of memory'
+    if torch.device(device).type == 'cpu' and nbytes > free_memory():
+        raise OutOfMemory(f'{needs}, more than there is: {remedy}')
+    with enough_memory(needs, remedy): yield
 
 # %% ../nbs/00_core.ipynb #501bdac8
 @contextmanager

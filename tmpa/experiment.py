@@ -23,7 +23,7 @@ from fastai.torch_core import set_seed
 from .callback.loop import RunawayError, not_finite
 from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
-from .core import CheckpointError, ConfigError, ProtocolError, TMPAError, atomic_write, keep_memory, user_path
+from .core import CheckpointError, ConfigError, ProtocolError, OutOfMemory, TMPAError, atomic_write, keep_memory, user_path
 from .processes import n_processes, on_rank0, rank0_first, this_process, together, told, is_told
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
@@ -200,6 +200,9 @@ def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_f
                 last,epoch = out/'last.pth',e.where['epoch']-1
                 kept = f'the weights after epoch {epoch} stay in {last}' if last.exists() else 'no epoch was finished'
                 raise RunawayError(f'{out}: {e}; {kept}', **e.where) from None
+            except OutOfMemory:
+                if not (going_on or this_process() or (out/'last.pth').exists()): shutil.rmtree(out)  # for a smaller batch
+                raise
     seconds = None if done else round(watch.resume_state()[1], 1)
     if watch.over:
         write_json(out/'over_budget.json', dict(budget=budget, epochs_done=learn.epoch, epochs=cfg.epochs, seconds=seconds))
@@ -301,6 +304,7 @@ def evaluate_run(
     rerank:bool=False, # k-reciprocal re-ranking
     num_workers:int|None=None, ir_range:tuple|None=None,
     attention=None, # The recipe's attention block, where that is of your own
+    bs:int=128, # Images at a time
 )->tuple: # Scores, and one line on how they were made
     "Score a file of weights by a data set's protocol."
     meta = read_meta(weights)
@@ -316,7 +320,7 @@ def evaluate_run(
     model = load_tmpa(weights, attention=attention)
     set_switches(model, **({'eval_complete': complete} if complete else {}), **(switches or {}))
     if torch.cuda.is_available(): model.cuda()
-    scores,_ = score_model(model, test, settings, spec.size, ir_range, num_workers, flip, rerank)
+    scores,_ = score_model(model, test, settings, spec.size, ir_range, num_workers, flip, rerank, bs)
     how = f"{data}, trial {spec.trial}; after BNNeck, L2-normalised, {'flip-averaged' if flip else 'no flip'}, {'k-reciprocal re-ranking' if rerank else 'no re-ranking'}; completion {model.eval_complete}; gallery: {settings[0].note or 'all test images'}"
     if also: how += f'; warning: {also_trained_note(also)}'
     return scores,how

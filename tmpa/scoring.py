@@ -150,10 +150,11 @@ def score_model(
     num_workers:int|None=None, # Loader processes
     flip:bool=False, # Average with mirrored images
     rerank:bool=False, # k-reciprocal re-ranking
+    bs:int=128, # Images at a time
 )->tuple: # Scores by setting, and the features (n, D)
     "Extract features once and score every setting."
     check_range(items, ir_range)
-    feats = extract_features(model, items, size, ir_range=ir_range, num_workers=num_workers, flip=flip)
+    feats = extract_features(model, items, size, bs, ir_range, num_workers, flip=flip)
     return score_feats(feats, items, settings, rerank)[0],feats
 
 # %% ../nbs/17c_scoring.ipynb #a83cdb6b
