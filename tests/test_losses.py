@@ -2,9 +2,16 @@
 import math, os, pickle
 
 import numpy as np, pytest, torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.training import GradientAccumulation
 from hypothesis import given, settings, strategies as st
 
 from tmpa.core import ConfigError
+from tmpa.dart import DARTLoss, TwinNet
+from tmpa.data.load import ReIDDataLoaders
+from tmpa.learner import tmpa_learner
+from tmpa.models.backbone import micro_resnet
+from tmpa.models.tmpa import TMPANet
 from tmpa.losses import TMPALoss, id_loss, mft_loss, msi_loss, mss_loss, wrt_loss
 
 def slow_wrt(x, y):
@@ -192,3 +199,70 @@ def test_on_a_device(device):
     with torch.autocast(device, torch.bfloat16 if device == 'cpu' else torch.float16):
         got = TMPALoss()({k:v.to(device) for k,v in p.items()}, y.to(device))
     assert torch.allclose(got.cpu(), want, atol=1e-4)
+
+
+# ---------------------------------------------------------------- parts of a batch
+
+def images(P=4, K=2):
+    torch.manual_seed(0)
+    x, modality = torch.randn(2*P*K, 3, 48, 24), torch.tensor([0]*K + [1]*K).repeat(P)
+    return x, modality, torch.arange(P).repeat_interleave(2*K)
+
+def still(net):
+    "In training, with batch norms that do not look at the batch."
+    net.train()
+    for m in net.modules():
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.eval()
+    return net
+
+NETS = {'B': dict(mfe=False, mft=False), 'TMPA': {}, 'pair': dict(complete='pair'), 'mixed only': dict(keep_originals=False)}
+
+@pytest.mark.parametrize('name', [*NETS, 'DART'])
+@pytest.mark.parametrize('mixed', [False, True])
+def test_parts_of_a_batch_are_refused_where_they_are_put_together(name, mixed, device):
+    """What DataParallel gives after a forward in two replicas, whatever network it is and whether or not it knows that.
+
+    Each part with its own labels is right; means over rows are those of the whole batch.
+    """
+    x, modality, y = (o.to(device) for o in images())
+    net = TwinNet(4, micro_resnet, False) if name == 'DART' else TMPANet(4, micro_resnet, False, **NETS[name])
+    net, loss = still(net.to(device)), DARTLoss() if name == 'DART' else TMPALoss(w_wrt=0, lam1=0)
+    give = lambda s: net(x[s], modality[s], *([x[s].flip(3)] if mixed else []))
+    whole, parts = give(slice(None)), [give(slice(0, 8)), give(slice(8, 16))]
+    def together(a, b): return {k: together(v, b[k]) if isinstance(v, dict) else torch.cat([v, b[k]]) for k, v in a.items()}
+    error = pytest.raises((ConfigError, RuntimeError), match='labels are given for 16' if device == 'cpu' else 'other rows')
+    if device != 'cuda':  # where an assertion is the end of the process
+        with error: loss(together(*parts), y)
+        with error: loss(parts[0], y)
+    of_parts = (loss(parts[0], y[:8]) + loss(parts[1], y[8:]))/2
+    assert torch.allclose(loss(whole, y), of_parts, atol=1e-5 if device == 'cpu' else 1e-4)
+
+def test_parts_that_cut_slots_are_refused():
+    x, modality, y = images()
+    net = still(TMPANet(4, micro_resnet, False))
+    s = slice(2, 14)  # infrared of one person, visible of the next one, and so on
+    with pytest.raises(ConfigError, match='of 6 slots pair images of different people'): TMPALoss()(net(x[s], modality[s]), y[s])
+    with pytest.raises(ConfigError, match='needs equal numbers'): net(x[:6], modality[:6])
+
+def test_gradients_of_accumulated_batches(tmp_path, device):
+    "fastai's GradientAccumulation takes whole batches: the gradient of each with its own labels, added up."
+    dls = ReIDDataLoaders.from_synthetic(tmp_path, n_ids=12, per_modality=3, size=(48, 24), P=2, K=2, num_workers=0, aug=False)
+    learn = tmpa_learner(dls, micro_resnet, pretrained=False, mix=None, precision='fp32')
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    class Keep(Callback):
+        order = GradientAccumulation.order + 1
+        def __init__(self): self.batches = []
+        def before_batch(self): self.batches.append((self.xb, self.yb))
+        def before_step(self):
+            self.grads = [None if p.grad is None else p.grad.clone() for p in self.learn.model.parameters()]
+            raise CancelFitException
+    keep = Keep()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[GradientAccumulation(16), keep])
+    assert len(keep.batches) == 2
+    net, loss = learn.model, TMPALoss()
+    net.load_state_dict(before)
+    net.train().zero_grad()
+    for (x, modality), (y, *_) in keep.batches: (loss(net(x, modality), y)/2).backward()
+    for p, g in zip(net.parameters(), keep.grads):
+        assert (p.grad is None) == (g is None)
+        if g is not None: assert torch.allclose(p.grad, g, atol=1e-5)

@@ -119,6 +119,8 @@ class DARTLoss(TMPALoss):
         super().__init__(alpha=1., margin=margin, label_smoothing=label_smoothing)
         self.threshold,self.match,self.conf = threshold,match,None
 
+    def outputs(self, p): "What each network gave."; return p['a'], p['b']
+
     def weighted(self, p, y):
         "Terms of both networks: each is the mean of the two, and counts twice in the sum."
         a, b = self.of_net(p, 'a', y, 0), self.of_net(p, 'b', y, 1)
