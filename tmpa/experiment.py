@@ -23,13 +23,15 @@ from fastai.torch_core import set_seed
 from .callback.loop import RunawayError, not_finite
 from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
-from .core import CheckpointError, ConfigError, ProtocolError, OutOfMemory, TMPAError, atomic_write, keep_memory, user_path
+from .core import CheckpointError, ConfigError, OutOfMemory, ProtocolError, TMPAError
+from .core import atomic_write, keep_memory, user_path
 from .processes import n_processes, on_rank0, rank0_first, this_process, together, told, is_told
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION
 from .models.net import load_tmpa, load_weights, read_meta, save_weights, set_switches
 from .dart import dart_learner
+from .guard import tensorboard_scalars
 from .learner import extract_features, reid_learner
 from .recipes import content, short_hash
 from .interpret import plot_ranks
@@ -68,13 +70,8 @@ class _FinishWandb(Callback):
 def _log_cbs(log, out):
     if log == 'csv': return []
     if log == 'tensorboard':
-        try: from fastai.callback.tensorboard import TensorBoardCallback; import tensorboard
-        except ImportError: raise ConfigError('--log tensorboard: install it with `pip install tensorboard`') from None
-        class TensorBoard(TensorBoardCallback):
-            def after_epoch(self):  # without a validation set its loss is None, which fastai would write as a number
-                for n,v in zip(self.recorder.metric_names[2:-1], self.recorder.log[2:-1]):
-                    if v is not None: self.writer.add_scalar(n, v, self.train_iter)
-        return [TensorBoard(log_dir=Path(out)/'tensorboard', trace_model=False)]
+        try: return [tensorboard_scalars(Path(out)/'tensorboard')]
+        except ConfigError: raise ConfigError('--log tensorboard: install it with `pip install tensorboard`') from None
     if log == 'wandb':
         try: import wandb; from fastai.callback.wandb import WandbCallback
         except ImportError: raise ConfigError('--log wandb: install it with `pip install wandb`') from None
@@ -201,7 +198,8 @@ def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_f
                 kept = f'the weights after epoch {epoch} stay in {last}' if last.exists() else 'no epoch was finished'
                 raise RunawayError(f'{out}: {e}; {kept}', **e.where) from None
             except OutOfMemory:
-                if not (going_on or this_process() or (out/'last.pth').exists()): shutil.rmtree(out)  # for a smaller batch
+                of_use = going_on or (out/'last.pth').exists()
+                if not (of_use or this_process()): shutil.rmtree(out)  # for a smaller batch
                 raise
     seconds = None if done else round(watch.resume_state()[1], 1)
     if watch.over:

@@ -119,16 +119,16 @@ class PlainTensors(Callback):
         self.learn.yb = tuple(map(plain, self.yb))
 
 def _terms(model, loss_func):
-    "The terms that the loss records for this network."
+    "The terms that the loss has for this network: all that it names, but for those of TMPA that the network lacks."
     has = getattr(model, 'loss_terms', None)
     named = getattr(loss_func, 'terms', None)
     if named is None: return [t for t in has or () if hasattr(loss_func, t)]
-    return [t for t in named if has is None or t in has]
+    return [t for t in named if has is None or t in has or t not in TMPALoss.terms]
 
 @delegates(Learner.__init__)
 def reid_learner(dls, # ReIDDataLoaders
     model, # `model(images, modality[, mixed])`: what the loss reads in training, features in evaluation
-    loss_func, # Its terms are attributes
+    loss_func, # `loss_func(output, label, pid, cam)`; it names its `terms`, which are attributes
     terms:tuple|list|None=None, # Names of those that become columns; None: those that the loss has for this network
     mix=None, # A mix callback; 'pedmix' for the paper's, None for none
     precision:str='auto', # 'auto': fp16 where batches are on a GPU, fp32 elsewhere; or 'fp32', 'fp16', 'bf16'

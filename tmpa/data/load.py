@@ -328,6 +328,13 @@ def show_results(self:ReIDDL, b, out, max_n=4, ctxs=None, show=True, figsize=Non
             word,colour = marks[same_person(int(pid[i]), int(pid[q]))]
             _picture(ax, x[i], f'{pid[i]} {word}', colour)
 
+# %% ../../nbs/03_data.load.ipynb #abe8e48a
+@patch
+def _pre_show_batch(self:ReIDDL, b, max_n=9):
+    "fastai asks for single images with a class each; its `Interpretation.plot_top_losses` does."
+    raise ConfigError('plot_top_losses shows images with a class and a loss each, which nobody here has: '
+                      'use ReIDInterpretation.from_learner(learn).plot_worst_queries()')
+
 # %% ../../nbs/03_data.load.ipynb #b7da3c89
 def split_by_pid(
     items:list, # ReIDImage
@@ -397,7 +404,7 @@ class ReIDDataLoaders(DataLoaders):
 
     def test_dl(self,
         test_items:list, # ReIDImages, or paths or pictures of one modality
-        rm_type_tfms=None, with_labels=True, # As fastai passes them; labels are always there
+        rm_type_tfms=None, with_labels=True, process=True, # As fastai passes them; labels are always there
         modality:int|None=None, # Of paths and pictures: 0 visible, 1 infrared
         **kwargs
     ):
@@ -415,7 +422,8 @@ _OF_LOADERS = ('timeout', 'drop_last', 'pin_memory', 'pin_memory_device', 'persi
 _INSTEAD = {
     'cache_gb': 'decoded images are kept in a file now: leave cache_gb out',
     'bs batch_size': 'a training batch is 2 x P x K images, give P and K; bs_valid is the batch of validation and test',
-    'shuffle sampler batch_sampler weights wgts': 'training is dealt by identity, in the order of seed: give P, K and seed',
+    'shuffle': 'training is dealt by identity, anew in each epoch; validation is in order: leave shuffle out',
+    'sampler batch_sampler weights wgts': 'training is dealt by identity, in the order of seed: give P, K and seed',
     'item_tfms batch_tfms after_batch': 'images are resized to size= and normalised; transforms of training batches are aug=',
 }
 

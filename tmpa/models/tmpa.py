@@ -224,6 +224,9 @@ def head(self:TMPANet, f_c, modality, index):
 @patch
 def real(self:TMPANet, f_vis, f_ir, vis, ir):
     "Eq. 7: real specific features (N, c, h, w) of the slots, pooled and classified."
+    if f_vis.shape[0] == 1 and self.classifier_vis[0].training:
+        raise ConfigError('a batch of one slot (P=1, K=1): the classifiers of the specific features normalise over '
+                          'slots, and one has nothing to compare with: give a larger P or K')
     p_vis, p_ir = avg_pool(f_vis), avg_pool(f_ir)                      # (N, c)
     return dict(f_vis=p_vis, f_ir=p_ir, slot_index=vis, ir_index=ir,
                 logits_vis=self.classifier_vis(p_vis), logits_ir=self.classifier_ir(p_ir))
