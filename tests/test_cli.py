@@ -243,8 +243,8 @@ from pathlib import Path
 def train(cfg, quiet, resume):
     "Stands in for the training."
     run.new_folder(cfg.out)
-    scores = dict(n_queries=9, n_valid=9, n_gallery=9, n_trials=1, **{k: int(cfg.spec.trial)/10 for k in ('rank1', 'rank10', 'rank20', 'mAP', 'mINP')})
-    return dict(scores={'v2t': scores})
+    numbers = dict.fromkeys(('rank1', 'rank10', 'rank20', 'mAP', 'mINP'), int(cfg.spec.trial)/10)
+    return dict(scores={'v2t': dict(n_queries=9, n_valid=9, n_gallery=9, n_trials=1, **numbers)})
 cli.train_run = train
 cli.tmpa_train(data='regdb', path='nowhere', trial='all', out=%r, recipe='B', arch='tiny_resnet', scratch=True)
 '''
@@ -260,7 +260,8 @@ def test_a_console_of_another_encoding_ends_nothing(tmp_path):
     assert json.loads(Path(os.fsdecode(out), 'metrics.json').read_text())['trials'] == 10
 
 def test_help_is_in_letters_that_every_console_has(run):
-    for command in ('tmpa_demo', 'tmpa_train', 'tmpa_evaluate', 'tmpa_reproduce'): assert run(command, '--help')[1].isascii()
+    for command in ('tmpa_demo', 'tmpa_train', 'tmpa_evaluate', 'tmpa_reproduce'):
+        assert run(command, '--help')[1].isascii()
 
 
 def test_llcm_both_directions(run, tmp_path, device):

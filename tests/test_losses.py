@@ -215,7 +215,8 @@ def still(net):
         if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.eval()
     return net
 
-NETS = {'B': dict(mfe=False, mft=False), 'TMPA': {}, 'pair': dict(complete='pair'), 'mixed only': dict(keep_originals=False)}
+NETS = {'B': dict(mfe=False, mft=False), 'TMPA': {}, 'pair': dict(complete='pair'),
+        'mixed only': dict(keep_originals=False)}
 
 @pytest.mark.parametrize('name', [*NETS, 'DART'])
 @pytest.mark.parametrize('mixed', [False, True])
@@ -229,8 +230,10 @@ def test_parts_of_a_batch_are_refused_where_they_are_put_together(name, mixed, d
     net, loss = still(net.to(device)), DARTLoss() if name == 'DART' else TMPALoss(w_wrt=0, lam1=0)
     give = lambda s: net(x[s], modality[s], *([x[s].flip(3)] if mixed else []))
     whole, parts = give(slice(None)), [give(slice(0, 8)), give(slice(8, 16))]
-    def together(a, b): return {k: together(v, b[k]) if isinstance(v, dict) else torch.cat([v, b[k]]) for k, v in a.items()}
-    error = pytest.raises((ConfigError, RuntimeError), match='labels are given for 16' if device == 'cpu' else 'other rows')
+    def both(a, b): return together(a, b) if isinstance(a, dict) else torch.cat([a, b])
+    def together(a, b): return {k: both(a[k], b[k]) for k in a}
+    said = 'labels are given for 16' if device == 'cpu' else 'other rows'
+    error = pytest.raises((ConfigError, RuntimeError), match=said)
     if device != 'cuda':  # where an assertion is the end of the process
         with error: loss(together(*parts), y)
         with error: loss(parts[0], y)
@@ -241,12 +244,14 @@ def test_parts_that_cut_slots_are_refused():
     x, modality, y = images()
     net = still(TMPANet(4, micro_resnet, False))
     s = slice(2, 14)  # infrared of one person, visible of the next one, and so on
-    with pytest.raises(ConfigError, match='of 6 slots pair images of different people'): TMPALoss()(net(x[s], modality[s]), y[s])
+    out = net(x[s], modality[s])
+    with pytest.raises(ConfigError, match='of 6 slots pair images of different people'): TMPALoss()(out, y[s])
     with pytest.raises(ConfigError, match='needs equal numbers'): net(x[:6], modality[:6])
 
 def test_gradients_of_accumulated_batches(tmp_path, device):
     "fastai's GradientAccumulation takes whole batches: the gradient of each with its own labels, added up."
-    dls = ReIDDataLoaders.from_synthetic(tmp_path, n_ids=12, per_modality=3, size=(48, 24), P=2, K=2, num_workers=0, aug=False)
+    how = dict(size=(48, 24), P=2, K=2, num_workers=0, aug=False)
+    dls = ReIDDataLoaders.from_synthetic(tmp_path, n_ids=12, per_modality=3, **how)
     learn = tmpa_learner(dls, micro_resnet, pretrained=False, mix=None, precision='fp32')
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     class Keep(Callback):

@@ -1,4 +1,4 @@
-"Work that is too large for the memory ends in one line: on stand-ins that raise what the allocators of a GPU and of the CPU raise."
+"Work that is too large for the memory ends in one line; stand-ins raise what the allocators of GPU and CPU raise."
 import pytest
 import torch
 
@@ -13,7 +13,7 @@ from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet
 from tmpa.search import Gallery
 
-def gpu(): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which')
+def gpu(): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of')
 def cpu(): torch.empty(2**50)
 
 @pytest.fixture(scope='module')
@@ -36,11 +36,12 @@ def test_in_python(regdb, at_most, full, asked, device):
     dls = ReIDDataLoaders.from_regdb(regdb, size=(48, 24), P=4, K=2, num_workers=0)
     learn = tmpa_learner(dls, micro_resnet, pretrained=False, mix=None)
     at_most(8, full)
-    with learn.no_bar(), learn.no_logging(), pytest.raises(OutOfMemory, match=f'16 images of 48x24 at a time .P=4, 2 modalities, K=2.: out of memory, {asked}'):
-        learn.fit_tmpa(1)
+    said = f'16 images of 48x24 at a time .P=4, 2 modalities, K=2.: out of memory, {asked}'
+    with learn.no_bar(), learn.no_logging(), pytest.raises(OutOfMemory, match=said): learn.fit_tmpa(1)
     assert learn.pred is None and learn.loss_grad is None
     items = dls.test_items
-    with pytest.raises(OutOfMemory, match=f'features of {len(items)} images of 48x24, bs=9 at a time: out of memory, {asked} more .*make bs smaller'):
+    said = f'features of {len(items)} images of 48x24, bs=9 at a time: out of memory, {asked} more .*make bs smaller'
+    with pytest.raises(OutOfMemory, match=said):
         extract_features(learn.model, items, (48, 24), bs=9, num_workers=0)
     g = Gallery(learn.model, (48, 24), bs=9, num_workers=0)
     with pytest.raises(OutOfMemory, match='make bs smaller'): g.add(items)
@@ -64,7 +65,8 @@ def test_in_commands(regdb, at_most, run, tmp_path, device):
     status, out, err = run(*evaluate, '--bs', 10)
     assert status == 0 and 'v2t' in out, err
     one_line(run(*evaluate, '--bs', 0), 'bs=0')
-    one_line(run('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'s', *SMALL, '--p', 2), 'bs=128', 'the trained weights are kept')
+    train = 'tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'s', *SMALL, '--p', 2
+    one_line(run(*train), 'bs=128', 'the trained weights are kept')
     assert (tmp_path/'s'/'last.pth').exists()
 
 def test_finished_epochs_stay(regdb, run, tmp_path, monkeypatch, device):

@@ -619,7 +619,8 @@ def test_weights_of_another_program(tmp_path):
     source = net().eval()
     sd, x = source.state_dict(), torch.randn(2, 3, 64, 32)
     parallel = {f'module.{k}': v for k, v in sd.items()}
-    files = [sd, parallel, dict(state_dict=sd), dict(net=sd, acc=np.float64(.81), epoch=np.int64(3)), dict(net=parallel, args=argparse.Namespace(lr=.1)),
+    files = [sd, parallel, dict(state_dict=sd), dict(net=sd, acc=np.float64(.81), epoch=np.int64(3)),
+             dict(net=parallel, args=argparse.Namespace(lr=.1)),
              dict(model=sd, meta=['not ours'], optimizer=dict(state={0: dict(step=torch.ones(()))}, param_groups=[]))]
     with torch.no_grad(): want = source(x, 0)
     for i, content in enumerate(files):
@@ -629,14 +630,17 @@ def test_weights_of_another_program(tmp_path):
         with torch.no_grad(): assert torch.equal(m.eval()(x, 0), want)
         with pytest.raises(CheckpointError, match='does not say which model it is'): load_tmpa(tmp_path/f'{i}.pth')
     resnet = tiny_resnet()
-    torch.save(dict(state_dict={f'module.{k}': v for k, v in resnet.state_dict().items()}, best_acc1=np.float32(70.)), tmp_path/'r.pth')
+    parallel = {f'module.{k}': v for k, v in resnet.state_dict().items()}
+    torch.save(dict(state_dict=parallel, best_acc1=np.float32(70.)), tmp_path/'r.pth')
     m = TMPANet(5, tiny_resnet, tmp_path/'r.pth')
     assert torch.equal(m.mfe.shared.conv1.weight, resnet.conv1.weight)
 
 def test_files_that_hold_no_weights_say_what_they_are(tmp_path):
     m, f = net(), tmp_path/'w.pth'
-    for content, words in ((m, 'a whole TMPANet network with its code'), (dict(net=m), r'net \(a whole TMPANet network'), (dict(epoch=3), 'no weights but epoch'),
-                           (dict(teacher=m.state_dict(), student=m.state_dict()), 'teacher, student'), (dict(a=torch.ones(2)), 'another program .*the file has a: build')):
+    two = dict(teacher=m.state_dict(), student=m.state_dict())
+    for content, words in ((m, 'a whole TMPANet network with its code'), (dict(net=m), r'net \(a whole TMPANet network'),
+                           (dict(epoch=3), 'no weights but epoch'), (two, 'teacher, student'),
+                           (dict(a=torch.ones(2)), 'another program .*the file has a: build')):
         torch.save(content, f)
         with pytest.raises(CheckpointError, match=words) as e: load_weights(net(), f)
         assert '\n' not in str(e.value) and str(f) in str(e.value)

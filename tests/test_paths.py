@@ -57,7 +57,8 @@ def test_what_is_written_and_read(home, monkeypatch):
     assert write_report('~/e.html', 'title', []) == home/'e.html'
     assert new_folder('~/new') == home/'new' and run_state('~/new')[0] == 'cut off'
     with pytest.raises(ConfigError, match='exists already'): new_folder('~/new')
-    assert [o.path for o in check_records(['~/a.png', ReIDImage('~/b.png', 0, 1, 0)], 0)] == [home/'a.png', home/'b.png']
+    images = '~/a.png', ReIDImage('~/b.png', 0, 1, 0)
+    assert [o.path for o in check_records(images, 0)] == [home/'a.png', home/'b.png']
     assert {o.name for o in home.iterdir()} == {'RegDB', 'a', 'c.json', 'd.csv', 'e.html', 'environment.json', 'new'}
 
 def test_features_and_galleries(home):
@@ -83,12 +84,14 @@ def test_weights(home):
     assert load_tmpa('~/w.pth').dim == net.dim
     torch.save(tiny_resnet().state_dict(), home/'r.pth')
     make_resnet('tiny_resnet', '~/r.pth')
-    assert SaveWeights('~/run', {}).folder == home/'run' and ResumeFit('~/run/resume.pth').file == home/'run'/'resume.pth'
+    assert SaveWeights('~/run', {}).folder == home/'run'
+    assert ResumeFit('~/run/resume.pth').file == home/'run'/'resume.pth'
 
 def test_readers(home):
     files = [*regdb_items('~/RegDB', 1, 'train'), *regdb_items('~/RegDB', 1, 'test')]
     rows = [[o.path.relative_to(home), o.pid, o.cam, o.modality, split] for o in files for split in ('train', 'test')]
-    with open(home/'list.csv', 'w', newline='') as f: csv.writer(f).writerows([['file', 'pid', 'cam', 'modality', 'split'], *rows])
+    head = 'file', 'pid', 'cam', 'modality', 'split'
+    with open(home/'list.csv', 'w', newline='') as f: csv.writer(f).writerows([head, *rows])
     assert [o.path for o in csv_items('~/list.csv')] == [o.path for o in files]
     assert len(read_data(DataSpec('csv', '~/list.csv'))[0]) == len(files)
     with pytest.raises(DataError, match=f'no file {home}/none.csv'): csv_items('~/none.csv')
@@ -128,9 +131,10 @@ def test_commands(home, run, device):
     one_line(run('tmpa_train', *here, '--out=~/runs/a', *SMALL), f'{home}/runs/a exists already')
     status, out, err = run('tmpa_evaluate', '--weights=~/runs/a/last.pth', '--path=~/RegDB', '--out=~/scores.json')
     assert status == 0 and json.loads((home/'scores.json').read_text())['scores'], err
-    one_line(run('tmpa_evaluate', '--weights=~/runs/a/last.pth', '--path=~/RegDB', '--out=~/scores.json'), 'exists already')
+    again = '--weights=~/runs/a/last.pth', '--path=~/RegDB', '--out=~/scores.json'
+    one_line(run('tmpa_evaluate', *again), 'exists already')
     for f in ('demo', 'tables', 'all'): (home/f).write_text('a file')
     one_line(run('tmpa_demo', '--out=~/demo'), f'{home}/demo exists')
     one_line(run('tmpa_train', *here, '--out=~/all', '--trial', 'all', *SMALL), f'{home}/all is a file')
-    one_line(run('tmpa_reproduce', 'table2', '--scale=small', '--data=regdb', '--path=~/RegDB', '--out=~/tables'), f'{home}/tables')
+    one_line(run('tmpa_reproduce', 'table2', '--scale=small', *here, '--out=~/tables'), f'{home}/tables')
     assert not (home/'~').exists()

@@ -37,7 +37,8 @@ def any_console():
     "Let printing succeed whatever the encoding of the console."
     codecs.register_error('tmpa_spelled', _spelled)
     for s in (sys.stdout, sys.stderr):
-        if getattr(s, 'errors', None) in ('strict', 'surrogateescape') and hasattr(s, 'reconfigure'): s.reconfigure(errors='tmpa_spelled')
+        strict = getattr(s, 'errors', None) in ('strict', 'surrogateescape')
+        if strict and hasattr(s, 'reconfigure'): s.reconfigure(errors='tmpa_spelled')
 
 # %% ../nbs/18b_cli.ipynb #fbaf09f6
 def _one_line_errors(f):
@@ -53,7 +54,8 @@ def _one_line_errors(f):
             if is_told(e): time.sleep(1 if 'TORCHELASTIC_RUN_ID' in os.environ else 0)  # a launcher ends all as soon as one has ended, and another has a line to print
             elif isinstance(e, TMPAError): say(f'error: {e}')
             elif (asked := memory_asked(e)) is not None:
-                say(f"error: out of memory{f', {asked} more were asked for' if asked else ''}: use smaller images or batches, or fewer --workers")
+                more = f', {asked} more were asked for' if asked else ''
+                say(f'error: out of memory{more}: use smaller images or batches, or fewer --workers')
             elif isinstance(e, OSError): say(f"error: {e.filename or 'writing'}: {e.strerror}: choose a place that can be read and written, and has room")
             elif _lost_others(e): say(f'error: process {rank_distrib()} of {num_distrib()} has lost another one, which says why')
             else: raise
@@ -109,7 +111,8 @@ def tmpa_demo(
 ):
     "Render people, train the baseline and TMPA on them from scratch, and score both on unseen identities in both directions."
     size,seeds,out = parse_size(size),parse_ints(seeds, 'seeds'),user_path(out)
-    if out.exists() and not resume: raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
+    if out.exists() and not resume:
+        raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
     rows = demo_rows(['B','B+CA','B+CA+PedMix','TMPA'] if ablation else ['B','TMPA'], epochs, equal_compute, size=size)
     spec = DataSpec('synthetic', path=data, n_ids=ids, size=size, seed=world)
     print(f'Rendering {ids} identities (once) ...', flush=True)

@@ -230,9 +230,9 @@ def keep_memory()->bool: # Whether there was anybody to ask
     return bool(mallopt(mmap, 2**25) and mallopt(trim, 2**31 - 1) and mallopt(top_pad, 2**28))
 
 # %% ../nbs/00_core.ipynb #e3a06caf
-class OutOfMemory(ConfigError): "Work that does not fit into memory; the message says what was asked for and what to make smaller."
+class OutOfMemory(ConfigError): "Work that does not fit into memory; says what was asked for and what to make smaller."
 
-_no_memory = re.compile("can't allocate memory|not enough memory|out of memory|Cannot allocate memory|ALLOC_FAILED", re.I)
+_no_memory = re.compile("(can't|cannot) allocate memory|(not enough|out of) memory|alloc_failed", re.I)
 
 def memory_asked(
     e:BaseException, # Any error

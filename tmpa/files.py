@@ -47,18 +47,21 @@ def read_torch(
     except pickle.UnpicklingError: return _load(path, [])  # with numpy's objects as foreign ones too
 
 # %% ../nbs/00c_files.ipynb #97a0513e
+_save = 'save a state dict with torch.save(model.state_dict(), file)'
+
 def _why(e):
     "What is wrong with a file, in a few words, and what to do."
     text = str(e)
-    if blocked := re.search(r'GLOBAL (\S+) whose module', text): return f'asks for {blocked[1]}, and nothing that a file asks for is run: save a state dict with torch.save'
-    if 'TorchScript' in text: return 'a TorchScript archive, not weights: save a state dict with torch.save'
+    if blocked := re.search(r'GLOBAL (\S+) whose module', text):
+        return f'asks for {blocked[1]}, and nothing that a file asks for is run: {_save}'
+    if 'TorchScript' in text: return f'a TorchScript archive, not weights: {_save}'
     return f'damaged, or not a file of weights ({type(e).__name__}): copy or download it again'
 
 def _what(o):
     "What an object is, in a few words."
     if not isinstance(o, Foreign): return f'a {type(o).__name__}'
-    whole = isinstance(o.state, dict) and '_parameters' in o.state
-    return f"a whole {type(o).__name__} network with its code" if whole else f"an object of the class {type(o).__name__}"
+    name, whole = type(o).__name__, isinstance(o.state, dict) and '_parameters' in o.state
+    return f'a whole {name} network with its code' if whole else f'an object of the class {name}'
 
 def load_torch(
     path, # A file written by `torch.save`
@@ -68,7 +71,7 @@ def load_torch(
     if not path.is_file(): raise CheckpointError(f'{path}: no such file: check the path of the weights')
     try: r = read_torch(path)
     except Exception as e: raise CheckpointError(f'{path}: {_why(e)}') from None  # half a dozen unrelated types
-    if not isinstance(r, dict): raise CheckpointError(f'{path}: holds {_what(r)}, not weights: save a state dict with torch.save(model.state_dict(), file)')
+    if not isinstance(r, dict): raise CheckpointError(f'{path}: holds {_what(r)}, not weights: {_save}')
     return r
 
 # %% ../nbs/00c_files.ipynb #b1e9afb1
@@ -76,8 +79,9 @@ _usual = 'model', 'state_dict', 'model_state_dict', 'net', 'network', 'weights',
 
 def _tensors(d):
     "The tensors among named values, arrays of numbers among them."
-    numbers = {k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) and v.dtype.kind in 'fiub' else v for k, v in d.items()}
-    return {k: v for k, v in numbers.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    def tensor(v): return torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) and v.dtype.kind in 'fiub' else v
+    named = {k: tensor(v) for k, v in d.items() if isinstance(k, str)}
+    return {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
 
 def _bare(d):
     "Names without the prefixes of `DataParallel` and `torch.compile`."
@@ -93,11 +97,12 @@ def weights_in(
     sets = {k: t for k, v in file.items() if isinstance(v, dict) and (t := _tensors(v))}
     name = next((k for k in (*_usual, *sets) if k in sets), None)
     if len(sets) > 1 and name not in _usual:
-        raise CheckpointError(f"{path}: holds several sets of weights ({', '.join(map(str, sets))}): save the one that you mean alone")
+        names = ', '.join(map(str, sets))
+        raise CheckpointError(f'{path}: holds several sets of weights ({names}): save the one that you mean alone')
     found = _tensors(file) if name is None else sets[name]
     if not found:
-        held = ', '.join(f'{k} ({_what(v)})' if isinstance(v, Foreign) else str(k) for k, v in file.items()) or 'nothing'
-        raise CheckpointError(f'{path}: holds no weights but {held}: save a state dict with torch.save(model.state_dict(), file)')
+        held = [f'{k} ({_what(v)})' if isinstance(v, Foreign) else str(k) for k, v in file.items()]
+        raise CheckpointError(f"{path}: holds no weights but {', '.join(held) or 'nothing'}: {_save}")
     return _bare(found)
 
 # %% ../nbs/00c_files.ipynb #e4beda44
@@ -109,5 +114,6 @@ def read_mat(
     path = user_path(path)
     with open(path, 'rb') as f: head = f.read(128)
     if head.startswith((b'MATLAB 7.3', b'\x89HDF')):
-        raise DataError(f"{path} is a MATLAB file of version 7.3 (HDF5), which is not read here: write it with save -v7")
+        raise DataError(f'{path} is a MATLAB file of version 7.3 (HDF5), which is not read here: '
+                        'write it with save -v7')
     return {k: v for k, v in loadmat(path).items() if not k.startswith('__')}

@@ -121,11 +121,12 @@ def _wrong_rows(y, rows, vis, ir):
     if rows is not None:
         times = np.bincount(rows, minlength=len(y))
         if len(times) > len(y) or not times.all():
-            return (f'the output of the network has rows for {(times > 0).sum()} images, and labels are given for {len(y)}: it is of a part of '
-                    'the batch, or of parts that were put together (DataParallel, micro-batches): compute the loss of each part with its own '
-                    'labels, or train with `with learn.distrib_ctx():`')
+            return (f'the output of the network has rows for {(times > 0).sum()} images, and labels are given for {len(y)}: '
+                    'it is of a part of the batch, or of parts that were put together (DataParallel, micro-batches): compute '
+                    'the loss of each part with its own labels, or train with `with learn.distrib_ctx():`')
     if vis is not None and ir is not None and (wrong := (y[vis] != y[ir]).sum()):
-        return f'{wrong} of {len(vis)} slots pair images of different people: cut a batch, which is laid out as (P, 2, K), between people'
+        return (f'{wrong} of {len(vis)} slots pair images of different people: '
+                'cut a batch, which is laid out as (P, 2, K), between people')
 
 def _rows_fit(y, rows, vis, ir):
     "Whether nothing is wrong with them (), as a number of their device."
@@ -138,12 +139,13 @@ def check_rows(
     out:dict, # Output of a network in training: `index` (rows,), and perhaps `slot_index` and `ir_index` (N,)
     labels:Tensor # Of the whole batch (B,)
 ):
-    "Refuse an output that belongs to a part of the labelled batch, to several parts, or to slots of different people."
+    "Refuse an output of a part of the labelled batch, of parts put together, or with slots of different people."
     numbers = [labels, *map(out.get, ('index', 'slot_index', 'ir_index'))]
     if labels.device.type == 'cpu' and not torch.compiler.is_compiling():
         why = _wrong_rows(*(None if o is None else plain(o).numpy() for o in numbers))
         if why: raise ConfigError(why)
-    elif not labels.is_meta: torch._assert_async(_rows_fit(*numbers), 'the output of a network belongs to other rows than the labels')
+    elif not labels.is_meta:
+        torch._assert_async(_rows_fit(*numbers), 'the output of a network belongs to other rows than the labels')
 
 # %% ../nbs/13_losses.ipynb #118f4a3d
 class TMPALoss(nn.Module):

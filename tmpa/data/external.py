@@ -13,7 +13,8 @@ import numpy as np
 from collections import Counter, defaultdict
 from pathlib import Path
 from warnings import warn
-from ..core import Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError, check_records, known, user_path
+from ..core import (Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError, check_records, known,
+                       user_path)
 from ..files import read_mat
 from ..evaluation import Setting, cross_settings_of
 from ..ranking import SYSU_INFRARED, check_cameras

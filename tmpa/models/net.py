@@ -192,7 +192,7 @@ def _named(name):
     return next((cls for cls in NETS.values() if cls.__name__ == (name or 'TMPANet')), None)
 
 def _meta(file):
-    "The metadata of a file that was read, with the arguments that are newer than it; other programs may mean something else."
+    "The metadata of a file that was read, with the arguments that are newer than it; empty where it is not ours."
     meta = file.get('meta')
     meta = dict(meta) if isinstance(meta, dict) else {}
     return {**getattr(_named(meta.get('net')), 'earlier', {}), **meta}
