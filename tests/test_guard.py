@@ -73,6 +73,22 @@ def test_a_second_mixed_precision_takes_the_place_of_the_first(regdb, how, devic
         assert type(one) is AsyncMixedPrecision and one.amp_mode.value == mode and one is not was
     assert torch.equal(weights(learn), want)
 
+def test_what_a_failed_fit_leaves(regdb, device):
+    "The mixed precision of before, nothing entered, no gradient; whichever of the two was at work."
+    dls = loaders(regdb)
+    kind = dls.device.type
+    class Fail(Callback):
+        order = 5
+        def __init__(self, event): setattr(self, event, self.fail)
+        def fail(self): raise KeyboardInterrupt
+    for event in ('before_batch', 'after_pred', 'after_loss', 'after_backward'):
+        for cbs in ([], [MixedPrecision()]):
+            learn = learner(dls, precision='fp32', cbs=AsyncMixedPrecision('bf16', device=kind))
+            was = learn.mixed_precision
+            with pytest.raises(KeyboardInterrupt): fit(learn, cbs=[*cbs, Fail(event)])
+            assert not torch.is_autocast_enabled(kind) and learn._grab_cbs(MixedPrecision) == [was]
+            assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
+
 def test_to_fp16_and_back(regdb, device):
     learn = learner(loaders(regdb), precision='fp32')
     learn.to_fp16()

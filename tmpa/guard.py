@@ -9,13 +9,11 @@ __all__ = ['check_loss', 'check_metrics', 'check_losses', 'tensorboard_scalars',
 import inspect, sys
 from contextlib import contextmanager
 from functools import cache, wraps
-import torch
 from fastai.callback.fp16 import MixedPrecision, ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.mixup import CutMix, MixHandler, MixUp
 from fastai.learner import AvgMetric, Learner
 from fastai.metrics import LossMetric
 from fastcore.basics import patch
-from fastcore.foundation import L
 from .core import ConfigError, OutOfMemory, enough_memory
 from .callback.loop import AsyncMixedPrecision
 from .callback.pedmix import SlotMix
@@ -127,19 +125,25 @@ class ReIDLearner(Learner):
     def added_cbs(self, cbs):
         "Callbacks for a while; the mixed precision that one of them takes the place of comes back."
         before = self._grab_cbs(MixedPrecision)
-        with super().added_cbs(cbs): yield
-        if not self._grab_cbs(MixedPrecision): self.add_cbs(before)
+        try:
+            with super().added_cbs(cbs):
+                try: yield
+                finally: self.leave_autocast()  # while those callbacks are still there
+        finally:
+            if not self._grab_cbs(MixedPrecision): self.add_cbs(before)
+
+    def leave_autocast(self):
+        "fastai enters it before a batch, and leaves it after the loss where nothing fails."
+        for c in self._grab_cbs(AsyncMixedPrecision): c.leave()
 
     @contextmanager
     def guarded(self):
         "Errors of memory as one line, and nothing left of a batch that failed."
         self.check()
-        kind = self._kind()
-        was = torch.is_autocast_enabled(kind)
         try:
             with enough_memory(self._work, self._smaller): yield
         except BaseException as e:
-            if not was and torch.is_autocast_enabled(kind): self._leave_autocast()
+            self.leave_autocast()
             if self.opt is not None: self.opt.zero_grad()
             if isinstance(e, OutOfMemory):
                 self._end_cleanup()
@@ -147,18 +151,6 @@ class ReIDLearner(Learner):
             raise
 
 # %% ../nbs/15c_guard.ipynb #8c3d1191
-@patch
-def _kind(self:ReIDLearner):
-    "The type of device that mixed precision works on."
-    amp = next(iter(self._grab_cbs(MixedPrecision)), None)
-    return getattr(amp, 'device', 'cuda')
-
-@patch
-def _leave_autocast(self:ReIDLearner):
-    "fastai enters it before a batch and leaves it after the loss."
-    for c in self._grab_cbs(MixedPrecision):
-        if getattr(c, 'autocast', None) is not None: c.autocast.__exit__(None, None, None)
-
 @patch
 def _loader(self:ReIDLearner):
     "The loader whose batches are worked on."

@@ -112,6 +112,7 @@ class TorchOptim(OptimWrapper):
 class AsyncMixedPrecision(MixedPrecision):
     "fastai's mixed precision, without a read where the optimiser is fused; `skips`: steps skipped in a row."
     name = 'mixed_precision'
+    inside = False # whether a batch is between its beginning and its loss
     def __init__(self,
         amp_mode:str='fp16', # Or 'bf16'
         device:str='cuda', # Where the network is trained
@@ -129,6 +130,17 @@ class AsyncMixedPrecision(MixedPrecision):
         self.autocast = torch.autocast(self.device, dtype=dtype)
         self.learn.scaler = torch.amp.GradScaler(self.device, **self.kwargs)
         self.scales = []
+
+    def before_batch(self):
+        super().before_batch()
+        self.inside = True
+
+    def after_loss(self): self.leave()
+
+    def leave(self):
+        "Leave autocast, unless that has been done."
+        if self.inside: self.autocast.__exit__(None, None, None)
+        self.inside = False
 
     def before_step(self):
         fused = isinstance(self.opt, TorchOptim) and self.opt.fuse()
