@@ -46,9 +46,9 @@ class TwinNet(ReIDNet, method='dart'):
         super().__init__()
         check_names(kwargs, arg_names(TwinNet), 'TwinNet')
         self.remember(dict(evaluate=evaluate, base=base))
-        self.a, self.b = (self.one(n_classes, arch, pretrained, attention, **kwargs) for _ in range(2))
+        self.a, self.b = (self._one(n_classes, arch, pretrained, attention, **kwargs) for _ in range(2))
 
-    def one(self, n_classes, arch, pretrained, attention, **kwargs):
+    def _one(self, n_classes, arch, pretrained, attention, **kwargs):
         "One of the two networks."
         if self.base == 'agw':
             if attention is not None: raise ConfigError("attention= belongs to one trunk: pass base='tmpa'")
