@@ -45,12 +45,13 @@ def called_by(name):
     return f is not None
 
 class Reads(TorchDispatchMode):
-    "Counts the numbers that Python asks for, but for the check of slots, which on a GPU is an assertion there."
+    "Counts the numbers that Python asks for, but for the checks of slots and modality, on a GPU assertions there."
     def __init__(self):
         super().__init__()
         self.n = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += func is torch.ops.aten._local_scalar_dense.default and not called_by('slots')
+        reads = func is torch.ops.aten._local_scalar_dense.default
+        self.n += reads and not (called_by('slots') or called_by('check_modality'))
         return func(*args, **(kwargs or {}))
 
 class CountReads(Callback):
