@@ -6,7 +6,7 @@
 __all__ = ['UNKNOWN', 'Modality', 'ReIDImage', 'PublishedImage', 'known', 'same_person', 'plain', 'TMPAError', 'DataError',
            'ProtocolError', 'CheckpointError', 'ConfigError', 'arg_names', 'check_names', 'user_path', 'as_picture',
            'check_record', 'check_records', 'rand_on', 'check_modality', 'slots', 'tmpa_home', 'keep_memory',
-           'OutOfMemory', 'memory_asked', 'enough_memory', 'free_memory', 'in_memory', 'atomic_write']
+           'OutOfMemory', 'memory_asked', 'enough_memory', 'free_memory', 'in_memory', 'atomic_write', 'leftovers']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
 import ctypes, errno, inspect, os, re, tempfile, traceback
@@ -306,3 +306,13 @@ def atomic_write(
         if not isinstance(why, OSError) or why is e and e.filename is not None: raise
         raise OSError(why.errno, why.strerror, str(path)) from None
     finally: tmp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #612f5a60
+def leftovers(
+    path:str|os.PathLike, # A file that `atomic_write` makes
+)->list: # Paths
+    "What processes left that were killed while they wrote this file."
+    path = Path(path)
+    if path.is_symlink(): path = path.resolve()
+    made = re.compile(re.escape(f'.{path.stem}-') + '[a-z0-9_]{8}' + re.escape(path.suffix))
+    return [f for f in path.parent.glob('.*') if made.fullmatch(f.name)]

@@ -7,7 +7,7 @@ __all__ = ['SaveWeights', 'OverBudget', 'Watch', 'make_learner', 'train_run', 'h
            'train_runs', 'evaluate_run']
 
 # %% ../nbs/18_experiment.ipynb #a60ac506
-import os, shutil, time
+import os, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -36,7 +36,7 @@ from .learner import extract_features, reid_learner
 from .recipes import content, short_hash
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
-from .run import ARCHS, RunConfig, alone, check_arch, earlier_run, images_key, new_folder, read_json, remove_leftovers, save_environment, trained, write_json
+from .run import ARCHS, RunConfig, alone, check_arch, clear_run, earlier_run, images_key, new_folder, read_json, remove_leftovers, save_environment, trained, write_json
 from .scoring import (DataSpec, also_trained, also_trained_note, read_data, read_test, save_queries, score_feats,
                           score_model, training_part)
 
@@ -178,7 +178,7 @@ def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_f
         learn = rank0_first(lambda: make_learner(cfg, train, test))  # the others find weights and decoded images
         on_rank0(lambda: _first_files(cfg, images, loggers, done))
     except Exception:
-        if not going_on: on_rank0(lambda: shutil.rmtree(out))  # made above, and holds nothing of use yet
+        if not going_on: on_rank0(lambda: clear_run(out))  # made above, and holds nothing of use yet
         raise
     meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids, data_seed=spec.seed)
     learn.path = out

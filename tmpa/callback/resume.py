@@ -14,7 +14,7 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import get_model, num_distrib, to_device
-from ..core import CheckpointError, ConfigError, atomic_write, user_path
+from ..core import CheckpointError, ConfigError, atomic_write, user_path, leftovers
 from ..processes import in_order, n_processes, on_rank0, this_process
 from ..files import load_torch
 from ..models.backbone import first_mismatch
@@ -92,7 +92,7 @@ class ResumeFit(Callback):
         self.start = None
 
     def _leftovers(self):
-        for f in self.file.parent.glob(f'.{self.file.stem}-*{self.file.suffix}'): f.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        for f in leftovers(self.file): f.unlink(missing_ok=True)
 
 # %% ../../nbs/16c_callback.resume.ipynb #c3a10020
 @patch

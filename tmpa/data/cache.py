@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 import torch
 from fastprogress.fastprogress import progress_bar
-from ..core import ConfigError, DataError, atomic_write, tmpa_home, user_path
+from ..core import ConfigError, DataError, atomic_write, tmpa_home, user_path, leftovers
 from .image import decoded, how_read, item_range
 
 # %% ../../nbs/01b_data.cache.ipynb #17b9c191
@@ -173,7 +173,7 @@ def image_cache(
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(file):
             if (cache := _open(file, size, names, sources)) is not None: return cache
-            for f in folder.glob(f'.{file.stem}-*'): f.unlink()  # of processes that were killed: we hold the lock
+            for f in leftovers(file): f.unlink()  # we hold the lock
             _check_space(folder, names, size)
             return _write(file, size, names, sources, num_workers, progress)
     except OSError as e: raise _no_space(folder, f'cannot take the file ({e.strerror})') from None
