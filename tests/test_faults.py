@@ -2,13 +2,18 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tmpa import run as folders
-from tmpa.core import ConfigError, TMPAError
+from tmpa.callback.loop import RunawayError
+from tmpa.callback.resume import ResumeFit
+from tmpa.core import CheckpointError, ConfigError, TMPAError
 from tmpa.experiment import train_run
+from tmpa.models.backbone import micro_resnet
+from tmpa.models.tmpa import TMPANet, save_weights
 from tmpa.recipes import get_recipe
 from tmpa.run import RunConfig, clear_run, earlier_run, remove_leftovers, write_json
 from tmpa.scoring import DataSpec
@@ -99,3 +104,18 @@ def test_every_file_of_a_run_is_known_by_name(cfg):
     assert {p.name for p in Path(cfg.out).iterdir()} <= set(folders.RUN_FILES)
     remove_leftovers(cfg.out)
     assert (Path(cfg.out)/'metrics.json').exists()
+
+
+@pytest.mark.parametrize('where', ['a parameter', 'a running statistic'])
+def test_numbers_that_are_none_replace_no_file(tmp_path, where):
+    f, net = tmp_path/'w.pth', TMPANet(4, micro_resnet, pretrained=False, mfe=False, mft=False)
+    fit = ResumeFit(f)
+    fit.learn = SimpleNamespace(model=net, epoch=2, n_iter=3)
+    net.register_buffer('mask', torch.full((2,), -torch.inf))     # no number that was learnt
+    save_weights(net, f)
+    was = f.read_bytes()
+    numbers = net.neck.weight.data if where == 'a parameter' else net.neck.running_var
+    numbers[0] = torch.nan
+    with pytest.raises(CheckpointError, match='w.pth: not written, since neck.* is not finite'): save_weights(net, f)
+    with pytest.raises(RunawayError, match='neck.* is not finite after epoch 2: .*w.pth stays as it is'): fit._write({}, [])
+    assert [p.name for p in tmp_path.iterdir()] == ['w.pth'] and f.read_bytes() == was

@@ -199,7 +199,7 @@ def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_f
                 raise RunawayError(f'{out}: {e}; {kept}', **e.where) from None
             except OutOfMemory:
                 of_use = going_on or (out/'last.pth').exists()
-                if not (of_use or this_process()): shutil.rmtree(out)  # for a smaller batch
+                if not (of_use or this_process()): clear_run(out)  # for a smaller batch
                 raise
     seconds = None if done else round(watch.resume_state()[1], 1)
     if watch.over:

@@ -14,7 +14,8 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import get_model, num_distrib, to_device
-from ..core import CheckpointError, ConfigError, atomic_write, user_path, leftovers
+from .loop import RunawayError, not_finite
+from ..core import CheckpointError, ConfigError, atomic_write, leftovers, user_path
 from ..processes import in_order, n_processes, on_rank0, this_process
 from ..files import load_torch
 from ..models.backbone import first_mismatch
@@ -151,6 +152,9 @@ def _save(self:ResumeFit):
 
 @patch
 def _write(self:ResumeFit, own, others):
+    if bad := not_finite(get_model(self.learn.model)):
+        why = f'{bad} is not finite after epoch {self.epoch}: {self.file} stays as it is'
+        raise RunawayError(f'{why}; lower lr or warm up longer', epoch=self.epoch, batch=self.n_iter, terms=[bad])
     rec,scaler,log = self.learn.recorder,getattr(self.learn, 'scaler', None),self._log_file()
     s = dict(**own, others=others, epoch=self.epoch, n_epoch=self.n_epoch, resumed=self.resumed, train_iter=self.train_iter, data=data_key(self.dls), frozen=getattr(self.opt, 'frozen_idx', None),
              model=get_model(self.learn.model).state_dict(), opt=self.opt.state_dict(),

@@ -176,13 +176,20 @@ def show_size(
     return rows
 
 # %% ../../nbs/11a_models.net.ipynb #a8015dd5
+def _not_finite(weights, learnt):
+    "Name of the first parameter or running statistic that holds NaN or infinity."
+    counts = lambda k: k in learnt or k.rpartition('.')[2].startswith('running_')  # a mask may hold infinity
+    return next((k for k,v in weights.items() if counts(k) and not v.isfinite().all()), None)
+
 def save_weights(
     model:ReIDNet, # Its weights and its arguments are written
     path,          # A .pth file
     **meta         # More to remember: trial, data set, epoch ... (plain values)
 ):
-    "Write weights and metadata; the file is whole or absent."
+    "Write weights and metadata; the file is whole or absent, and good weights are not replaced by NaN or infinity."
     weights = {k: v.detach().cpu() for k,v in model.state_dict().items()}
+    if bad := _not_finite(weights, dict(model.named_parameters())):
+        raise CheckpointError(f'{path}: not written, since {bad} is not finite: save the weights of an earlier epoch')
     meta = json.loads(json.dumps({**model.meta, 'version': __version__, **meta}, default=str))
     with atomic_write(path) as t, open(t, 'wb') as f:  # a file that is open: torch would store the temporary name in it
         torch.save({'model': weights, 'meta': meta}, f)
