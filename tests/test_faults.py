@@ -1,5 +1,5 @@
 """Folders of runs that are damaged, cut off, or hold files of the user: nothing of the user's is lost, and what is wrong is said in one line."""
-import json
+import json, runpy, sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +11,15 @@ from tmpa import run as folders
 from tmpa.callback.loop import RunawayError
 from tmpa.callback.resume import ResumeFit
 from tmpa.core import CheckpointError, ConfigError, TMPAError
+from tmpa.demo import compare, demo_rows
 from tmpa.experiment import train_run
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
 from tmpa.recipes import get_recipe
+from tmpa.reproduce import pick_tables, reproduce
 from tmpa.run import RunConfig, clear_run, earlier_run, remove_leftovers, write_json
 from tmpa.scoring import DataSpec
+from tmpa.setup import make_setup
 
 
 @pytest.fixture(scope='module')
@@ -41,6 +44,22 @@ def begun(cfg):
     (out/'.last-abcd12_4.pth').write_text('half a file')
     for name in MINE: (out/name).write_text('mine')
     return out
+
+
+@pytest.fixture
+def one_line(monkeypatch, capsys, tmp_path, tmp_path_factory):
+    "Call a command as a shell does, in an empty folder; it must end with status 2 and one line that has the words."
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path_factory.mktemp('command')/'run.py'
+    def call(command, *args, words=()):
+        monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
+        script.write_text(f'from tmpa.cli import {command}\n{command}()\n')
+        with pytest.raises(SystemExit) as e: runpy.run_path(str(script), run_name='__main__')
+        lines = capsys.readouterr().err.splitlines()
+        assert e.value.code == 2 and len(lines) == 1, lines
+        for w in [words] if isinstance(words, str) else words: assert w in lines[0], lines
+        return lines[0]
+    return call
 
 
 MINE = ('notes.txt', 'train.log', '.config-thesis', '.last-thesis2026x.pth', '.notes-20260101.csv', 'scores-mine.json')
@@ -119,3 +138,47 @@ def test_numbers_that_are_none_replace_no_file(tmp_path, where):
     with pytest.raises(CheckpointError, match='w.pth: not written, since neck.* is not finite'): save_weights(net, f)
     with pytest.raises(RunawayError, match='neck.* is not finite after epoch 2: .*w.pth stays as it is'): fit._write({}, [])
     assert [p.name for p in tmp_path.iterdir()] == ['w.pth'] and f.read_bytes() == was
+
+
+WRONG = dict(lr=(-1, 0, float('nan'), float('inf'), '0.1', None), beta_warmup=(-5, float('nan')), epochs=(0, 1.5, None),
+             warmup=(-1,), decay=((-1, 2),), P=(0,), K=(-2,), seed=(-1, 2**32, .5), patch=(0,), eval_every=(0,),
+             num_workers=(-1,), select=('all',), precision=('fp64',), log=('xml',), ir_range=((5, 1), (1,)), arch=('vgg',))
+WRONG_DATA = dict(n_ids=(1, 16.5), size=((0, 24), (48,), (48, 24.5)), seed=(-1,), data=('market',))
+
+
+@pytest.mark.parametrize('field', [*WRONG, *(f'spec.{k}' for k in WRONG_DATA)])
+def test_what_is_out_of_range_is_refused_before_anything_is_written(cfg, field):
+    name = field.removeprefix('spec.')
+    for value in (WRONG if name == field else WRONG_DATA)[name]:
+        bad = replace(cfg, **{name: value}) if name == field else replace(cfg, spec=replace(cfg.spec, **{name: value}))
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match=name): train_run(bad, quiet=True, resume=resume)
+    assert not Path(cfg.out).exists()
+
+
+@pytest.mark.cpu(reason="nothing is trained")
+def test_ranges_of_comparisons_and_tables(cfg, tmp_path):
+    rows = demo_rows(['B'], 1, size=(48, 24))
+    kw = dict(arch='micro_resnet', pretrained=False, patch=8, quiet=True)
+    for wrong in (dict(workers=0), dict(seeds=(-1,)), dict(lr=float('nan'))):
+        with pytest.raises(ConfigError, match=next(iter(wrong))): compare(rows, tmp_path/'out', cfg.spec, **{**kw, **wrong})
+    for wrong in (dict(epochs=0), dict(seeds=[-1]), dict(lr=-1), dict(budget=float('nan')), dict(ids=1)):
+        with pytest.raises(ConfigError, match=next(iter(wrong))): make_setup('small', **wrong)
+    for wrong in (dict(trial='x'), dict(ids=1)):
+        with pytest.raises(ConfigError, match='leave it out'): make_setup('small', 'csv', 'list.csv', **wrong)
+    with pytest.raises(ConfigError, match='workers=0'): reproduce(pick_tables('table2'), make_setup('small'), tmp_path/'out', workers=0)
+    assert not (tmp_path/'out').exists()
+
+
+@pytest.mark.cpu(reason="nothing is trained")
+def test_ranges_of_the_commands(one_line, tmp_path):
+    (tmp_path/'l.csv').write_text('file,pid,cam,modality,split\n')
+    csv = ('--data', 'csv', '--path', tmp_path/'l.csv')
+    for wrong in ('--lr -1', '--lr nan', '--lr inf', '--beta_warmup -5', '--ids 1', '--p 0', '--size 0x24'):
+        one_line('tmpa_train', *wrong.split(), words=wrong.split()[0].strip('-'))
+    for wrong in ('--trial x', '--trial 1', '--ids 1'):
+        one_line('tmpa_train', *csv, *wrong.split(), words=(wrong.split()[0].strip('-'), 'leave it out'))
+    for command in ('tmpa_demo', 'tmpa_reproduce'):
+        table = ('table2', '--scale', 'small')*(command == 'tmpa_reproduce')
+        for wrong in ('--workers 0', '--seeds=-1,', '--epochs 0'): one_line(command, *table, *wrong.split(), words=wrong.strip('-')[:5])
+    assert [p.name for p in tmp_path.iterdir()] == ['l.csv']

@@ -17,7 +17,7 @@ from .processes import agreed, is_told, on_rank0, this_process, together, told
 from .demo import compare, demo_patch, demo_rows, summarise
 from .experiment import evaluate_run, train_run
 from .run import RunConfig, check_arch, new_folder, write_json
-from .scoring import DATA, DataSpec, also_trained_note, as_scores
+from .scoring import DATA, DataSpec, also_trained_note, as_scores, check_given
 from .recipes import get_recipe
 from .report import score_rows, text_table
 from .reproduce import pick_tables, reproduce
@@ -175,6 +175,7 @@ def tmpa_train(
 ):
     "Train a recipe and score it by the data set's own protocol; everything goes into one folder."
     say = noop if this_process() else print
+    agreed(lambda: check_given(data, trial, ids))
     per_model = data in ('regdb','synthetic')
     trial = trial or ('1' if per_model else 'all')
     decoded = dict(auto=None, on=True, off=False).get(cache, cache)

@@ -11,7 +11,7 @@ import csv, json, re
 from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from .core import ConfigError, arg_names, atomic_write, check_names, user_path
+from .core import ConfigError, arg_names, atomic_write, check_names, user_path, check_ranges
 from .data.synthetic import GENERATOR_VERSION
 from .experiment import mean_map, train_runs
 from .run import ARCHS, RunConfig, alone, earlier_run, environment, images_key, new_folder, read_json, write_json
@@ -132,7 +132,8 @@ def compare(
     "Run all rows over all seeds; `results.csv`, `results.md` and `report.html` grow with every run."
     check_names(kwargs, [*arg_names(compare), *arg_names(RunConfig, ['recipe', 'spec', 'epochs', 'seed'])], 'compare')
     out = user_path(out)
-    if min(seeds) < 0 or min(r.epochs for r in rows) < 1: raise ConfigError(f'seeds {list(seeds)}, epochs {rows[0].epochs}: seeds start at 0, epochs at 1')
+    check_ranges(workers=workers, seeds=tuple(seeds))
+    for r in rows: RunConfig(get_recipe(r.recipe), spec, str(out), epochs=r.epochs, **kwargs).check()
     train,test,_ = read_data(spec)  # renders, once, before processes start
     what = _setup(out, dict(data=spec.data, n_ids=spec.n_ids, size=list(spec.size), data_seed=spec.seed, generator=GENERATOR_VERSION, **kwargs), resume)
     with alone(out): return _compare(rows, out, spec, seeds, quiet, workers, what, images_key(spec, train, test), kwargs)

@@ -24,7 +24,7 @@ from .callback.loop import RunawayError, not_finite
 from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
 from .core import CheckpointError, ConfigError, OutOfMemory, ProtocolError, TMPAError
-from .core import atomic_write, keep_memory, user_path
+from .core import atomic_write, check_ranges, keep_memory, user_path
 from .processes import n_processes, on_rank0, rank0_first, this_process, together, told, is_told
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
@@ -36,8 +36,8 @@ from .learner import extract_features, reid_learner
 from .recipes import content, short_hash
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
-from .run import ARCHS, RunConfig, alone, check_arch, clear_run, earlier_run, images_key, new_folder, read_json, remove_leftovers, save_environment, trained, write_json
-from .scoring import (DataSpec, also_trained, also_trained_note, read_data, read_test, save_queries, score_feats,
+from .run import ARCHS, RunConfig, alone, clear_run, earlier_run, images_key, new_folder, read_json, remove_leftovers, save_environment, trained, write_json
+from .scoring import (DataSpec, also_trained, also_trained_note, check_given, read_data, read_test, save_queries, score_feats,
                           score_model, training_part)
 
 # %% ../nbs/18_experiment.ipynb #8ef61d1d
@@ -101,11 +101,7 @@ def make_learner(
     others=(), # Images that the cache of decoded ones holds too
 ):
     "Loaders and learner of a run, seeded."
-    check_arch(cfg.arch)
-    for k,low in (('epochs', 1), ('eval_every', 1), ('num_workers', 0), ('seed', 0), ('patch', 1)):
-        if (v := getattr(cfg, k)) is not None and v < low: raise ConfigError(f'{k}={v}: give {low} or more')
-    cfg.recipe.check()
-    if cfg.select not in ('published','held_out'): raise ConfigError(f"select {cfg.select!r}: choose 'published' or 'held_out'")
+    cfg.check()
     mix = cfg.recipe.make_mix(cfg.patch)
     if mix is not None: mix.check(cfg.spec.size)  # a patch that does not divide the image is to be found before anything is written
     set_seed(cfg.seed, reproducible=True)
@@ -147,6 +143,7 @@ def train_run(
         return _train_run(cfg, train, test, settings, images, also, going_on, quiet or this_process() > 0, rank_figure, watch, budget)
 
 def _refuse(cfg, resume, budget):
+    cfg.check()
     if cfg.processes > 1 and budget is not None:
         raise ConfigError('a budget is of one core: leave it out when several processes train together')
     if cfg.processes > 1 and cfg.recipe.method == 'dart':
@@ -308,6 +305,8 @@ def evaluate_run(
     meta = read_meta(weights)
     if 'size' not in meta: raise CheckpointError(f'{weights}: was not written by tmpa_train: load it with tmpa.models.tmpa.load_weights')
     data = data or meta['data']
+    check_given(data, trial)
+    check_ranges(num_workers=num_workers)
     per_model = data in ('regdb','synthetic')
     own = str(meta['trial']) if per_model and data == meta['data'] else None
     if own and trial not in (None, own):

@@ -20,7 +20,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.core import imagenet_stats
-from .core import ConfigError, DataError, arg_names, check_names, check_records, enough_memory, plain
+from .core import ConfigError, DataError, arg_names, check_names, check_records, enough_memory, plain, check_ranges
 from .processes import agreed, in_order, n_processes, own_batches, this_process
 from .data.cache import ImageCache
 from .data.load import ReIDDataset, ReIDDL
@@ -76,6 +76,7 @@ def fit_tmpa(self:Learner,
     start_epoch:int=0, # Epochs to skip, as in `Learner.fit`
 ):
     "Train with the paper's recipe: SGD with steps (and warm-up); each number is an argument."
+    check_ranges(lr=lr, warmup=warmup, decay=None if decay is None else tuple(decay), beta_warmup=beta_warmup)
     if reset_opt or not self.opt: self.create_opt()
     if trunk is None: trunk = 0.1 if getattr(self.model, 'pretrained', False) else 1.
     mults = [trunk]*(len(self.opt.param_lists)-1) + [1.]

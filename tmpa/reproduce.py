@@ -10,7 +10,7 @@ import itertools, shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from .callback.loop import RunawayError
-from .core import ConfigError, TMPAError, check_names, user_path
+from .core import ConfigError, TMPAError, check_names, user_path, check_ranges
 from .experiment import OverBudget, evaluate_run, train_runs
 from .run import OtherImages, alone, earlier_run, images_key, new_folder, write_json
 from .recipes import TABLES, Recipe, RecipeTable, TableRow, get_recipe, get_table, short_hash
@@ -77,6 +77,8 @@ def reproduce(
     rows = [r for t in tables.values() for r in t.rows if r.recipe and (only is None or {r.label.lower(), get_recipe(r.recipe).name.lower()} & {o.lower() for o in only})]
     labels = {o for r in rows for o in (r.label.lower(), get_recipe(r.recipe).name.lower())}
     if unknown := [o for o in only or [] if o.lower() not in labels] or (['none'] if not rows else []): raise ConfigError(f"rows {unknown}: choose from {', '.join(dict.fromkeys(r.label for t in tables.values() for r in t.rows if r.recipe))}")
+    check_ranges(workers=workers)
+    setup.check()
     for r in rows: get_recipe(r.recipe).check()
     if odd := [m for t in tables.values() for m in t.metrics if m not in COLUMNS]: raise ConfigError(f"metric {odd[0]!r}: a table shows {', '.join(COLUMNS)}")
     data = [read_data(s) for s in setup.specs]  # finds what is wrong with the data, and renders, before anything is started

@@ -12,11 +12,12 @@ import hashlib, itertools, json, os, platform, re, subprocess
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 import torch, torchvision
 from . import __version__
 from .callback.loop import RunawayError
-from .core import CheckpointError, ConfigError, atomic_write, user_path, leftovers
+from .core import CheckpointError, ConfigError, atomic_write, user_path, leftovers, RANGES, check_ranges
 from .data.synthetic import GENERATOR_VERSION
 from .models.backbone import get_arch, micro_resnet, tiny_resnet
 from .models.tmpa import read_meta
@@ -115,6 +116,9 @@ def check_arch(
     elif arch not in ARCHS:
         raise ConfigError(f"arch {arch!r}: choose one of {', '.join(ARCHS)}, or timm/ and the name of a ResNet")
 
+_choices = dict(select=('published', 'held_out'), precision=('auto', 'fp32', 'fp16', 'bf16'),
+                log=('csv', 'tensorboard', 'wandb'))
+
 @dataclass
 class RunConfig:
     "Everything that a run depends on."
@@ -144,6 +148,18 @@ class RunConfig:
     log:str = 'csv' # 'csv', 'tensorboard' or 'wandb'
 
     def __post_init__(self): self.out = str(user_path(self.out))
+
+    def check(self):
+        "`ConfigError` for the first field out of its range, before anything is read or written."
+        self.recipe.check()
+        check_arch(self.arch)
+        self.spec.check()
+        check_ranges(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in RANGES})
+        for k,allowed in _choices.items():
+            if getattr(self, k) not in allowed: raise ConfigError(f'{k} {getattr(self, k)!r}: choose one of {", ".join(allowed)}')
+        if (r := self.ir_range) is None: return
+        if len(r) != 2 or not -inf < r[0] < r[1] < inf:
+            raise ConfigError(f'ir_range={r!r}: give the lowest and the highest raw value, for instance (0, 65535)')
 
     def asdict(self): "As plain data for JSON."; return json.loads(json.dumps({**asdict(self), 'recipe': self.recipe.asdict()}, default=named))
 

@@ -11,14 +11,14 @@ import itertools, math, shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from warnings import warn
-from .core import ConfigError, arg_names, check_names, user_path
+from .core import ConfigError, arg_names, check_names, user_path, check_ranges
 from .data.synthetic import GENERATOR_VERSION
 from .demo import Row, demo_patch, write_lines
 from .regions import grid_size
 from .run import RunConfig, read_json
 from .recipes import Recipe, TableRow, content, get_recipe, short_hash
 from .report import COLUMNS
-from .scoring import DataSpec
+from .scoring import DataSpec, check_given
 
 # %% ../nbs/18aa_setup.ipynb #c92472e6
 SCALES = dict(paper=dict(size=(288,144), epochs=80, run={}, budget=None),
@@ -56,6 +56,11 @@ class Setup:
     budget:float|None = None # Minutes of one core for a run
     scale:str = 'paper' # Name in `SCALES`
     args:str|None = '' # What the command line needs beside scale and budget; None: it cannot say this setup
+
+    def check(self):
+        "`ConfigError` for what no run could be made with."
+        check_ranges(seeds=self.seeds, budget=self.budget)
+        for s in self.specs: RunConfig(Recipe(''), s, '', **self.run).check()
 
     @property
     def key(self): return short_hash(setup_content(RunConfig(Recipe(''), self.specs[0], '', **self.run)))
@@ -103,16 +108,18 @@ def make_setup(
     s = SCALES[scale]
     if data is None and scale == 'paper': raise ConfigError('--scale paper needs --data and --path; for the built-in data on a CPU pass --scale small')
     data,size,seeds = data or 'synthetic',tuple(size or s['size']),tuple(range(seeds) if isinstance(seeds, int) else seeds)
-    if not seeds or min(seeds) < 0: raise ConfigError(f'seeds {list(seeds)}: give at least one, none below 0')
-    if epochs is not None and epochs < 1: raise ConfigError(f'epochs={epochs}: give 1 or more')
-    if budget is not None and not budget > 0: raise ConfigError(f'budget={budget}: give minutes above 0')
+    if not seeds: raise ConfigError('seeds: give at least one')
+    check_given(data, trial, ids)
     if patch is not None: grid_size(size, patch)
     coarse = demo_patch(size) if scale == 'small' else None
     given = dict(data=data if data != 'synthetic' else None, path=path, trial=trial, epochs=epochs if epochs != s['epochs'] else None, ids=ids if ids != 400 else None,
                  patch=None if patch == coarse else patch)
     args = [f'--{k} {shlex.quote(str(v))}' for k,v in given.items() if v is not None] + [f"--seeds {len(seeds) if seeds == tuple(range(len(seeds))) else ','.join(map(str, seeds)) + ','*(len(seeds) == 1)}"]
-    return Setup(tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial)), {**s['run'], **({'patch': patch or coarse} if patch or coarse else {}), 'epochs': s['epochs'] if epochs is None else epochs, **run}, seeds, s['budget'] if budget is None else budget, scale,
-        None if run or size != s['size'] else ' '.join(args))
+    more = {**s['run'], **({'patch': patch or coarse} if patch or coarse else {}), 'epochs': s['epochs'] if epochs is None else epochs, **run}
+    setup = Setup(tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial)), more, seeds,
+                  s['budget'] if budget is None else budget, scale, None if run or size != s['size'] else ' '.join(args))
+    setup.check()
+    return setup
 
 # %% ../nbs/18aa_setup.ipynb #ec7a657d
 RUN_FIELDS = ['recipe','recipe_key','setup','data','n_ids','size','arch','epochs','trial','seed','status','budget','seconds','tmpa','instructions','note']
