@@ -1,5 +1,5 @@
 """Folders of runs that are damaged, cut off, or hold files of the user: nothing of the user's is lost, and what is wrong is said in one line."""
-import json, runpy, sys
+import json, os, runpy, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,8 @@ from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
 from tmpa.recipes import get_recipe
 from tmpa.reproduce import pick_tables, reproduce
-from tmpa.run import RunConfig, clear_run, earlier_run, remove_leftovers, write_json
+from tmpa.run import RunConfig, alone, clear_run, earlier_run, remove_leftovers, write_json
+from tmpa.data.load import ReIDDL
 from tmpa.scoring import DataSpec
 from tmpa.setup import make_setup
 
@@ -182,3 +183,68 @@ def test_ranges_of_the_commands(one_line, tmp_path):
         table = ('table2', '--scale', 'small')*(command == 'tmpa_reproduce')
         for wrong in ('--workers 0', '--seeds=-1,', '--epochs 0'): one_line(command, *table, *wrong.split(), words=wrong.strip('-')[:5])
     assert [p.name for p in tmp_path.iterdir()] == ['l.csv']
+
+
+linux = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks for processes as Linux has them')
+
+
+def alive(pid):
+    stat = Path(f'/proc/{pid}/stat')
+    return stat.exists() and stat.read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+
+
+def started(code, *args):
+    "A script that was started, and the number that it prints."
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], stdout=subprocess.PIPE, text=True)
+    return p, int(p.stdout.readline())
+
+
+HOLDS = """import os, sys, time
+from tmpa.run import alone
+with alone(sys.argv[1]):
+    child = os.fork()
+    if child: print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@linux
+def test_a_lock_ends_with_its_process(tmp_path):
+    p, child = started(HOLDS, tmp_path)
+    try:
+        with pytest.raises(ConfigError, match='in use'): alone(tmp_path).__enter__()
+        p.kill()
+        p.wait()
+        assert alive(child)
+        with alone(tmp_path): pass
+    finally: os.kill(child, signal.SIGKILL)
+
+
+LOADS = """import os, time, torch
+from tmpa.processes import end_with_parent
+class Slow(torch.utils.data.Dataset):
+    def __len__(self): return 2
+    def __getitem__(self, i):
+        if i: time.sleep(60)
+        return os.getpid()
+for pid in torch.utils.data.DataLoader(Slow(), num_workers=2, worker_init_fn=end_with_parent): print(int(pid), flush=True)
+"""
+
+
+@linux
+@pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGTERM])
+def test_a_loader_process_ends_with_the_command(sig):
+    p, child = started(LOADS)
+    p.send_signal(sig)
+    p.wait()
+    t = time.time()
+    while alive(child) and time.time()-t < 3: time.sleep(.02)
+    assert not alive(child)
+
+
+@pytest.mark.cpu(reason='a process of a loader is killed')
+def test_a_loader_process_that_is_killed(cfg, one_line, monkeypatch):
+    def create_batches(self, samples): os.kill(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(ReIDDL, 'create_batches', create_batches)
+    small = '--arch micro_resnet --scratch --size 48x24 --ids 16 --p 4 --k 2 --epochs 1 --workers 1 --quiet --recipe B'
+    one_line('tmpa_train', '--path', cfg.spec.path, '--out', cfg.out, *small.split(), words=('loader process was killed', '--workers'))

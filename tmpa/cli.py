@@ -13,7 +13,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import noop
 from fastcore.script import call_parse, Param, store_true
 from .core import ConfigError, TMPAError, keep_memory, memory_asked, user_path
-from .processes import agreed, is_told, on_rank0, this_process, together, told
+from .processes import agreed, is_told, lost_loader, on_rank0, this_process, together, told
 from .demo import compare, demo_patch, demo_rows, summarise
 from .experiment import evaluate_run, train_run
 from .run import RunConfig, check_arch, new_folder, write_json
@@ -57,6 +57,9 @@ def _one_line_errors(f):
                 more = f', {asked} more were asked for' if asked else ''
                 say(f'error: out of memory{more}: use smaller images or batches, or fewer --workers')
             elif isinstance(e, OSError): say(f"error: {e.filename or 'writing'}: {e.strerror}: choose a place that can be read and written, and has room")
+            elif lost_loader(e):
+                say('error: a loader process was killed, perhaps for want of memory: use fewer --workers (0: none) or '
+                    'smaller batches; with --resume a training goes on after its last whole epoch')
             elif _lost_others(e): say(f'error: process {rank_distrib()} of {num_distrib()} has lost another one, which says why')
             else: raise
         except KeyboardInterrupt:

@@ -7,7 +7,7 @@ __all__ = ['UNKNOWN', 'RANGES', 'Modality', 'ReIDImage', 'PublishedImage', 'know
            'DataError', 'ProtocolError', 'CheckpointError', 'ConfigError', 'arg_names', 'check_names', 'user_path',
            'as_picture', 'check_record', 'check_records', 'rand_on', 'check_modality', 'slots', 'tmpa_home',
            'keep_memory', 'OutOfMemory', 'memory_asked', 'enough_memory', 'free_memory', 'in_memory', 'Range',
-           'check_ranges', 'atomic_write', 'leftovers']
+           'check_ranges', 'atomic_write', 'leftovers', 'locked']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
 import ctypes, errno, inspect, os, re, tempfile, traceback
@@ -353,3 +353,35 @@ def leftovers(
     if path.is_symlink(): path = path.resolve()
     made = re.compile(re.escape(f'.{path.stem}-') + '[a-z0-9_]{8}' + re.escape(path.suffix))
     return [f for f in path.parent.glob('.*') if made.fullmatch(f.name)]
+
+# %% ../nbs/00_core.ipynb #1b1c0f65
+_held = set()  # descriptors of locks
+
+def _let_go():
+    "What a process that was forked does first."
+    for fd in _held: os.close(fd)
+    _held.clear()
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_let_go)
+
+@contextmanager
+def locked(
+    path:str|os.PathLike, # A folder, or a file that is made where it is not there
+    wait:bool=True, # False: `BlockingIOError` where another process holds it
+):
+    "Hold a lock for this process, not for those that it starts; nothing where the system has no locks."
+    try: import fcntl
+    except ImportError:
+        yield
+        return
+    fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
+    _held.add(fd)
+    try:
+        try: fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError: raise
+        except OSError: pass  # a file system without locks
+        yield
+    finally:
+        if fd in _held:
+            _held.remove(fd)
+            os.close(fd)

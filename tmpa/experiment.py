@@ -12,8 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import replace
-from multiprocessing import get_context, parent_process
-from threading import Thread
+from multiprocessing import get_context
 from warnings import warn
 from pathlib import Path
 import numpy as np, torch
@@ -25,7 +24,7 @@ from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
 from .core import CheckpointError, ConfigError, OutOfMemory, ProtocolError, TMPAError
 from .core import atomic_write, check_ranges, keep_memory, user_path
-from .processes import n_processes, on_rank0, rank0_first, this_process, together, told, is_told
+from .processes import end_with_parent, n_processes, on_rank0, rank0_first, this_process, together, told, is_told
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION
@@ -257,10 +256,6 @@ def _run(cfg, quiet, budget, resume, one_thread=False):
         if one_thread: os._exit(130)  # a process of a pool would return the interruption as a result and take the next run
         raise
 
-def _end_with_parent():
-    "A process of a pool that waits for work would outlive a command that was killed."
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
 def train_runs(
     cfgs:list, # RunConfigs
     workers:int=1, # Runs at a time
@@ -278,7 +273,7 @@ def train_runs(
             if not quiet: print(f'\n{cfg.recipe.name}, seed {cfg.seed}: {cfg.epochs} epochs', flush=True)
             yield i,result(lambda: _run(cfg, quiet, budget, resume))
         return
-    pool = ProcessPoolExecutor(workers, get_context('spawn'), _end_with_parent)
+    pool = ProcessPoolExecutor(workers, get_context('spawn'), end_with_parent)
     try:
         jobs = {pool.submit(_run, cfg, True, budget, resume, True): i for i,cfg in enumerate(cfgs)}  # starts the processes
         for job in as_completed(jobs): yield jobs[job],result(job.result)

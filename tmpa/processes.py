@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['n_processes', 'this_process', 'together', 'gather', 'mean_of', 'own_batches', 'in_order', 'told', 'is_told',
-           'on_rank0', 'agreed', 'rank0_first', 'refuse_data_parallel']
+           'on_rank0', 'agreed', 'rank0_first', 'end_with_parent', 'lost_loader', 'refuse_data_parallel']
 
 # %% ../nbs/00a_processes.ipynb #07ab25e6
 import os, pickle
 from contextlib import contextmanager
 from datetime import timedelta
 from math import ceil
+from multiprocessing import parent_process
+from threading import Thread
 import torch
 from torch import Tensor, distributed as dist
 from .core import ConfigError, TMPAError
@@ -152,6 +154,24 @@ def rank0_first(
     return agreed(lambda: made[0] if made else f())
 
 # %% ../nbs/00a_processes.ipynb #ddfbb503
+_watches = None # process that a thread of this one waits for
+
+def _wait_for(parent):
+    parent.join()
+    os._exit(1)
+
+def end_with_parent(*args):
+    "In a process of a pool or of a loader: end when the one that started it does, be it by a kill."
+    global _watches
+    parent = parent_process()
+    if parent is None or _watches == parent.pid: return
+    _watches = parent.pid
+    Thread(target=_wait_for, args=[parent], daemon=True).start()
+
+def lost_loader(e:Exception)->bool:
+    "Whether this is what torch raises when a loader process is gone."
+    return isinstance(e, RuntimeError) and 'DataLoader worker' in str(e)
+
 def refuse_data_parallel():
     "`nn.DataParallel` cuts a batch anywhere, between the images of a slot too."
     raise ConfigError('DataParallel cuts the pairs of a batch: '

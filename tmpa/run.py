@@ -9,7 +9,7 @@ __all__ = ['RUN_FILES', 'ARCHS', 'write_json', 'read_json', 'remove_leftovers', 
 
 # %% ../nbs/17d_run.ipynb #d0f10003
 import hashlib, itertools, json, os, platform, re, subprocess
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from math import inf
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch, torchvision
 from . import __version__
 from .callback.loop import RunawayError
-from .core import CheckpointError, ConfigError, atomic_write, user_path, leftovers, RANGES, check_ranges
+from .core import CheckpointError, ConfigError, atomic_write, user_path, leftovers, RANGES, check_ranges, locked
 from .data.synthetic import GENERATOR_VERSION
 from .models.backbone import get_arch, micro_resnet, tiny_resnet
 from .models.tmpa import read_meta
@@ -178,15 +178,11 @@ def alone(
     folder, # A folder that exists
 ):
     "Two commands in one folder would take each other's unfinished runs for cut-off ones; the second is refused."
-    try: import fcntl
-    except ImportError: yield; return
-    fd = os.open(user_path(folder), os.O_RDONLY)
-    try:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ConfigError(f'{folder} is in use by another command: wait for it, or choose another --out') from None
-        except OSError: pass  # a file system without locks
+    with ExitStack() as held:
+        try: held.enter_context(locked(user_path(folder), wait=False))
+        except BlockingIOError:
+            raise ConfigError(f'{folder} is in use by another command: wait for it, or choose another --out') from None
         yield
-    finally: os.close(fd)
 
 # %% ../nbs/17d_run.ipynb #d0f10012
 _how = ('out', 'num_workers', 'log', 'cache')  # fields that do not change a result

@@ -7,14 +7,14 @@ __all__ = ['ImageCache', 'image_cache']
 
 # %% ../../nbs/01b_data.cache.ipynb #c040c601
 import hashlib, json, os, shutil
-from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 import numpy as np
 import PIL
 import torch
 from fastprogress.fastprogress import progress_bar
-from ..core import ConfigError, DataError, atomic_write, tmpa_home, user_path, leftovers
+from ..core import ConfigError, DataError, atomic_write, leftovers, locked, tmpa_home, user_path
+from ..processes import end_with_parent
 from .image import decoded, how_read, item_range
 
 # %% ../../nbs/01b_data.cache.ipynb #17b9c191
@@ -110,7 +110,8 @@ class _Decoder(torch.utils.data.Dataset):
 def _decode_all(names, size, num_workers):
     "Arrays in the order of `names`; the generator of its own leaves torch's random numbers as they are."
     dl = torch.utils.data.DataLoader(_Decoder(names, size), batch_size=16, collate_fn=list,
-                                     num_workers=num_workers, generator=torch.Generator())
+                                     num_workers=num_workers, generator=torch.Generator(),
+                                     worker_init_fn=end_with_parent)
     for arrays in dl: yield from arrays
 
 def _write(file, size, names, sources, num_workers, progress):
@@ -137,18 +138,6 @@ def _no_space(folder, why):
     return ConfigError(f'{folder} {why} that the decoded images need: make room, name another folder '
                        '(cache=, --cache or TMPA_HOME), or go without one (cache=False, --cache off)')
 
-@contextmanager
-def _locked(file):
-    "One process at a time makes a file; the others wait here."
-    try: import fcntl
-    except ImportError:
-        yield
-        return
-    with open(file.with_suffix('.lock'), 'w') as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError: pass  # a file system without locks
-        yield
-
 # %% ../../nbs/01b_data.cache.ipynb #98fdeee9
 def image_cache(
     items:list, # ReIDImages, in any order
@@ -171,7 +160,7 @@ def image_cache(
     if progress is None: progress = many
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(file):
+        with locked(file.with_suffix('.lock')):  # one process at a time; the others wait here
             if (cache := _open(file, size, names, sources)) is not None: return cache
             for f in leftovers(file): f.unlink()  # we hold the lock
             _check_space(folder, names, size)

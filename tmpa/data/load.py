@@ -22,7 +22,7 @@ from fastai.torch_core import TensorImage, default_device, to_detach
 from fastai.vision.core import imagenet_stats
 from ..core import (ConfigError, DataError, arg_names, check_modality, check_names, check_records, known, same_person, slots,
                        tmpa_home, user_path)
-from ..processes import own_batches
+from ..processes import end_with_parent, own_batches
 from .external import (cross_settings, llcm_items, llcm_settings,
                                 regdb_items, regdb_settings, sysu_items, sysu_settings)
 from .image import as_float, check_range, decoded, how_read
@@ -250,6 +250,7 @@ def _puts_together(self:ReIDDL):
 @patch
 def create_batches(self:ReIDDL, samps):
     "Batches as `(pixels, numbers)`; as fastai makes them where items have transforms, or the dataset is another."
+    if torch.utils.data.get_worker_info() is not None: end_with_parent()
     if any(getattr(o, 'fs', ()) for o in (self.after_item, self.before_batch)) or not hasattr(self.dataset, 'batch'):
         made = super(ReIDDL, self).create_batches(samps)
     else:
