@@ -135,7 +135,7 @@ def test_offline(run, regdb, tmp_path, monkeypatch, device):
     monkeypatch.setattr(torch.hub, 'download_url_to_file', no_network)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path/'hub'))
     args = [a for a in SMALL if a not in ('--scratch', 'tiny_resnet', '--arch')]
-    one_line(run('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'r', '--arch', 'resnet18', *args), 'resnet18', 'pth')
+    one_line(run('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'r', '--arch', 'resnet18', *args), 'resnet18', 'pth', '--scratch')
 
 
 def test_checkpoint_of_another_architecture(tmp_path):

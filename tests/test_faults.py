@@ -11,10 +11,12 @@ from tmpa import run as folders
 from tmpa.callback.loop import RunawayError
 from tmpa.callback.resume import ResumeFit
 from tmpa.core import CheckpointError, ConfigError, TMPAError
-from tmpa.demo import compare, demo_rows
+from tmpa.data.synthetic import make_regdb
+from tmpa.demo import FIELDS, compare, demo_rows
 from tmpa.experiment import train_run
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
+from tmpa.report import read_log
 from tmpa.recipes import get_recipe
 from tmpa.reproduce import pick_tables, reproduce
 from tmpa.run import RunConfig, alone, clear_run, earlier_run, remove_leftovers, write_json
@@ -248,3 +250,64 @@ def test_a_loader_process_that_is_killed(cfg, one_line, monkeypatch):
     monkeypatch.setattr(ReIDDL, 'create_batches', create_batches)
     small = '--arch micro_resnet --scratch --size 48x24 --ids 16 --p 4 --k 2 --epochs 1 --workers 1 --quiet --recipe B'
     one_line('tmpa_train', '--path', cfg.spec.path, '--out', cfg.out, *small.split(), words=('loader process was killed', '--workers'))
+
+
+DEEP = '['*100_000
+DAMAGE = [('metrics.json', '[1]'), ('metrics.json', '{}'), ('metrics.json', '{"scores": 1}'), ('metrics.json', DEEP),
+          ('config.json', DEEP), ('config.json', 'null'), ('config.json', '\x00'), ('config.json', '{"recipe": {}, "spec": {}}'),
+          ('config.json', '{"recipe": {"name": 1, "mix": 3}, "spec": {}}'), ('config.json', '{"recipe": {"depth": 3}, "spec": {}}'),
+          ('ran_away.json', '{}'), ('ran_away.json', '7')]
+
+
+@pytest.mark.parametrize('name, text', DAMAGE)
+def test_damaged_files_of_a_run(cfg, begun, name, text):
+    (begun/'last.pth').write_text('weights')
+    (begun/name).write_text(text)
+    with pytest.raises(TMPAError) as e: earlier_run(cfg)
+    said = str(e.value)
+    assert str(begun/name) in said and len(said) < 400 and 'remove' not in said and ('elsewhere' in said or name == 'config.json')
+    assert (begun/name).read_text() == text and (begun/'last.pth').read_text() == 'weights' and kept(begun)
+
+
+@pytest.mark.parametrize('text', ['[]', '{"resumed_with": 5}', '{"python": '])
+def test_a_damaged_environment_of_a_trained_run(begun, text):
+    f = begun/'environment.json'
+    f.write_text(text)
+    with pytest.raises(ConfigError, match='environment.json cannot be read .* or move it elsewhere'): folders.save_environment(f)
+    assert f.read_text() == text
+    f.rename(begun/'elsewhere')
+    folders.save_environment(f)
+    assert json.loads(f.read_text())['python']
+
+
+@pytest.mark.parametrize('text', ['a,b\n1,2\n', 'epochs\n1\n', '\xff\xfe', 'x\n"' + 'y'*200_000])
+def test_a_log_without_epochs(tmp_path, text):
+    f = tmp_path/'history.csv'
+    f.write_bytes(text.encode('latin1'))
+    with pytest.raises(ConfigError, match='history.csv has no column epoch.* move it elsewhere'): read_log(f)
+
+
+@pytest.mark.cpu(reason='nothing is trained')
+@pytest.mark.parametrize('name, text', [('results.csv', 'day,hours\n1,8\n'), ('results.csv', ','.join(FIELDS) + '\nB,B,x\n'),
+                                        ('results.csv', ','.join(FIELDS) + '\nB\n'), ('setup.json', '[1]'), ('setup.json', '{}')])
+def test_damaged_files_of_a_comparison(cfg, tmp_path, name, text):
+    out = tmp_path/'out'
+    out.mkdir()
+    (out/name).write_text(text)
+    kw = dict(arch='micro_resnet', pretrained=False, patch=8, quiet=True, resume=True)
+    with pytest.raises(ConfigError, match=f'{name} .* move it elsewhere'): compare(demo_rows(['B'], 1, size=(48, 24)), out, cfg.spec, **kw)
+    assert [p.name for p in out.iterdir()] == [name] and (out/name).read_text() == text
+
+
+def test_results_that_are_not_of_the_tables(cfg, tmp_path):
+    (tmp_path/'results.csv').write_text('day,hours\n1,8\n')
+    toy = make_setup('small', path=cfg.spec.path, ids=16, size=(48, 24))
+    with pytest.raises(ConfigError, match='results.csv is not of tmpa_reproduce'): reproduce(pick_tables('table2'), toy, tmp_path, show=True)
+    assert (tmp_path/'results.csv').read_text() == 'day,hours\n1,8\n'
+
+
+def test_a_full_disk_while_rendering(tmp_path, monkeypatch):
+    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('tmpa.data.synthetic._write_chunk', full)
+    with pytest.raises(OSError) as e: make_regdb(tmp_path/'people', n_ids=4, size=(48, 24))
+    assert e.value.filename == str(tmp_path/'people') and not list(tmp_path.iterdir())

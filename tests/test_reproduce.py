@@ -364,7 +364,7 @@ def test_a_line_says_which_instruction_sets_made_the_run(toy, tmp_path):
     out = Path(cfg.out)
     out.mkdir(parents=True)
     write_json(out/'config.json', cfg.asdict())
-    write_json(out/'metrics.json', dict(seed=0))
+    write_json(out/'metrics.json', dict(scores={}))
     here = torch.backends.cpu.get_cpu_capability()
     said = lambda: rp.run_lines(out)[0]['instructions']
     assert said() == ''  # of a version that did not note it
@@ -379,7 +379,7 @@ def test_real_data_has_no_number_of_rendered_people(toy, tmp_path):
     from tmpa.run import earlier_run, write_json
     cfg = toy.config('B', replace(toy.specs[0], data='regdb', path='RegDB'), 0, tmp_path)
     Path(cfg.out).mkdir(parents=True)
-    write_json(Path(cfg.out)/'config.json', cfg.asdict()); write_json(Path(cfg.out)/'metrics.json', dict(seed=0))
+    write_json(Path(cfg.out)/'config.json', cfg.asdict()); write_json(Path(cfg.out)/'metrics.json', dict(scores={}))
     assert earlier_run(replace(cfg, spec=replace(cfg.spec, n_ids=300, seed=5)))
 
 

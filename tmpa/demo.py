@@ -108,12 +108,25 @@ def summarise(
     return rows
 
 # %% ../nbs/18a_demo.ipynb #5c6e2faf
+def _earlier_lines(path):
+    "Records of earlier calls, with the numbers that a summary needs."
+    need = [k for k in FIELDS if k not in ('row', 'recipe', 'train_seconds', 'generator')]
+    try:
+        lines = read_lines(path)
+        for l in lines:
+            if None in (l['row'], l['recipe']): raise ValueError('a line is too short')
+            for k in need: float(l[k])
+    except (csv.Error, KeyError, TypeError, ValueError) as e:
+        raise ConfigError(f'{path} is damaged, or not of a comparison ({type(e).__name__}: {e}): put it back as it was, '
+                          'or move it elsewhere, and it is made again of the runs') from None
+    return lines
+
 def _setup(out, what, resume):
     "Make or re-open the folder of a comparison; settings of an earlier start must be the same."
     if out.exists() and not resume: raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
     if not out.is_dir(): new_folder(out)
     what,f = json.loads(json.dumps(what, default=str)),out/'setup.json'
-    before = read_json(f)['setup'] if f.exists() else what
+    before = read_json(f, setup=dict)['setup'] if f.exists() else what
     if what != before: raise ConfigError(f'{out} was begun with other settings ({before}): choose another --out')
     write_json(f, dict(setup=what, environment=environment()))
     return what
@@ -134,13 +147,14 @@ def compare(
     out = user_path(out)
     check_ranges(workers=workers, seeds=tuple(seeds))
     for r in rows: RunConfig(get_recipe(r.recipe), spec, str(out), epochs=r.epochs, **kwargs).check()
+    _earlier_lines(out/'results.csv')
     train,test,_ = read_data(spec)  # renders, once, before processes start
     what = _setup(out, dict(data=spec.data, n_ids=spec.n_ids, size=list(spec.size), data_seed=spec.seed, generator=GENERATOR_VERSION, **kwargs), resume)
     with alone(out): return _compare(rows, out, spec, seeds, quiet, workers, what, images_key(spec, train, test), kwargs)
 
 def _compare(rows, out, spec, seeds, quiet, workers, what, images, kwargs):
     order,asked,todo = [r.name for r in rows],{(r.name, s) for r in rows for s in seeds},[]
-    lines,kept = [],[l for l in read_lines(out/'results.csv') if (l['row'], int(l['seed'])) not in asked]  # of earlier calls
+    lines,kept = [],[l for l in _earlier_lines(out/'results.csv') if (l['row'], int(l['seed'])) not in asked]  # of earlier calls
     place = lambda l: (order.index(l['row']) if l['row'] in order else len(order), int(l['seed']))
     def done(row, metrics):
         lines.append(as_line(row, metrics)); lines.sort(key=place)

@@ -6,7 +6,7 @@
 __all__ = ['reproduce', 'pick_tables', 'with_fields', 'sweep']
 
 # %% ../nbs/18ac_reproduce.ipynb #18f47e66
-import itertools, shutil
+import csv, itertools, shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from .callback.loop import RunawayError
@@ -21,6 +21,13 @@ from .setup import Setup, collect, row_key, run_state
 from .tables import fill, ratio_strip, save_figure, save_table
 
 # %% ../nbs/18ac_reproduce.ipynb #c8fa82cc
+def _own_results(path):
+    "`results.csv` is made anew from the runs; one that is somebody else's must not be lost."
+    try: first = read_lines(path)[:1]
+    except csv.Error: first = [{}]
+    if first and 'recipe_key' not in first[0]:
+        raise ConfigError(f'{path} is not of tmpa_reproduce: choose another --out, or move it elsewhere')
+
 def _distinct(cfgs):
     "Each run once: the same under another name is the same."
     out = {}
@@ -86,6 +93,7 @@ def reproduce(
     shown = {n: _shown(t, settings, direction) for n,t in tables.items()}
     if direction and direction not in settings: raise ConfigError(f"direction {direction!r}: {setup.specs[0].data} has {', '.join(settings)}")
     if not out.is_dir(): new_folder(out)
+    _own_results(out/'results.csv')
     with alone(out):
         cfgs = _distinct(itertools.chain(*zip(*[setup.configs(r, out) for r in rows])))  # a seed of every row before the next seed
         todo = [] if show else _todo(cfgs, setup.budget, {s.trial: images_key(s, d[0], d[1]) for s,d in zip(setup.specs, data)})

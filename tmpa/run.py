@@ -29,10 +29,23 @@ def write_json(path, obj):
     "JSON, whole or not at all."
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + '\n', encoding='utf8')
 
-def read_json(path):
-    "What `write_json` wrote."
-    try: return json.loads(user_path(path).read_text(encoding='utf8'))
-    except (OSError, ValueError) as e: raise ConfigError(f'{path} cannot be read ({type(e).__name__}): choose another --out, or remove {Path(path).parent} to run it again') from None
+def _damaged(path, why):
+    "What helps and harms nothing: all but `config.json` is made again."
+    if Path(path).name == 'config.json': remedy = 'put it back as it was, or choose another --out'
+    else: remedy = 'put it back as it was, or move it elsewhere: the same command (with --resume) makes it again'
+    return ConfigError(f'{path} cannot be read ({why}): {remedy}')
+
+def read_json(
+    path, # A file that `write_json` made of a dict
+    **kinds # Key -> type that its value must have; of several types, NoneType for one that need not be there
+)->dict:
+    "What `write_json` wrote; `ConfigError` that names the file where it is something else."
+    try: d = json.loads(user_path(path).read_text(encoding='utf8'))
+    except (OSError, ValueError, RecursionError) as e: raise _damaged(path, type(e).__name__) from None
+    if not isinstance(d, dict): raise _damaged(path, f'a {type(d).__name__}')
+    wrong = next((k for k,kind in kinds.items() if not isinstance(d.get(k), kind)), None)
+    if wrong: raise _damaged(path, f'{wrong} is {str(d.get(wrong))[:40]}')
+    return d
 
 # %% ../nbs/17d_run.ipynb #dd30e6f8
 RUN_FILES = ('environment.json', 'history.csv', 'last.pth', 'best.pth', 'resume.pth', 'ran_away.json',
@@ -101,7 +114,7 @@ def save_environment(
 ):
     "Write `environment()`."
     now,f = environment(),user_path(path)
-    first = read_json(f) if f.exists() else {}
+    first = read_json(f, resumed_with=(list, type(None))) if f.exists() else {}
     other = first and any(first.get(k) != v for k,v in json.loads(json.dumps(now)).items())
     write_json(f, {**first, 'resumed_with': [*first.get('resumed_with', []), now]} if other else first or now)
 
@@ -215,20 +228,20 @@ def earlier_run(
         if set(out.iterdir()) - set(leftovers(out/'config.json')): raise ConfigError(f'{out} holds no run of tmpa: choose another --out')
         clear_run(out)  # killed while it wrote its first file
         return None
-    stored,now = read_json(out/'config.json'),_plain_config(cfg.asdict())
-    if not (isinstance(stored, dict) and isinstance(stored.get('recipe'), dict) and isinstance(stored.get('spec'), dict)): raise ConfigError(f'{out} holds no run of tmpa: choose another --out')
-    was = _plain_config(stored)
+    stored,now = read_json(out/'config.json', recipe=dict, spec=dict),_plain_config(cfg.asdict())
+    try: was = _plain_config(stored)
+    except (TypeError, ValueError, AttributeError, KeyError) as e: raise _damaged(out/'config.json', f'recipe: {e}') from None
     if stored.get('recipe_key') == short_hash(content(cfg.recipe)): was['recipe'] = now['recipe']  # a class of your own, with or without its defaults
     other = next((k for k in now if k not in _how and was[k] != now[k]), None)
     if other: raise ConfigError(f'{out} was begun with another {other} ({was[other]}, now {now[other]}): choose another --out, or the old settings')
     if images and images != stored.get('images', images): raise OtherImages(f'{out} was run on other images than {cfg.spec.path or cfg.spec.data} holds now: choose another --out')
-    if (out/'metrics.json').exists(): return read_json(out/'metrics.json')
+    if (out/'metrics.json').exists(): return read_json(out/'metrics.json', scores=dict)
     if (out/'ran_away.json').exists(): raise _ran_away(out)
     if not (trained(cfg) or (out/'resume.pth').exists()): clear_run(out)
 
 def _ran_away(out):
     "What `train_run` found when the loss of this run ran away, and what to do: the same settings go the same way."
-    s = read_json(out/'ran_away.json')
+    s = read_json(out/'ran_away.json', why=str, epoch=int, batch=int, terms=list)
     kept = f"{out/'last.pth'} holds the weights after epoch {s['epoch']-1}; " if (out/'last.pth').exists() else ''
     return RunawayError(f"{out}: {s['why']}. {kept}the same settings would run away again: choose another --out with a lower --lr, or on a GPU --precision fp32; "
         f"to try them nevertheless, with code that has changed perhaps, remove {out/'ran_away.json'}", **{k: s[k] for k in ('epoch','batch','terms')})

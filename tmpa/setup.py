@@ -124,23 +124,25 @@ def make_setup(
 # %% ../nbs/18aa_setup.ipynb #ec7a657d
 RUN_FIELDS = ['recipe','recipe_key','setup','data','n_ids','size','arch','epochs','trial','seed','status','budget','seconds','tmpa','instructions','note']
 
-def _read(f):
-    return read_json(f) if f.exists() else None
+def _read(f, **kinds):
+    return read_json(f, **kinds) if f.exists() else None
+
+_kinds = dict(metrics=dict(scores=dict), over_budget=dict(budget=(int, float)), failed={})
 
 def run_state(folder)->tuple: # 'done', 'over budget', 'failed' or 'cut off', and what the folder says about it
     "How far a run folder came."
     for status,name in (('done','metrics'), ('over budget','over_budget'), ('failed','failed')):
-        if (d := _read(user_path(folder)/f'{name}.json')) is not None: return status,d
+        if (d := _read(user_path(folder)/f'{name}.json', **_kinds[name])) is not None: return status,d
     return 'cut off',{}
 
 def run_lines(folder)->list: # None of a run that was cut off; more than one where its network was scored in several ways
     "A run folder as flat records."
     folder = user_path(folder)
-    (status,d),cfg = run_state(folder),_read(folder/'config.json')
+    (status,d),cfg = run_state(folder),_read(folder/'config.json', recipe=dict, spec=dict)
     if status == 'cut off': return []
     cfg,(_,rkey,setup,_,_) = cfg or d.get('config'),folder.name.rsplit('-', 4)
-    if not cfg: raise ConfigError(f'{folder} has no config.json: put it back, or remove the folder to run it again')
-    env = _read(folder/'environment.json') or {}
+    if not cfg: raise ConfigError(f'{folder} has no config.json: put it back, or move the folder elsewhere to run it again')
+    env = _read(folder/'environment.json', resumed_with=(list, type(None))) or {}
     sets = [e.get('instructions') for e in (env, *env.get('resumed_with', []))]
     instructions = '+'.join(dict.fromkeys(filter(None, sets)))
     s,first = cfg['spec'],dict(recipe=cfg['recipe']['name'], recipe_key=rkey, setup=setup)
@@ -148,7 +150,7 @@ def run_lines(folder)->list: # None of a run that was cut off; more than one whe
                 status=status, budget=d.get('budget') or '', seconds=d.get('train_seconds', d.get('seconds', '')), tmpa=env.get('versions', {}).get('tmpa', ''), instructions=instructions, note=d.get('error', ''))
     lines = [{**first, **rest, **_flat(d.get('scores', {}))}]
     for f in sorted(folder.glob('scores-*.json')):
-        e = _read(f)
+        e = _read(f, score=dict, scores=dict)
         how = ', '.join(f'{k}={v}' for k,v in e['score'].items())
         lines.append({**first, **rest, 'recipe': f"{first['recipe']} ({how})", 'recipe_key': f.stem.removeprefix('scores-'), **_flat(e['scores'])})
     return lines
@@ -161,6 +163,6 @@ def collect(out)->list:
     lines = []
     for f in sorted((user_path(out)/'runs').glob('*-trial*-seed*')):
         try: lines += run_lines(f)
-        except (ConfigError, KeyError, TypeError, AttributeError) as e: warn(str(e) if isinstance(e, ConfigError) else f'{f} holds something else than a run of tmpa ({type(e).__name__}): remove it')
+        except (ConfigError, KeyError, TypeError, AttributeError) as e: warn(str(e) if isinstance(e, ConfigError) else f'{f} holds something else than a run of tmpa ({type(e).__name__}): move it elsewhere')
     write_lines(Path(out)/'results.csv', lines, list(dict.fromkeys([*RUN_FIELDS, *itertools.chain(*lines)])))
     return lines

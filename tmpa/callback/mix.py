@@ -174,7 +174,7 @@ class AttentiveCutMix(SlotMix):
 # %% ../../nbs/06_callback.mix.ipynb #117c437b
 def _imagenet_scorer():
     try: m = make_resnet('resnet50')
-    except CheckpointError as e: raise CheckpointError(e.msg.replace('pass pretrained=False', 'give AttentiveCutMix another scorer')) from None
+    except CheckpointError as e: raise CheckpointError(e.msg.replace('pass pretrained=False (tmpa_train: --scratch)', 'give AttentiveCutMix another scorer')) from None
     return nn.Sequential(*Extractor(m), m.layer4).requires_grad_(False)
 
 @patch

@@ -459,6 +459,9 @@ def _write(path, layout, size, seed, jobs, texts, n_workers, **counts):
         try: tmp.rename(path)
         except OSError:
             if not _ready(path, manifest): raise  # another process may have finished the same folder first
+    except OSError as e:  # a full disk does not say where
+        if e.filename is not None: raise
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return path
 

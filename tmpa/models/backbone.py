@@ -72,7 +72,7 @@ def _timm_builder(arch):
         try: return timm.create_model(name, pretrained=weights is not None)
         except Exception as e:  # whatever its downloader raises
             raise CheckpointError(f'{arch}: timm cannot build it or download its weights ({type(e).__name__}: {str(e)[:100]}): '
-                                  'pass pretrained=False, or a file of weights') from None
+                                  'pass pretrained=False (tmpa_train: --scratch), or a file of weights') from None
     build.__name__ = arch
     return build
 
@@ -86,14 +86,14 @@ def _weights_file(arch, weights):
 def _download(arch, weights):
     name = arch_name(arch)
     if 'weights' not in inspect.signature(arch).parameters:
-        raise ConfigError(f'{name} takes no weights: pass pretrained=False, a file or a state dict')
+        raise ConfigError(f'{name} takes no weights: pass pretrained=False (tmpa_train: --scratch), a file or a state dict')
     try: return arch(weights=weights)
     except KeyError:
         raise ConfigError(f'weights={weights!r} do not exist for {name}: see torchvision.models.get_model_weights({name!r})') from None
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
         file,url = _weights_file(arch, weights)
         raise CheckpointError(f'{file}: the {weights} weights of {name} cannot be downloaded or read ({type(e).__name__}: {str(e)[:100]}): '
-                              f'put the file from {url} there, or pass pretrained=False') from None
+                              f'put the file from {url} there, or pass pretrained=False (tmpa_train: --scratch)') from None
 
 # %% ../../nbs/08_models.backbone.ipynb #d85bf724
 def first_mismatch(
