@@ -13,7 +13,7 @@ from tmpa.callback.resume import ResumeFit
 from tmpa.core import CheckpointError, ConfigError, TMPAError
 from tmpa.data.synthetic import make_regdb
 from tmpa.demo import FIELDS, compare, demo_rows
-from tmpa.experiment import train_run
+from tmpa.experiment import Watch, train_run
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
 from tmpa.report import read_log
@@ -197,7 +197,9 @@ def alive(pid):
 
 def started(code, *args):
     "A script that was started, and the number that it prints."
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], stdout=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], stdout=subprocess.PIPE, text=True,
+                         preexec_fn=heard)
     return p, int(p.stdout.readline())
 
 
@@ -311,3 +313,32 @@ def test_a_full_disk_while_rendering(tmp_path, monkeypatch):
     monkeypatch.setattr('tmpa.data.synthetic._write_chunk', full)
     with pytest.raises(OSError) as e: make_regdb(tmp_path/'people', n_ids=4, size=(48, 24))
     assert e.value.filename == str(tmp_path/'people') and not list(tmp_path.iterdir())
+
+
+@pytest.mark.cpu(reason='pictures are compared bit for bit')
+def test_the_picture_of_mixed_images(cfg, tmp_path, monkeypatch):
+    "In one go, cut off and resumed, and only scored again."
+    whole = replace(cfg, recipe=get_recipe('B+CA+PedMix'), epochs=2, patch=8)
+    cut = replace(whole, out=str(tmp_path/'cut'))
+    def kill(self):
+        if self.epoch == 1: raise KeyboardInterrupt
+    train_run(whole, quiet=True, rank_figure=False)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Watch, 'after_batch', kill)
+        train_run(cut, quiet=True, rank_figure=False)
+    picture = Path(whole.out)/'mixed_images.png'
+    first = picture.read_bytes()
+    assert train_run(cut, quiet=True, resume=True, rank_figure=False)['resumed_after'] == [1]
+    assert (Path(cut.out)/'mixed_images.png').read_bytes() == first
+    (Path(whole.out)/'metrics.json').unlink()
+    train_run(whole, quiet=True, resume=True, rank_figure=False)
+    assert picture.read_bytes() == first
+
+
+def test_commands_begin_without_a_warning():
+    r = subprocess.run([sys.executable, '-c', 'import tmpa.cli'], capture_output=True, text=True, timeout=120)
+    assert (r.returncode, r.stderr) == (0, '')
+
+
+def test_workflows_say_what_they_may():
+    for f in (Path(__file__).parents[1]/'.github'/'workflows').glob('*.yml'): assert '\npermissions: {contents: read' in f.read_text(), f.name

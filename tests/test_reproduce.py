@@ -389,7 +389,9 @@ def test_no_process_outlives_the_command(people, tmp_path, sig):
     code = f"""from tmpa.all import *
 if __name__ == '__main__': reproduce(pick_tables('table2'), make_setup('small', path={people!r}, **{ {**TOY, 'epochs': 40}!r}), {str(tmp_path/'out')!r}, only=['B', 'B+CA', 'B+CA+PedMix'], workers=2, quiet=True)"""
     (tmp_path/'go.py').write_text(code)
-    p = subprocess.Popen([sys.executable, str(tmp_path/'go.py')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    heard = lambda: signal.signal(sig, signal.SIG_DFL)  # a shell ignores SIGINT for what it starts in the background
+    p = subprocess.Popen([sys.executable, str(tmp_path/'go.py')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                         preexec_fn=heard if sig != signal.SIGKILL else None)
     t = time.time()
     while len(list(tmp_path.glob('out/runs/*/resume.pth'))) < 2 and p.poll() is None and time.time()-t < 120: time.sleep(.05)
     children = [int(c) for f in Path(f'/proc/{p.pid}/task').glob('*/children') for c in f.read_text().split()]

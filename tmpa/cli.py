@@ -6,6 +6,15 @@
 __all__ = ['any_console', 'parse_size', 'parse_ints', 'parse_range', 'tmpa_demo', 'mean_scores', 'trials_folder', 'tmpa_train',
            'tmpa_evaluate', 'tmpa_reproduce']
 
+# %% ../nbs/18b_cli.ipynb #fa4a0470
+import warnings
+from importlib import import_module
+
+# %% ../nbs/18b_cli.ipynb #29a2f0cb
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore', FutureWarning)  # torch's, about what fastai does: nothing that a user can change
+    import_module('fastai.layers')
+
 # %% ../nbs/18b_cli.ipynb #1e02945a
 import codecs, functools, os, sys, time
 import numpy as np

@@ -231,12 +231,18 @@ def held_out_split(cfg, train):
 # %% ../nbs/18_experiment.ipynb #8cfccb05
 def mean_map(scores): "mAP averaged over settings."; return float(np.mean([s['mAP'] for s in scores.values()]))
 
+def _mixed_images(mix, dls, seed):
+    "Those of the first batch: the same for a run that was cut off, or is only scored."
+    set_seed(seed)
+    dls.train.set_epoch(0)
+    return mix.show(dls)
+
 def save_report(out, cfg, learn, metrics, test, settings, feats=None):
     "`report.html` and the pictures in it as PNG files."
     env,figs = read_json(out/'environment.json'),{}
     if (out/'history.csv').exists(): figs['Curves'] = plot_log(read_log(out/'history.csv'))  # a run that is only scored may have lost it
     mix = next((c for c in learn.cbs if hasattr(type(c), 'show')), None)
-    if mix is not None: figs['Mixed images'] = mix.show(learn.dls)
+    if mix is not None: figs['Mixed images'] = _mixed_images(mix, learn.dls, cfg.seed)
     if feats is not None: figs['Ranked lists'] = plot_ranks(test, feats, settings[0], ir_range=cfg.ir_range)
     for name,fig in figs.items():
         with atomic_write(out/f"{name.lower().replace(' ', '_')}.png") as t: fig.savefig(t)
