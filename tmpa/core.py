@@ -7,10 +7,11 @@ __all__ = ['UNKNOWN', 'RANGES', 'Modality', 'ReIDImage', 'PublishedImage', 'know
            'DataError', 'ProtocolError', 'CheckpointError', 'ConfigError', 'arg_names', 'check_names', 'user_path',
            'as_picture', 'check_record', 'check_records', 'rand_on', 'check_modality', 'slots', 'tmpa_home',
            'keep_memory', 'OutOfMemory', 'memory_asked', 'enough_memory', 'free_memory', 'in_memory', 'Range',
-           'check_ranges', 'atomic_write', 'leftovers', 'locked']
+           'check_ranges', 'shortened', 'regular_file', 'leftovers', 'remove_dead', 'temp_folder', 'atomic_write',
+           'locked']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
-import ctypes, errno, inspect, os, re, tempfile, traceback
+import ctypes, errno, inspect, os, re, shutil, stat, tempfile, traceback
 from contextlib import contextmanager
 from difflib import get_close_matches
 from enum import IntEnum
@@ -22,6 +23,10 @@ from typing import NamedTuple
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
+
+# %% ../nbs/00_core.ipynb #a448c2fa
+try: import fcntl
+except ImportError: fcntl = None  # not Unix
 
 # %% ../nbs/00_core.ipynb #e04efa0c
 class Modality(IntEnum):
@@ -75,7 +80,8 @@ class TMPAError(ValueError):
         msg = str(msg).strip()
         if 'Original Traceback (most recent call last):' in msg: msg = msg.splitlines()[-1].partition(': ')[2]  # raised in a loader process
         msg = msg.encode('utf8', 'backslashreplace').decode()  # a file name need not be UTF-8; a line can be printed
-        self.msg = ' '.join(msg.split())
+        msg = ' '.join(msg.split())
+        self.msg = msg if len(msg) <= 2000 else f'{msg[:1500]} ... {msg[-500:]}'  # what a file holds is repeated in some
         super().__init__(self.msg)
     def __str__(self): return self.msg  # fastai rewrites `args` of what a callback raises into three lines
 
@@ -318,20 +324,118 @@ def check_ranges(
         if all(map(RANGES[name].has, value if several else [value])): continue
         raise ConfigError(f'{name}={value!r}: give {RANGES[name]}')
 
+# %% ../nbs/00_core.ipynb #841f0351
+def shortened(
+    text, # Anything
+    n:int=80, # Characters
+)->str:
+    "One line about a text for an error: its beginning, and its end where it is longer."
+    text = str(text)[:10*n] + ' ... ' + str(text)[-n:] if len(str(text)) > 11*n else str(text)
+    text = ' '.join(text.split())
+    return text if len(text) <= n else f'{text[:n-15]} ... {text[-10:]}'
+
+_kinds = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a pipe', stat.S_IFSOCK: 'a socket'}
+
+def regular_file(
+    path:str|os.PathLike, # Of a file that is to be read
+    what:str='file', # What it is for, as in 'index file'
+    remedy:str='correct the path', # What to do where it is not there
+    error:type=DataError, # What to raise
+)->Path:
+    "The path of a regular file; one line for anything else."
+    path = user_path(path)
+    try: mode = stat.S_IFMT(os.stat(path).st_mode)
+    except (OSError, ValueError) as e:
+        gone = isinstance(e, FileNotFoundError)
+        why = '' if gone else f' ({getattr(e, "strerror", None) or e})'
+        raise error(f'no {what} {shortened(path, 500)}{why}: {remedy}') from None
+    if mode == stat.S_IFREG: return path
+    raise error(f'no {what} {path}: this is {_kinds.get(mode, "a device")}, not a regular file: {remedy}')
+
 # %% ../nbs/00_core.ipynb #501bdac8
+def _names(path):
+    "Beginning and end of the temporary names for a file or folder; a name has 255 bytes at most."
+    stem = os.fsencode(path.stem)[:200].decode('utf8', 'ignore')
+    return dict(prefix=f'.{stem}-', suffix=f'.tmpa{path.suffix}')
+
+def _lock(fd, wait=False):
+    "Whether this process holds a file or folder now; False too where there are no locks."
+    try: fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (AttributeError, OSError): return False
+    return True
+
+def _is(tmp, fd):
+    "Whether a name still stands for what was opened."
+    try: return os.path.samestat(os.lstat(tmp), os.fstat(fd))
+    except FileNotFoundError: return False
+
+def _made(make, path):
+    "A new temporary file or folder for `path`, and a descriptor with its lock, which ends with the process."
+    while True:
+        made = make(dir=path.parent, **_names(path))
+        fd, tmp = made if isinstance(made, tuple) else (None, made)
+        if fcntl is None: return _close(fd), Path(tmp)  # where open files cannot be renamed either
+        if fd is None: fd = os.open(tmp, os.O_RDONLY)
+        _lock(fd, wait=True)
+        if _is(tmp, fd): return fd, Path(tmp)
+        os.close(fd)  # somebody took it for dead before it was locked
+
+def _close(fd):
+    if fd is not None: os.close(fd)
+
+def leftovers(
+    path:str|os.PathLike, # A file that `atomic_write` makes, or a folder that is made likewise
+    earlier:bool=True, # Also under the names of earlier versions, which have no lock
+)->list: # Paths
+    "Temporary files for it, of living processes and of dead ones: not whatever begins with a dot, which may be yours."
+    path = user_path(path)
+    if os.path.islink(path): path = path.resolve()
+    n = _names(path)
+    mark = r'(\.tmpa)?' if earlier else r'\.tmpa'
+    made = re.compile(re.escape(n['prefix']) + '[a-z0-9_]{8}' + mark + re.escape(path.suffix))
+    try: return [path.parent/o for o in os.listdir(path.parent) if made.fullmatch(o)]
+    except OSError: return []
+
+def remove_dead(
+    path:str|os.PathLike, # As in leftovers
+):
+    "Remove what processes left that were killed while they wrote it: nobody holds its lock."
+    if fcntl is None: return
+    for f in leftovers(path, earlier=False):
+        try: fd = os.open(f, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError: continue
+        try:
+            if not (_lock(fd) and _is(f, fd)): continue
+            if f.is_dir(): shutil.rmtree(f, ignore_errors=True)
+            else: f.unlink(missing_ok=True)
+        except OSError: pass  # a place that can be read only
+        finally: os.close(fd)
+
+@contextmanager
+def temp_folder(
+    path:str|os.PathLike, # The folder to make
+):
+    "Yield a temporary folder beside `path`, for a process that renames it when it is whole; else it is removed."
+    path = user_path(path)
+    remove_dead(path)
+    fd, tmp = _made(tempfile.mkdtemp, path)
+    try: yield tmp
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        _close(fd)
+
 @contextmanager
 def atomic_write(
     path:str|os.PathLike, # The file to make or replace
 ):
     "Yield a temporary `Path` beside `path`; rename it to `path` on success, remove it on failure."
     path = user_path(path)
-    if path.is_symlink(): path = path.resolve()  # or the link would be replaced, and its file left as it was
+    if os.path.islink(path): path = path.resolve()  # or the link would be replaced, and its file left as it was
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
-    except OSError as e: raise ConfigError(f'cannot write {path} ({e.strerror}): choose another place') from None
-    os.close(fd)
-    tmp = Path(tmp)
+        remove_dead(path)
+        fd, tmp = _made(tempfile.mkstemp, path)
+    except OSError as e: raise ConfigError(f'cannot write {shortened(path, 500)} ({e.strerror}): choose another place') from None
     try:
         yield tmp
         umask = os.umask(0); os.umask(umask)
@@ -342,17 +446,9 @@ def atomic_write(
         why = e if isinstance(e, OSError) else e.__context__
         if not isinstance(why, OSError) or why is e and e.filename is not None: raise
         raise OSError(why.errno, why.strerror, str(path)) from None
-    finally: tmp.unlink(missing_ok=True)
-
-# %% ../nbs/00_core.ipynb #612f5a60
-def leftovers(
-    path:str|os.PathLike, # A file that `atomic_write` makes
-)->list: # Paths
-    "What processes left that were killed while they wrote this file."
-    path = Path(path)
-    if path.is_symlink(): path = path.resolve()
-    made = re.compile(re.escape(f'.{path.stem}-') + '[a-z0-9_]{8}' + re.escape(path.suffix))
-    return [f for f in path.parent.glob('.*') if made.fullmatch(f.name)]
+    finally:
+        tmp.unlink(missing_ok=True)
+        _close(fd)  # until here its lock says that somebody writes
 
 # %% ../nbs/00_core.ipynb #1b1c0f65
 _held = set()  # descriptors of locks

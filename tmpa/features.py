@@ -9,7 +9,7 @@ __all__ = ['Features', 'load_features', 'save_features']
 import numpy as np, torch
 from pathlib import Path
 from typing import NamedTuple
-from .core import DataError, atomic_write, user_path
+from .core import DataError, atomic_write, regular_file, user_path
 from .files import read_mat, read_torch
 
 # %% ../nbs/13c_features.ipynb #05de8157
@@ -42,13 +42,13 @@ class Features(NamedTuple):
 def _arrays(path):
     "All arrays of a file by name."
     kind = path.suffix.lower()
+    regular_file(path, 'feature file', 'give the path of a .npz, .pt or .mat file')
     try:
         if kind == '.npz':
             with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z.files}
         if kind in ('.pt', '.pth'): d = read_torch(path)
         elif kind == '.mat': d = read_mat(path)
         else: raise DataError(f"{path}: features are read from .npz, .pt and .mat files, not from '{kind}'")
-    except FileNotFoundError: raise DataError(f"{path} does not exist: give the path of a .npz, .pt or .mat file") from None
     except DataError: raise
     except Exception as e: raise DataError(f"{path} cannot be read as {kind} ({type(e).__name__}): write it again, with plain arrays only") from None
     if not isinstance(d, dict): raise DataError(f"{path} holds a {type(d).__name__}: a dictionary with features and identities is needed")

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from PIL import Image
 from .core import (CheckpointError, ConfigError, DataError, ProtocolError, PublishedImage, ReIDImage, TMPAError, arg_names,
-                       as_picture, atomic_write, check_names, check_records, known, same_person, user_path)
+                       as_picture, atomic_write, check_names, check_records, known, regular_file, remove_dead, same_person,
+                       user_path)
 from .data.image import check_range, how_read, read_image
 from .learner import extract_features
 from .models.net import scored_as
@@ -333,7 +334,6 @@ def save(self:Gallery,
 def _whole(path):
     try: yield
     except TMPAError: raise
-    except FileNotFoundError: raise DataError(f'{path} does not exist: give a file that Gallery.save wrote') from None
     except Exception as e: raise DataError(f'{path} is damaged or no gallery ({type(e).__name__}): write it again with Gallery.save') from None
 
 # %% ../nbs/22_search.ipynb #821a4c0e
@@ -345,7 +345,11 @@ def load(cls:Gallery,
 )->Gallery:
     "Read a gallery; one of another model is refused."
     check_names(kwargs, arg_names(cls), 'Gallery.load')
-    with _whole(path), np.load(user_path(path), allow_pickle=False) as z:
+    path = user_path(path)
+    if not os.path.exists(path): raise DataError(f'{path} does not exist: give a file that Gallery.save wrote')
+    regular_file(path, 'gallery', 'give a file that Gallery.save wrote')
+    remove_dead(path)
+    with _whole(path), np.load(path, allow_pickle=False) as z:
         meta,numbers = json.loads(str(z['meta'])),z['numbers'].T.tolist()
         names = z['paths'].tobytes().decode('utf8', 'surrogateescape').split('\0') if meta['n'] else []
         stored = z['as_stored'] if 'as_stored' in z.files else [False]*len(names)  # up to version 0.6 nobody asked

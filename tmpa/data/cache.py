@@ -13,7 +13,7 @@ import numpy as np
 import PIL
 import torch
 from fastprogress.fastprogress import progress_bar
-from ..core import ConfigError, DataError, atomic_write, leftovers, locked, tmpa_home, user_path
+from ..core import ConfigError, DataError, atomic_write, leftovers, locked, regular_file, tmpa_home, user_path
 from ..processes import end_with_parent
 from .image import decoded, how_read, item_range
 
@@ -87,7 +87,7 @@ def _sources(names):
 def _open(file, size, names, sources):
     "The cache that `file` holds; None where it is not there, not whole, or of other images."
     try:
-        with open(file, 'rb') as f:
+        with open(regular_file(file), 'rb') as f:
             f.seek(-16, os.SEEK_END)
             place, end = int.from_bytes(f.read(8), 'little'), f.read(8)
             if end != _END: return None

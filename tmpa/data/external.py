@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from warnings import warn
 from ..core import (Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError, check_records, known,
-                       user_path)
+                       regular_file, shortened, user_path)
 from ..files import read_mat
 from ..evaluation import Setting, cross_settings_of
 from ..ranking import SYSU_INFRARED, check_cameras
@@ -43,8 +43,8 @@ def _remedy(path):
     return 'restore the image, or delete the line' if utf8 else 'save the list in UTF-8, or correct the line'
 
 def _read(f):
+    regular_file(f, 'index file', 'copy it from the data set, or correct the path or the trial')
     try: return _text(f)
-    except FileNotFoundError: raise DataError(f'no index file {f}: copy it from the data set, or correct the path or the trial') from None
     except OSError as e: raise DataError(f'cannot read index file {f} ({type(e).__name__}): copy it from the data set again') from None
 
 def _read_ids(f):
@@ -103,7 +103,7 @@ def load_perms(
     path = user_path(path)
     if path.is_dir():
         path = next((f for f in (path/'rand_perm_cam.mat', path/'exp'/'rand_perm_cam.mat') if f.exists()), path/'rand_perm_cam.mat')
-    if not path.exists(): raise DataError(f"no file {path}: copy it from the data set, or use convention='seeded'")
+    regular_file(path, remedy="copy it from the data set, or use convention='seeded'")
     try:
         cams = read_mat(path)['rand_perm_cam']
         return {(c+1, p+1): np.asarray(o).astype(int) for c in range(cams.size) for p, o in enumerate(cams.flat[c].flat) if np.asarray(o).size}
@@ -246,7 +246,7 @@ def csv_items(
 ) -> list: # ReIDImage, in the order of the file
     "Images listed in a CSV file; `DataError` names the line that cannot be used."
     path,res,mods = user_path(path),[],{'visible': 0, 'infrared': 1, '0': 0, '1': 1}
-    if not path.is_file(): raise DataError(f'no file {path}: pass a CSV file with the columns file, pid, cam, modality and split')
+    regular_file(path, remedy='pass a CSV file with the columns file, pid, cam, modality and split')
     try: text = _text(path)
     except OSError as e: raise DataError(f'{path} cannot be read ({type(e).__name__}): save it as CSV in UTF-8') from None
     rows = csv.DictReader(io.StringIO(text, newline=''))
@@ -257,7 +257,7 @@ def csv_items(
         try: o,of = ReIDImage(path.parent/_name(r['file']), int(r['pid']), int(r['cam']), mods[r['modality'].strip().lower()]),r['split'].strip().lower()
         except (AttributeError, KeyError, TypeError, ValueError): raise DataError(f'{path}, line {rows.line_num}: pid and cam should be whole numbers, modality visible or infrared') from None
         if of != split.lower(): continue  # whose images need not be there
-        if not o.path.is_file(): raise DataError(f'{path}, line {rows.line_num} names {o.path}, which does not exist: {_remedy(o.path)}')
+        regular_file(o.path, f'image, which line {rows.line_num} of {path} names:', _remedy(o.path))
         res.append(o)
     if not res: raise DataError(f"{path} has no line of split '{split}'")
     _once([o.path for o in res], path)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from ..core import ConfigError, DataError, Modality, user_path
+from ..core import ConfigError, DataError, Modality, regular_file, user_path
 
 # %% ../../nbs/00b_data.image.ipynb #a4ed5ac3
 FORMATS = ('AVIF', 'BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP') # as Pillow calls them
@@ -35,9 +35,12 @@ def image_exts()->frozenset: # With their dot, in small letters
     return frozenset(e for e, f in Image.registered_extensions().items() if f in known)
 
 # %% ../../nbs/00b_data.image.ipynb #92f0590b
+_RESTORE = 'restore the file, or take it out of the items'
+
 @contextmanager
 def _opened(path):
     "A file as Pillow opens it: not by its name, or it maps TIFFs that are to be turned into memory in the wrong shape."
+    regular_file(path, 'image', _RESTORE)
     with open(path, 'rb') as f, Image.open(f, formats=_formats()) as im: yield im
 
 def _decode(path, as_stored=False):
@@ -52,12 +55,11 @@ def _decode(path, as_stored=False):
             if (deep := _deep_colour(im, path, pic) or _deep_grey(im, path)) is None: return _flat(im, as_stored), 255.
             a,top = deep
             return (a if a.ndim==2 else a[..., :3]) if as_stored else _as_seen(im, a, top), top
-    except FileNotFoundError: raise DataError(f'no image {path}: restore the file, or take it out of the items') from None
     except DataError: raise
     except Exception as e:
         if isinstance(e, UnidentifiedImageError): e = f'it is in none of the formats {", ".join(_formats())}'
         why = 'is empty (0 bytes)' if not pic and path.is_file() and path.stat().st_size==0 else f'cannot be decoded ({str(e).strip() or type(e).__name__})'
-        raise DataError(f'image {path} {why}: restore the file, or take it out of the items') from None
+        raise DataError(f'image {path} {why}: {_RESTORE}') from None
     finally: ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 # %% ../../nbs/00b_data.image.ipynb #b52dadc4

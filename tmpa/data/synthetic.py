@@ -6,7 +6,7 @@
 __all__ = ['GENERATOR_VERSION', 'render_person', 'gallery', 'show_gallery', 'make_regdb', 'make_sysu', 'make_llcm']
 
 # %% ../../nbs/01a_data.synthetic.ipynb #c6910778
-import colorsys, csv, hashlib, json, math, os, shutil, tempfile
+import colorsys, csv, hashlib, json, math, os
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from itertools import repeat
@@ -15,7 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from PIL import Image
-from ..core import ConfigError, DataError, Modality, arg_names, check_names, user_path
+from ..core import (ConfigError, DataError, Modality, arg_names, check_names, regular_file, remove_dead, shortened,
+                       temp_folder, user_path)
 
 # %% ../../nbs/01a_data.synthetic.ipynb #6e18250b
 GENERATOR_VERSION = '1' # Changes whenever a rendered pixel changes; stored in every manifest
@@ -429,8 +430,8 @@ def _ready(path, manifest):
     "True if `path` holds exactly this data set, False if there is nothing yet."
     f = path/'manifest.json'
     if not path.exists() or path.is_dir() and not any(path.iterdir()): return False
-    try: found = json.loads(f.read_text()) if f.exists() else None
-    except (OSError, ValueError): found = None
+    try: found = json.loads(regular_file(f).read_text())
+    except (OSError, ValueError, RecursionError): found = None
     if found == manifest: return True
     why = ', '.join(k for k in manifest if found.get(k) != manifest[k]) if isinstance(found, dict) else 'no readable manifest.json'
     raise ConfigError(f'folder {path} exists and holds something else ({why}): pass another path, or remove the folder yourself')
@@ -440,29 +441,29 @@ def _write(path, layout, size, seed, jobs, texts, n_workers, **counts):
     path, size = user_path(path), tuple(int(o) for o in size)
     digest = hashlib.sha256(json.dumps([jobs, sorted(texts.items())]).encode()).hexdigest()[:16]
     manifest = dict(generator=GENERATOR_VERSION, layout=layout, size=list(size), seed=int(seed), images=len(jobs), **counts, contents=digest)
+    remove_dead(path)
     if _ready(path, manifest): return path
     render_person(jobs[0][1], *jobs[0][2:], size=size, seed=seed)  # unusable arguments fail before a folder is made
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}-'))
     try:
-        chunks = [jobs[i:i+100] for i in range(0, len(jobs), 100)]
-        if n_workers > 1:
-            ctx = get_context('fork' if os.uname().sysname == 'Linux' else None) if hasattr(os, 'uname') else None
-            with ProcessPoolExecutor(n_workers, mp_context=ctx) as ex: list(ex.map(_write_chunk, repeat(str(tmp)), repeat(size), repeat(seed), chunks))
-        else:
-            for o in chunks: _write_chunk(tmp, size, seed, o)
-        for rel,text in {**texts, 'manifest.json': json.dumps(manifest, indent=1)+'\n'}.items():
-            (tmp/rel).parent.mkdir(parents=True, exist_ok=True)
-            (tmp/rel).write_text(text)
-        umask = os.umask(0); os.umask(umask)
-        tmp.chmod(0o777 & ~umask)  # mkdtemp makes folders that only their owner may enter
-        try: tmp.rename(path)
-        except OSError:
-            if not _ready(path, manifest): raise  # another process may have finished the same folder first
+        with temp_folder(path) as tmp:
+            chunks = [jobs[i:i+100] for i in range(0, len(jobs), 100)]
+            if n_workers > 1:
+                ctx = get_context('fork' if os.uname().sysname == 'Linux' else None) if hasattr(os, 'uname') else None
+                with ProcessPoolExecutor(n_workers, mp_context=ctx) as ex: list(ex.map(_write_chunk, repeat(str(tmp)), repeat(size), repeat(seed), chunks))
+            else:
+                for o in chunks: _write_chunk(tmp, size, seed, o)
+            for rel,text in {**texts, 'manifest.json': json.dumps(manifest, indent=1)+'\n'}.items():
+                (tmp/rel).parent.mkdir(parents=True, exist_ok=True)
+                (tmp/rel).write_text(text)
+            umask = os.umask(0); os.umask(umask)
+            tmp.chmod(0o777 & ~umask)  # mkdtemp makes folders that only their owner may enter
+            try: tmp.rename(path)
+            except OSError:
+                if not _ready(path, manifest): raise  # another process may have finished the same folder first
     except OSError as e:  # a full disk does not say where
         if e.filename is not None: raise
         raise OSError(e.errno, e.strerror, str(path)) from None
-    finally: shutil.rmtree(tmp, ignore_errors=True)
     return path
 
 def _ids(n_ids, at_least=2):
@@ -504,11 +505,14 @@ def _structure(table):
     keys = ['pid', 'split', *(f'cam{k}' for k in range(1, 7))]
     try:
         if isinstance(table, (str, os.PathLike)):
-            with open(user_path(table), newline='') as f: table = list(csv.DictReader(f))
+            with open(regular_file(table, 'structure table', f'pass a CSV file with the columns {",".join(keys)}'), newline='') as f: table = list(csv.DictReader(f))
         rows = [[r[k] for k in keys] if hasattr(r, 'keys') else list(r) for r in table]
         rows = [(int(r[0]), str(r[1]).strip(), [int(o) for o in r[2:8]]) for r in rows]
     except OSError as e: raise DataError(f'cannot read the structure table {table}: {e.strerror}; pass a CSV file with the columns {",".join(keys)}')
-    except (KeyError, ValueError, TypeError, IndexError) as e: raise DataError(f'the structure table does not have the columns {",".join(keys)} ({type(e).__name__}: {e}): correct it')
+    except DataError: raise
+    except (KeyError, ValueError, TypeError, IndexError, csv.Error) as e:
+        raise DataError(f'the structure table does not have the columns {",".join(keys)} '
+                        f'({type(e).__name__}: {shortened(e)}): correct it') from None
     if len({r[0] for r in rows}) < len(rows): raise DataError('the structure table names an identity twice: give each one row')
     for pid,split,n in rows:
         if split not in ('train', 'val', 'test') or len(n) != 6 or min(n) < 0: raise DataError(f'structure table, identity {pid}: split must be train, val or test, then six counts >= 0; correct that row')
