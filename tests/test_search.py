@@ -1,4 +1,6 @@
 """`Gallery`: the ranking against a stable sort, its life on disk, and what it refuses."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -276,3 +278,47 @@ def test_long_lists_take_blocks_together(small_blocks):
     late = [p for p in first if p >= 170]
     v,i = g.nearest(q[:1], 50, lambda s: torch.arange(s.start, s.stop) < 170)  # whole blocks hidden
     assert [p for p,x in zip(i[0].tolist(), v[0].tolist()) if x > -torch.inf] == late
+
+
+def added_slowly(items, rounds):
+    "Places of what `add` takes, by a loop over all that is there already."
+    kept = []
+    for r in rounds:
+        for i in r:
+            if not any(os.path.abspath(items[i].path) == os.path.abspath(items[k].path) for k in kept): kept.append(i)
+    return kept
+
+def test_adding_takes_no_longer_in_a_large_gallery(monkeypatch):
+    "One add looks at its own images alone, and so do the labels of the search after it."
+    asked = []
+    monkeypatch.setattr(search, '_key', lambda o, key=search._key: asked.append(o) or key(o))
+    g = gallery(500)
+    for i, o in enumerate(records(20, seed=1)):
+        asked.clear()
+        assert g.add(o, feats=coarse(1)) == 1 and len(asked) == 1
+        assert g._numbers()[:, -1].tolist() == [o.pid, o.cam, o.modality]
+    whole = gallery(500)
+    whole.add(records(20, seed=1), feats=coarse(1).expand(20, -1))
+    assert g.items == whole.items and torch.equal(g._numbers(), whole._numbers())
+    assert torch.equal(g.rows(range(520)), whole.rows(range(520)))
+
+@pytest.mark.parametrize('seed', range(5))
+def test_what_add_passes_over(tmp_path, monkeypatch, seed):
+    "Repeated, renamed, removed and added again, in one folder or another: as a loop over everything says."
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(seed)
+    items = [ReIDImage(Path(f'{p}{i}.jpg'), i, 1, 0) for i in range(12) for p in ('', './', f'{tmp_path}/', 'x/../')]
+    rounds = [rng.integers(len(items), size=rng.integers(1, 6)).tolist() for _ in range(12)]
+    g = Gallery(made_by='test')
+    for r in rounds: g.add([items[i] for i in r], feats=coarse(len(items))[r])
+    kept = added_slowly(items, rounds)
+    assert g.items == [items[i] for i in kept] and torch.equal(g.rows(range(len(g))), coarse(len(items))[kept])
+    gone = g.items[0]
+    g.remove([0])
+    assert g.add(gone, feats=coarse(1)) == 1 and g.add(gone, feats=coarse(1)) == 0
+    (tmp_path/'other').mkdir()
+    monkeypatch.chdir(tmp_path/'other')
+    here = os.path.abspath('0.jpg') in map(os.path.abspath, (o.path for o in g.items))  # names are of the folder of now
+    assert g.add(ReIDImage(Path('0.jpg'), 0, 1, 0), feats=coarse(1)) == 1 - here
+    g.items = list(g.items)
+    assert g.add(g.items[-1], feats=coarse(1)) == 0

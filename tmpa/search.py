@@ -77,6 +77,7 @@ BLOCK = 4096 # Images in a block of features
 
 class Gallery:
     "Images that can be searched by the features of one model."
+    _there = None # what `_known` keeps
     def __init__(self,
         model=None, # A network with `model(images, modality) -> features`; None: features are brought along
         size:tuple=None, # Height and width that the model was trained with
@@ -162,6 +163,21 @@ def _put(self:Gallery, start, x):
         start,x = start+n,x[n:]
 
 # %% ../nbs/22_search.ipynb #9d9bdd08
+def _key(o): return os.path.abspath(user_path(o.path))  # one file, whether or not it is named from the working folder
+
+def _folder():
+    "The working folder; None where somebody has removed it."
+    try: return os.getcwd()
+    except OSError: return None
+
+@patch
+def _known(self:Gallery):
+    "The files of all images, kept from one `add` to the next."
+    items, folder, n = (self._there or 4*[None])[1:]
+    if items is not self.items or folder != _folder() or n != len(self):
+        self._there = {_key(o) for o in self.items}, self.items, _folder(), len(self)
+    return self._there[0]
+
 @patch
 def add(self:Gallery,
     images, # ReIDImages or paths, or one of them
@@ -173,18 +189,20 @@ def add(self:Gallery,
     if any(isinstance(o.path, Image.Image) for o in items): raise ConfigError('a gallery keeps paths, not pictures: write the pictures to files first')
     if self.model is not None or feats is None: self._own()
     if feats is not None: feats = self._features(feats, len(items))
-    key = lambda o: os.path.abspath(user_path(o.path))  # one file, whether or not it is named from the working folder
-    there,todo = {key(o) for o in self.items},[]
+    there,new = self._known(),{}
     for i,o in enumerate(items):
-        if key(o) not in there: there.add(key(o)); todo.append(i)
+        if (k := _key(o)) not in there: new.setdefault(k, i)
+    keys,todo = list(new),list(new.values())
     if feats is None: check_range([items[i] for i in todo], self.ir_range)
-    step,self._labels = max(self.bs, 512),None  # forgotten first: an image that cannot be read ends this after others were added
+    step = max(self.bs, 512)
     for s in range(0, len(todo), step):
         part = todo[s:s+step]
         x = feats[part] if feats is not None else self._features(self._extract([items[i] for i in part]))
         self.dim = x.shape[1]
         self._put(len(self), x)
-        self.items += [items[i] for i in part]
+        self.items += [items[i] for i in part]  # what cannot be read ends this after others were added
+        there.update(keys[s:s+step])
+        self._there = *self._there[:3],len(self)
     return len(todo)
 
 @patch
@@ -194,8 +212,11 @@ def _extract(self:Gallery, items): return extract_features(self.model, items, se
 @patch
 def _numbers(self:Gallery):
     "Identities, cameras and modalities of the images (3, n)."
-    if self._labels is None:
-        self._labels = torch.tensor([(o.pid, o.cam, int(o.modality)) for o in self.items], dtype=torch.long, device=self.device).view(-1, 3).T.contiguous()
+    old = 0 if self._labels is None else self._labels.shape[1]
+    if self._labels is None or old < len(self):
+        new = [(o.pid, o.cam, int(o.modality)) for o in self.items[old:]]
+        new = torch.tensor(new, dtype=torch.long, device=self.device).view(-1, 3).T
+        self._labels = new.contiguous() if old == 0 else torch.cat([self._labels, new], 1)
     return self._labels
 
 def _ints(x, name):
