@@ -1,16 +1,22 @@
 """What a disk, a user or a killed process leaves: pipes, leftovers, flipped bits, and lists of nonsense."""
-import os, signal, subprocess, sys, threading, time
+import importlib.util, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np, pytest, torch
+from fastai.callback.core import Callback
 
-from tmpa.core import CheckpointError, DataError, TMPAError, atomic_write, leftovers, regular_file, remove_dead
+from tmpa.callback.resume import ResumeFit
+from tmpa.core import DataError, TMPAError, atomic_write, leftovers, remove_dead
 from tmpa.data.cache import image_cache
 from tmpa.data.external import csv_items, load_perms, regdb_items, sysu_items
 from tmpa.data.image import read_image
+from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import make_regdb, make_sysu
+from tmpa.experiment import evaluate_run
 from tmpa.features import load_features
-from tmpa.models.tmpa import load_weights, read_meta
+from tmpa.learner import tmpa_learner
+from tmpa.models.backbone import micro_resnet
+from tmpa.models.tmpa import TMPANet, load_tmpa, read_meta, save_weights
 from tmpa.search import Gallery
 
 
@@ -136,3 +142,113 @@ def test_names_that_hardly_fit(tmp_path):
         assert (tmp_path/name).read_text() == 'whole'
     with pytest.raises(TMPAError) as e: atomic_write(tmp_path/('n'*300)/'a.txt').__enter__()
     assert 'too long' in line(e)
+
+
+# --- Flipped bits, lists of nonsense, kills: a few of what benchmarks/faults.py does -----------------------------------
+
+spec = importlib.util.spec_from_file_location('faults', Path(__file__).parents[1]/'benchmarks'/'faults.py')
+faults = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(faults)
+
+CASES = dict(flips=(faults.flips, 8), reader_cases=(faults.reader_cases, 60), metadata=(faults.metadata, 24), kills=(faults.kills, 2))
+
+@pytest.mark.parametrize('name', CASES)
+def test_faults(tmp_path, name):
+    f, n = CASES[name]
+    rows = list(f(tmp_path, n, seed=7))
+    assert len(rows) >= n and not [r for r in rows if r[1] in faults.BAD]
+    if name != 'kills': assert {'one line'} <= {r[1] for r in rows}
+
+def test_what_faults_would_find(tmp_path):
+    "A suite that cannot fail shows nothing."
+    def wait(): time.sleep(60)
+    assert faults.outcome(lambda: 1/0, bool)[0] == 'traceback' and faults.outcome(lambda: 1, lambda r: r == 2)[0] == 'wrong'
+    signal_of = faults.signal.alarm
+    faults.signal.alarm = lambda n: signal_of(min(n, 1))
+    try: assert faults.outcome(wait, bool)[0] == 'hang'
+    finally: faults.signal.alarm = signal_of
+
+def flip(f, at, bit=0):
+    data = bytearray(f.read_bytes())
+    data[at] ^= 1 << bit
+    f.write_bytes(data)
+
+def test_torch_files_without_checksums_are_read(tmp_path):
+    x = torch.randn(3, 4)
+    f = tmp_path/'x.pt'
+    torch.save(dict(feats=x, pids=torch.arange(3)), f, _use_new_zipfile_serialization=False)
+    assert torch.equal(torch.from_numpy(load_features(f).feats), x)
+    if not hasattr(torch.serialization, 'set_crc32_options'): return
+    torch.serialization.set_crc32_options(False)
+    try: torch.save(dict(feats=x, pids=torch.arange(3)), f)
+    finally: torch.serialization.set_crc32_options(True)
+    assert torch.equal(torch.from_numpy(load_features(f).feats), x)
+
+def test_a_header_that_names_fewer_rows(tmp_path):
+    "numpy asks for the checksum only where it reads a part to its end."
+    np.savez(tmp_path/'x.npz', feats=np.ones((40, 8)), pids=np.arange(40))
+    at = (tmp_path/'x.npz').read_bytes().index(b'(40, 8)') + 1
+    flip(tmp_path/'x.npz', at)
+    with pytest.raises(DataError) as e: load_features(tmp_path/'x.npz')
+    assert 'x.npz cannot be read' in line(e)
+
+def test_a_gallery_of_fewer_rows_than_it_claims(tmp_path):
+    g = Gallery(made_by='test')
+    g.add([f'{i}.jpg' for i in range(5)], 0, feats=torch.randn(5, 4))
+    g.save(tmp_path/'g.npz')
+    z = dict(np.load(tmp_path/'g.npz'))
+    for bad in (dict(feats0=z['feats0'][:3]), dict(feats0=z['feats0'][:, :2]), dict(feats0=z['feats0']*np.nan),
+                dict(numbers=z['numbers'][:, :4]), dict(numbers=z['numbers']*1.), dict(feats0=z['feats0'].astype('f8'))):
+        np.savez(tmp_path/'bad.npz', **{**z, **bad})
+        with pytest.raises(DataError) as e: Gallery.load(tmp_path/'bad.npz')
+        assert 'bad.npz is damaged or no gallery' in line(e)
+
+BAD_META = dict(n_classes=10**9, arch=5, net=[1], attention={'a': 1}, lams='x', heads='two', pool_p=[], mfe=[1], version=3)
+
+@pytest.mark.parametrize('key', BAD_META)
+def test_metadata_of_another_kind(tmp_path, key):
+    save_weights(TMPANet(5, micro_resnet, pretrained=False), tmp_path/'w.pth')
+    file = torch.load(tmp_path/'w.pth', weights_only=True)
+    file['meta'][key] = BAD_META[key]
+    torch.save(file, tmp_path/'w.pth')
+    assert 'w.pth' in within(10, lambda: load_tmpa(tmp_path/'w.pth'))
+
+@pytest.mark.parametrize('key, value', [('n_ids', 10**9), ('size', 5), ('size', [10**6, 10]), ('data', 'mine'), ('data_seed', 'x'), ('trial', {})])
+def test_metadata_that_scoring_asks_for(tmp_path, key, value):
+    meta = dict(data='synthetic', trial='1', size=[48, 24], n_ids=8, data_seed=0)
+    save_weights(TMPANet(6, micro_resnet, pretrained=False), tmp_path/'w.pth', **{**meta, key: value})
+    assert key.replace('n_ids', 'people').replace('size', '') in within(10, lambda: evaluate_run(tmp_path/'w.pth', path=str(tmp_path/'people')))
+
+# --- The state of a fit ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def fit(tmp_path_factory):
+    "A fit of two epochs that was cut off in the second, and a function that goes on with another state."
+    d = tmp_path_factory.mktemp('fit')
+    data = make_regdb(d/'people', n_ids=8, per_modality=2, size=(48, 24))
+    dls = ReIDDataLoaders.from_regdb(data, size=(48, 24), P=2, K=2, num_workers=0, device='cpu')
+    def go(file, cut=None):
+        torch.manual_seed(0)
+        learn = tmpa_learner(dls, micro_resnet, pretrained=False, mix=None, mfe=False, mft=False)
+        with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(2, cbs=[ResumeFit(file, quiet=True), *([cut()] if cut else [])])
+        return learn
+    class Cut(Callback):
+        def before_batch(self):
+            if self.training and self.epoch == 1: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): go(d/'resume.pth', Cut)
+    return go, torch.load(d/'resume.pth', weights_only=True)
+
+KEYS = 'epoch n_epoch train_iter data frozen model opt resumed recorder scaler log others random loader callbacks'.split()
+STATES = [('epoch', v) for v in (-1, 0, 1.5, 99, 2, True, None, 'x')] + [(k, None) for k in ('model', 'opt', 'random', 'recorder')]
+STATES += [(k, {'a': 1}) for k in KEYS] + [(k, 'gone') for k in KEYS] + [('resumed', ['x']), ('model', []), ('train_iter', -1)]
+
+def test_states_of_a_fit_that_are_none(tmp_path, fit):
+    go, state = fit
+    f = tmp_path/'resume.pth'
+    torch.save(state, f)
+    assert go(f).epoch == 1
+    for key, value in STATES:
+        if key in ('callbacks', 'scaler') and value != 'gone': continue  # of what is not there
+        bad = {k: v for k, v in state.items() if k != key}
+        torch.save(bad if value == 'gone' else {**bad, key: value}, f)
+        assert 'resume.pth' in within(20, lambda: go(f)), (key, value)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'RANGES', 'Modality', 'ReIDImage', 'PublishedImage', 'known', 'same_person', 'plain', 'TMPAError',
            'DataError', 'ProtocolError', 'CheckpointError', 'ConfigError', 'arg_names', 'check_names', 'user_path',
-           'as_picture', 'check_record', 'check_records', 'rand_on', 'check_modality', 'slots', 'tmpa_home',
-           'keep_memory', 'OutOfMemory', 'memory_asked', 'enough_memory', 'free_memory', 'in_memory', 'Range',
-           'check_ranges', 'shortened', 'regular_file', 'leftovers', 'remove_dead', 'temp_folder', 'atomic_write',
-           'locked']
+           'as_picture', 'whole_number', 'check_record', 'check_records', 'rand_on', 'check_modality', 'slots',
+           'tmpa_home', 'keep_memory', 'OutOfMemory', 'memory_asked', 'enough_memory', 'free_memory', 'in_memory',
+           'Range', 'check_ranges', 'shortened', 'regular_file', 'leftovers', 'remove_dead', 'temp_folder',
+           'atomic_write', 'locked']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
 import ctypes, errno, inspect, os, re, shutil, stat, tempfile, traceback
@@ -137,6 +137,14 @@ def _no_image(o):
     return ConfigError(f'{kind} is no image: give a ReIDImage(path, pid, cam, modality), a path, a Pillow image, '
                        'or pixels: uint8 (H, W) or (H, W, 3), uint16 (H, W)')
 
+def whole_number(
+    x, # A text or a number
+)->int|None: # None where it is none, or does not fit into 64 bits
+    "A whole number as arrays hold it."
+    try: n = int(x)
+    except (TypeError, ValueError, OverflowError): return None  # also for thousands of digits
+    return n if -2**63 <= n < 2**63 else None
+
 def check_record(
     o, # A ReIDImage, a path or a picture
     modality:int|None=None, # Of a path or picture
@@ -151,6 +159,8 @@ def check_record(
     if not isinstance(o, ReIDImage): raise _no_image(o)
     if not (isinstance(o.pid, Integral) and isinstance(o.cam, Integral)):
         raise ConfigError(f'{o.path}: pid={o.pid!r}, cam={o.cam!r}: both must be whole numbers, a pid of {UNKNOWN} is unknown')
+    if not (whole_number(int(o.pid)) is not None and whole_number(int(o.cam)) is not None):
+        raise ConfigError(f'{o.path}: pid={shortened(o.pid)}, cam={shortened(o.cam)}: numbers of more than 64 bits: give smaller ones')
     if o.modality not in (0, 1): raise ConfigError(f'{o.path}: modality={o.modality!r}: give 0 (visible) or 1 (infrared)')
     if isinstance(o.path, (Path, Image.Image)): return o
     if not isinstance(o.path, (str, os.PathLike)):

@@ -23,11 +23,12 @@ from .callback.loop import RunawayError, not_finite
 from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
 from .core import CheckpointError, ConfigError, OutOfMemory, ProtocolError, TMPAError
-from .core import atomic_write, check_ranges, keep_memory, user_path
+from .core import atomic_write, check_ranges, keep_memory, shortened, user_path
 from .processes import end_with_parent, n_processes, on_rank0, rank0_first, this_process, together, told, is_told
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION
+from .files import first_wrong, is_a, numbers, whole
 from .models.net import load_tmpa, load_weights, read_meta, save_weights, set_switches
 from .dart import dart_learner
 from .guard import tensorboard_scalars
@@ -36,7 +37,7 @@ from .recipes import content, short_hash
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
 from .run import ARCHS, RunConfig, alone, clear_run, earlier_run, images_key, new_folder, read_json, remove_leftovers, save_environment, trained, write_json
-from .scoring import (DataSpec, also_trained, also_trained_note, check_given, read_data, read_test, save_queries, score_feats,
+from .scoring import (DATA, DataSpec, also_trained, also_trained_note, check_given, read_data, read_test, save_queries, score_feats,
                           score_model, training_part)
 
 # %% ../nbs/18_experiment.ipynb #8ef61d1d
@@ -289,6 +290,17 @@ def train_runs(
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/18_experiment.ipynb #dcc85033
+_FIELDS = dict(data=(lambda v: v in DATA, 'a data set'), size=numbers(2, [int]), n_ids=whole(0), data_seed=whole(0),
+               trial=is_a(str, int, None))
+
+def _check_meta(meta, weights):
+    "Refuse metadata that scoring would stumble over, or that would have it render people without end."
+    wrong = first_wrong(meta, _FIELDS)
+    if not wrong and meta['data'] == 'synthetic' and meta['n_ids'] > 2*meta.get('n_classes', 0)+4:
+        wrong = f"{meta['n_ids']} people were rendered, and {meta.get('n_classes', 0)} of them trained on"
+    if not wrong and not 1 <= min(meta['size']) <= max(meta['size']) <= 4096: wrong = f"images are of {meta['size']} pixels"
+    if wrong: raise CheckpointError(f'{weights}: its metadata says that {shortened(wrong, 200)}: copy the file again')
+
 def evaluate_run(
     weights, # File that train_run wrote
     data:str|None=None, # Default: the data set that it was trained on
@@ -305,6 +317,7 @@ def evaluate_run(
     "Score a file of weights by a data set's protocol."
     meta = read_meta(weights)
     if 'size' not in meta: raise CheckpointError(f'{weights}: was not written by tmpa_train: load it with tmpa.models.tmpa.load_weights')
+    _check_meta(meta, weights)
     data = data or meta['data']
     check_given(data, trial)
     check_ranges(num_workers=num_workers)

@@ -10,7 +10,7 @@ import numpy as np, torch
 from pathlib import Path
 from typing import NamedTuple
 from .core import DataError, atomic_write, regular_file, user_path
-from .files import read_mat, read_torch
+from .files import check_zip, read_mat, read_torch
 
 # %% ../nbs/13c_features.ipynb #05de8157
 _names = dict(feats=('feats', 'feat', 'features', 'feature', 'f', 'x', 'embeddings', 'embedding', 'emb', 'descriptors'),
@@ -45,6 +45,7 @@ def _arrays(path):
     regular_file(path, 'feature file', 'give the path of a .npz, .pt or .mat file')
     try:
         if kind == '.npz':
+            check_zip(path)
             with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z.files}
         if kind in ('.pt', '.pth'): d = read_torch(path)
         elif kind == '.mat': d = read_mat(path)
@@ -97,5 +98,5 @@ def save_features(
         elif path.suffix in ('.pt', '.pth'): torch.save({k: torch.from_numpy(v) for k,v in d.items()}, tmp)
         elif path.suffix == '.mat':
             from scipy.io import savemat
-            savemat(tmp, d)
+            savemat(tmp, d, do_compression=True)  # which adds a checksum
         else: raise DataError(f"{path}: features are written to .npz, .pt and .mat files, not to '{path.suffix}'")

@@ -17,6 +17,7 @@ from .core import (CheckpointError, ConfigError, DataError, ProtocolError, Publi
                        as_picture, atomic_write, check_names, check_records, known, regular_file, remove_dead, same_person,
                        user_path)
 from .data.image import check_range, how_read, read_image
+from .files import check_zip, first_wrong, is_a, numbers, whole
 from .learner import extract_features
 from .models.net import scored_as
 from .ranking import as_matrix, check_cameras, check_finite, get_rule, top_columns
@@ -355,9 +356,30 @@ def save(self:Gallery,
 def _whole(path):
     try: yield
     except TMPAError: raise
-    except Exception as e: raise DataError(f'{path} is damaged or no gallery ({type(e).__name__}): write it again with Gallery.save') from None
+    except Exception as e: raise _no_gallery(path, type(e).__name__) from None
 
 # %% ../nbs/22_search.ipynb #821a4c0e
+_FIELDS = dict(n=whole(0), block=whole(1), dim=is_a(int, None), made_by=is_a(str, None), size=numbers(2, [int], none=True),
+               ir_range=numbers(2, none=True), dtype=(lambda v: v in ('float32', 'float16'), 'float32 or float16'))
+
+def _no_gallery(path, why): return DataError(f'{path} is damaged or no gallery ({why}): write it again with Gallery.save')
+
+def _checked(meta, z, path):
+    "What a file says of itself, and whether it has as many labels."
+    wrong = first_wrong(meta, _FIELDS) if isinstance(meta, dict) else 'no metadata'
+    if wrong: raise _no_gallery(path, wrong)
+    a = z['numbers']
+    if a.shape != (3, meta['n']) or a.dtype != np.int64 or not np.isin(a[2], (0, 1)).all():
+        raise _no_gallery(path, f"labels of {meta['n']} images are needed, it has {a.dtype} {a.shape}")
+    return meta
+
+def _block(z, meta, start):
+    "The features from place `start` on, as many as the file says."
+    x,shape = z[f"feats{start//meta['block']}"],(min(meta['block'], meta['n']-start), meta['dim'])
+    if x.shape != shape or x.dtype.name != meta['dtype'] or not np.isfinite(x).all():
+        raise ValueError(f"features of {shape} finite numbers are needed")
+    return torch.from_numpy(x)
+
 @patch(cls_method=True)
 def load(cls:Gallery,
     path, # File of save
@@ -371,15 +393,16 @@ def load(cls:Gallery,
     regular_file(path, 'gallery', 'give a file that Gallery.save wrote')
     remove_dead(path)
     with _whole(path), np.load(path, allow_pickle=False) as z:
-        meta,numbers = json.loads(str(z['meta'])),z['numbers'].T.tolist()
+        check_zip(path)
+        meta,labels = _checked(json.loads(str(z['meta'])), z, path),z['numbers'].T.tolist()
         names = z['paths'].tobytes().decode('utf8', 'surrogateescape').split('\0') if meta['n'] else []
         stored = z['as_stored'] if 'as_stored' in z.files else [False]*len(names)  # up to version 0.6 nobody asked
-        items = [(PublishedImage if s else ReIDImage)(Path(f), *o) for f,o,s in zip(names, numbers, stored, strict=True)]
+        items = [(PublishedImage if s else ReIDImage)(Path(f), *o) for f,o,s in zip(names, labels, stored, strict=True)]
         ir_range,size = (meta[k] and tuple(meta[k]) for k in ('ir_range', 'size'))
         g = cls(model, **{'size': size, 'ir_range': ir_range, 'dtype': getattr(torch, meta['dtype']), 'made_by': meta['made_by'], **kwargs})
         if items and g.made_by != meta['made_by']: raise CheckpointError(f"{path} holds features of another model ({meta['made_by']}): load the weights that made them, or index the images again")
         if items and model is not None and (g.size, g.ir_range) != (size, ir_range): raise CheckpointError(f'{path} was made at size {size}, ir_range {ir_range}: leave these arguments out, or index the images again')
         g._made_by,g.dim = meta['made_by'],meta['dim']
-        for n in range(0, len(items), meta['block']): g._put(n, torch.from_numpy(z[f"feats{n//meta['block']}"]).to(g.device))
+        for n in range(0, len(items), meta['block']): g._put(n, _block(z, meta, n).to(g.device))
     g.items = items
     return g

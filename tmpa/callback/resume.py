@@ -15,9 +15,9 @@ from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import get_model, num_distrib, to_device
 from .loop import RunawayError, not_finite
-from ..core import CheckpointError, ConfigError, atomic_write, leftovers, user_path
+from ..core import CheckpointError, ConfigError, TMPAError, atomic_write, leftovers, memory_asked, shortened, user_path
 from ..processes import in_order, n_processes, on_rank0, this_process
-from ..files import load_torch
+from ..files import first_wrong, is_a, load_torch, whole
 from ..models.backbone import first_mismatch
 
 # %% ../../nbs/16c_callback.resume.ipynb #c3a10006
@@ -96,6 +96,12 @@ class ResumeFit(Callback):
         for f in leftovers(self.file): f.unlink(missing_ok=True)
 
 # %% ../../nbs/16c_callback.resume.ipynb #c3a10020
+_tensors = lambda v: isinstance(v, dict) and all(isinstance(o, torch.Tensor) for o in v.values()), 'a state dict'
+_FIELDS = dict(epoch=whole(1), n_epoch=whole(1), train_iter=whole(0), data=is_a(str), frozen=is_a(int, None), model=_tensors,
+               resumed=(lambda v: isinstance(v, list) and all(type(o) is int for o in v), 'a list of epochs'),
+               opt=is_a(dict), recorder=is_a(dict), scaler=is_a(dict, None), log=is_a(str, None), others=is_a(list),
+               random=is_a(dict), loader=is_a(dict), callbacks=is_a(dict))
+
 @patch
 def _load(self:ResumeFit):
     self.start = 0
@@ -113,7 +119,9 @@ def _read(self:ResumeFit):
     except CheckpointError: raise CheckpointError(f'{self.file}: damaged, or not the state of a fit: {again}') from None
     no = lambda why: CheckpointError(f'{self.file}: {why}: choose another file, or {again}')
     if 'resumed' not in s: raise no('not the state of a fit')
+    if wrong := first_wrong(s, _FIELDS): raise no(f'damaged, or not the state of a fit: {wrong}')
     if s['n_epoch'] != self.n_epoch: raise no(f"was begun as a fit of {s['n_epoch']} epochs, not {self.n_epoch}")
+    if s['epoch'] >= s['n_epoch']: raise no(f"damaged, or not the state of a fit: epoch is {s['epoch']} of {s['n_epoch']}")
     if bad := first_mismatch(get_model(self.learn.model).state_dict(), s['model']): raise no(f'the state of another network ({bad})')
     if s['data'] != data_key(self.dls): raise no('the state of a fit on other images, or in other batches')
     if s['frozen'] != getattr(self.opt, 'frozen_idx', None): raise no('the state of a fit with other layers frozen')
@@ -164,7 +172,18 @@ def _write(self:ResumeFit, own, others):
 
 @patch
 def _go_on(self:ResumeFit):
-    s,self.state,dl = self.state,None,self.dls.train
+    "Give back what was kept, or one line where a part of it is not what it should be."
+    s,self.state = self.state,None
+    try: self._give_all(s)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        if memory_asked(e) is not None: raise
+        why = str(e) if isinstance(e, TMPAError) else f'{type(e).__name__}: {shortened(e)}'
+        raise CheckpointError(f'{self.file}: damaged, or not the state of this fit ({why}): choose another file, '
+                              'or remove it to begin again') from None
+
+@patch
+def _give_all(self:ResumeFit, s):
+    dl = self.dls.train
     own = s['others'][this_process()-1] if this_process() else s
     get_model(self.learn.model).load_state_dict(s['model'])
     self.opt.load_state_dict(to_device(s['opt'], next(self.learn.model.parameters()).device))

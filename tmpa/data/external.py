@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from warnings import warn
 from ..core import (Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError, check_records, known,
-                       regular_file, shortened, user_path)
+                       regular_file, shortened, user_path, whole_number)
 from ..files import read_mat
 from ..evaluation import Setting, cross_settings_of
 from ..ranking import SYSU_INFRARED, check_cameras
@@ -26,7 +26,7 @@ _all_ = ['as_float', 'decoded', 'item_range', 'load_resized', 'read_image']  # w
 # %% ../../nbs/01_data.external.ipynb #7bf59653
 def _root(path, hint):
     path = user_path(path)
-    if not path.is_dir(): raise DataError(f'no folder {path}: pass the folder that holds {hint}')
+    if not os.path.isdir(path): raise DataError(f'no folder {shortened(path, 500)}: pass the folder that holds {hint}')
     return path
 
 def _text(f):
@@ -47,10 +47,17 @@ def _read(f):
     try: return _text(f)
     except OSError as e: raise DataError(f'cannot read index file {f} ({type(e).__name__}): copy it from the data set again') from None
 
+def _label(word):
+    "A number without a sign as lists hold it; None: it is none."
+    return whole_number(word) if word.isdecimal() else None
+
 def _read_ids(f):
     words = re.split(r'[,;\s]+', _read(f).strip())
-    if not all(o.isdigit() for o in words): raise DataError(f'index file {f} should hold identity numbers separated by commas: copy it from the data set again')
-    return sorted({int(o) for o in words})
+    ids = [_label(o) for o in words]
+    if None in ids:
+        bad = shortened(words[ids.index(None)], 40)
+        raise DataError(f'index file {f} should hold identity numbers separated by commas, not {bad!r}: copy it from the data set again')
+    return sorted(set(ids))
 
 _litter = {'thumbs.db', 'desktop.ini'} # what Windows leaves in folders
 
@@ -58,6 +65,7 @@ def _images(folder, others=None):
     "Image files of `folder` by name; no folder, no images. What else lies there goes to the list `others`."
     try: names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError): return []
+    except OSError as e: raise DataError(f'cannot read folder {shortened(folder, 500)} ({e.strerror}): restore it, or take it away') from None
     files = [Path(folder)/o for o in names if not o.startswith('.') and o.lower() not in _litter]
     images = [f for f in files if f.suffix.lower() in image_exts()]
     if others is not None and len(images) < len(files): others += sorted(set(files) - set(images))
@@ -155,8 +163,8 @@ def _draw(items, mode, shots, trial, convention, perms):
 def _official(items, idxs, perms, p, c, trial, shots):
     "The stored order counts files from 1, by the number in their names."
     by_num = {}
-    for i in (i for i in idxs if items[i].path.stem.isdigit()):
-        other = items[by_num.setdefault(int(items[i].path.stem), i)].path
+    for i in (i for i in idxs if _label(items[i].path.stem) is not None):
+        other = items[by_num.setdefault(_label(items[i].path.stem), i)].path
         if other != items[i].path: raise DataError(f'{other} and {items[i].path.name} have one number: keep one of them')
     order = perms.get((c, p))
     if order is None or len(order)<=trial or not set(order[trial][:shots])<=set(by_num):
@@ -164,17 +172,22 @@ def _official(items, idxs, perms, p, c, trial, shots):
     return [by_num[n] for n in order[trial][:shots]]
 
 # %% ../../nbs/01_data.external.ipynb #00d20d6d
+def _names_in(folder):
+    "Names in a folder; none where it cannot be read."
+    try: return set(os.listdir(folder))
+    except (OSError, ValueError): return set()
+
 def _read_index(root, f):
     "Rows (file, label, folder number or None) of an index file, each line checked; one listing per folder, since that is cheaper than asking for each file."
     rows,listing = [],{}
     for n, line in enumerate(_read(f).splitlines(), 1):
         if not line.strip(): continue
         name,_,label = _name(line).rpartition(' ')
-        if not name or not label.isdigit(): raise DataError(f"{f}, line {n}: '{line.strip()}' should be 'relative/path label': correct the line")
+        if not name or _label(label) is None: raise DataError(f"{f}, line {n}: '{shortened(line)}' should be 'relative/path label': correct the line")
         img = root/name.strip()
-        if img.parent not in listing: listing[img.parent] = set(os.listdir(img.parent)) if img.parent.is_dir() else set()
-        if img.name not in listing[img.parent] or img.suffix=='' and img.is_dir(): raise DataError(f'{f}, line {n}: no image {img}: {_remedy(img)}')
-        rows.append((img, int(label), int(img.parent.name) if img.parent.name.isdigit() else None))
+        if img.parent not in listing: listing[img.parent] = _names_in(img.parent)
+        if img.name not in listing[img.parent] or img.suffix=='' and img.is_dir(): raise DataError(f'{f}, line {n}: no image {shortened(img, 500)}: {_remedy(img)}')
+        rows.append((img, _label(label), _label(img.parent.name)))
     if not rows: raise DataError(f'index file {f} is empty: copy it from the data set again')
     _once([r[0] for r in rows], f)
     return rows
@@ -204,7 +217,7 @@ def regdb_items(
 # %% ../../nbs/01_data.external.ipynb #ee73b45e
 def _llcm_cam(f):
     m = re.search(r'_c(\d+)(?:_|$)', f.stem) or next((m for m in map(re.compile(r'cam(\d+)$').match, reversed(f.parts[-4:-1])) if m), None)
-    return int(m[1]) if m else 0
+    return whole_number(m[1]) or 0 if m else 0
 
 def llcm_items(
     path:str|Path, # Folder that holds `idx`, `test_vis` and `test_nir`
@@ -240,6 +253,15 @@ def llcm_gallery(
     return [rng.choice(sorted(idxs, key=lambda i: items[i].path.name)) for _, idxs in sorted(groups.items())]
 
 # %% ../../nbs/01_data.external.ipynb #e33c4fd7
+def _lines(rows, path):
+    "Records of a CSV file; one line where it is none."
+    try: yield from rows
+    except csv.Error as e: raise DataError(f'{path}, line {rows.line_num} is no line of a CSV file ({e}): correct it') from None
+
+def _number(cell):
+    if (n := whole_number(cell)) is None: raise ValueError
+    return n
+
 def csv_items(
     path:str|Path, # CSV file with the columns `file` (relative to it), `pid`, `cam`, `modality` (visible or infrared) and `split`
     split:str='train', # Which lines: those with this word in `split`
@@ -250,11 +272,12 @@ def csv_items(
     try: text = _text(path)
     except OSError as e: raise DataError(f'{path} cannot be read ({type(e).__name__}): save it as CSV in UTF-8') from None
     rows = csv.DictReader(io.StringIO(text, newline=''))
-    rows.fieldnames = [o.strip().lower() for o in rows.fieldnames or ()]
+    try: rows.fieldnames = [o.strip().lower() for o in rows.fieldnames or ()]
+    except csv.Error as e: raise DataError(f'{path}, line 1 is no line of a CSV file ({e}): correct it') from None
     missing = {'file', 'pid', 'cam', 'modality', 'split'} - set(rows.fieldnames)
     if missing: raise DataError(f'{path} has no column {", ".join(sorted(missing))}: the first line should be file,pid,cam,modality,split')
-    for r in rows:
-        try: o,of = ReIDImage(path.parent/_name(r['file']), int(r['pid']), int(r['cam']), mods[r['modality'].strip().lower()]),r['split'].strip().lower()
+    for r in _lines(rows, path):
+        try: o,of = ReIDImage(path.parent/_name(r['file']), _number(r['pid']), _number(r['cam']), mods[r['modality'].strip().lower()]),r['split'].strip().lower()
         except (AttributeError, KeyError, TypeError, ValueError): raise DataError(f'{path}, line {rows.line_num}: pid and cam should be whole numbers, modality visible or infrared') from None
         if of != split.lower(): continue  # whose images need not be there
         regular_file(o.path, f'image, which line {rows.line_num} of {path} names:', _remedy(o.path))

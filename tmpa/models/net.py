@@ -14,9 +14,9 @@ from numbers import Real
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from .. import __version__
-from ..core import CheckpointError, ConfigError, atomic_write, plain
+from ..core import CheckpointError, ConfigError, TMPAError, atomic_write, plain, shortened
 from .attention import ATTENTION
-from ..files import load_torch, weights_in
+from ..files import first_wrong, is_a, load_torch, weights_in, whole
 from .backbone import arch_name, first_mismatch, get_arch
 
 # %% ../../nbs/11a_models.net.ipynb #1af4a269
@@ -105,7 +105,7 @@ def describe(
     "What a network is, in a few words."
     meta = model if isinstance(model, dict) else getattr(model, 'meta', {})
     parts = {(False, False): 'baseline', (True, False): 'without MFT', (True, True): 'TMPA'}
-    kind = meta.get('net') or parts.get((meta.get('mfe'), meta.get('mft')), 'unnamed model')
+    kind = meta.get('net') or parts.get(tuple(meta.get(k) is True if k in meta else None for k in ('mfe', 'mft')), 'unnamed model')
     base = f" of {meta['base']}" if meta.get('base') else ''  # what twins are two of
     return f"{meta.get('arch', 'unknown architecture')} {kind}{base}"
 
@@ -237,6 +237,16 @@ def load_weights(
     return meta
 
 # %% ../../nbs/11a_models.net.ipynb #27efe89f
+_FIELDS = dict(net=is_a(str, None), arch=is_a(str), attention=is_a(str, None), n_classes=whole(1), version=is_a(str))
+_again = 'build the network yourself and use load_weights, or copy the file again'
+
+def _check_classes(meta, weights, path):
+    "Refuse a number of identities that the classifiers do not have, before a network of that size is made."
+    rows = {len(v) for k,v in weights.items() if is_classifier(k) and v.ndim == 2}
+    if 'n_classes' not in meta or not rows or meta['n_classes'] in rows: return
+    raise CheckpointError(f"{path}: its metadata says that it was made for {meta['n_classes']} identities, "
+                          f"its classifiers are for {', '.join(map(str, sorted(rows)))}: {_again}")
+
 def _class_of(meta, path):
     "The class of `NETS` that a file's metadata names."
     if (cls := _named(meta.get('net'))) is not None: return cls
@@ -249,13 +259,20 @@ def load_tmpa(
     attention=None,  # Needed only when it is a function of your own
 )->nn.Module:        # The network of `NETS` that the file names; in evaluation mode
     "Build the network that a file of weights describes, and load it."
-    meta = read_meta(path)
+    file = load_torch(path)
+    meta = _meta(file)
     if 'arch' not in meta:
         raise CheckpointError(f'{path}: does not say which model it is: build a TMPANet and use load_weights')
+    wrong = first_wrong(meta, _FIELDS, missing=False)
+    if wrong: raise CheckpointError(f'{path}: its metadata says that {wrong}: {_again}')
     cls, own = _class_of(meta, path), meta.get('attention')
     if own and attention is None and own.lower() not in ATTENTION:
         raise CheckpointError(f'{path}: has an attention module of your own, {own}: pass attention= that function')
     args = {**meta, 'pretrained': False, 'arch': arch or get_arch(meta['arch']), 'attention': attention or own}
-    model = cls(**{k: args[k] for k in inspect.signature(cls).parameters if k in args})
+    _check_classes(meta, weights_in(file, path), path)
+    try: model = cls(**{k: args[k] for k in inspect.signature(cls).parameters if k in args})
+    except TMPAError as e: raise CheckpointError(f'{path}: its metadata describes no network: {e}') from None
+    except Exception as e:  # whatever the parts of a network make of an argument
+        raise CheckpointError(f'{path}: its metadata describes no network ({type(e).__name__}: {shortened(e)}): {_again}') from None
     load_weights(model, path)
     return model.eval()
