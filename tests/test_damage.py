@@ -1,22 +1,26 @@
 """What a disk, a user or a killed process leaves: pipes, leftovers, flipped bits, and lists of nonsense."""
-import importlib.util, os, signal, subprocess, sys, threading, time
+import importlib.util, os, signal, subprocess, sys, threading, time, warnings
 from pathlib import Path
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
+from scipy.io import savemat
 
 from tmpa.callback.resume import ResumeFit
-from tmpa.core import DataError, TMPAError, atomic_write, leftovers, remove_dead
+from tmpa.core import DataError, ProtocolError, ReIDImage, TMPAError, atomic_write, leftovers, remove_dead
 from tmpa.data.cache import image_cache
 from tmpa.data.external import csv_items, load_perms, regdb_items, sysu_items
 from tmpa.data.image import read_image
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import make_regdb, make_sysu
+from tmpa.demo import read_lines, write_lines
+from tmpa.evaluation import cmc_map, cross_settings_of, evaluate, evaluate_settings
 from tmpa.experiment import evaluate_run
 from tmpa.features import load_features
 from tmpa.learner import tmpa_learner
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, load_tmpa, read_meta, save_weights
+from tmpa.scoring import save_queries
 from tmpa.search import Gallery
 
 
@@ -252,3 +256,65 @@ def test_states_of_a_fit_that_are_none(tmp_path, fit):
         bad = {k: v for k, v in state.items() if k != key}
         torch.save(bad if value == 'gone' else {**bad, key: value}, f)
         assert 'resume.pth' in within(20, lambda: go(f)), (key, value)
+
+
+# --- What would be scored, or written, without a word ------------------------------------------------------------------
+
+X, WHO = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), np.arange(8)//2
+
+def scored(q=X, g=X + 1, q_pids=WHO, g_pids=WHO, **kw): return evaluate(q, g, q_pids, g_pids, **kw)
+
+@pytest.mark.parametrize('why, kw', [
+    ('max_rank=0', dict(max_rank=0)), ('max_rank=1.5', dict(max_rank=1.5)), ("max_rank='5'", dict(max_rank='5')),
+    ('max_rank=10000000', dict(max_rank=10**7)), ('q_pids is None', dict(q_pids=None)), ('g_pids is None', dict(g_pids=None)),
+    ('q_pids holds nan in row 0', dict(q_pids=np.full(8, np.nan))), ('q_feats is zero in every row', dict(q=X*0)),
+    ('g_feats is zero in every row', dict(g=X*0)), ('bfloat16', dict(q_pids=torch.tensor(WHO).bfloat16())),
+    ('takes numbers from 9007199254740992', dict(q_pids=WHO + 2.**53, g_pids=WHO + 2.**53)),
+    ('takes numbers from 16777216', dict(g_pids=(WHO + 2**24).astype('f4'))),
+    ('takes numbers from 9223372036854775808', dict(g_pids=WHO.astype('u8') + np.uint64(2**63)))])
+def test_what_cannot_be_scored(why, kw):
+    for f in (scored, lambda q=X, g=X + 1, q_pids=WHO, g_pids=WHO, **kw: cmc_map(torch.cdist(q, g), q_pids, g_pids, **kw)):
+        if f is not scored and 'zero' in why: continue
+        with pytest.raises(ProtocolError) as e: f(**kw)
+        assert why in line(e)
+
+def test_identities_up_to_the_last_that_floats_tell_apart():
+    want = scored().ap
+    for pids in (WHO + 2.**52, (WHO + 2**23).astype('f4'), WHO + 2**60, WHO.astype('u8') + np.uint64(2**62)):
+        assert np.array_equal(scored(q_pids=pids, g_pids=pids).ap, want)
+    assert np.array_equal(scored(q_pids=WHO + 2**60, g_pids=WHO.astype('u8') + np.uint64(2**60)).ap, want)
+    with pytest.raises(ProtocolError) as e: scored().rank(1.5)
+    assert 'rank 1.5' in line(e)
+
+def test_some_features_that_are_zero():
+    some = X.clone()
+    some[3] = 0
+    with pytest.warns(UserWarning, match='1 of 8 rows of q_feats are zero.*row 3'): scored(q=some)
+    with pytest.warns(UserWarning, match='1 of 8 rows of features are zero'): Gallery(made_by='t').add([f'{i}.jpg' for i in range(8)], 0, feats=some)
+    with pytest.raises(ProtocolError): Gallery(made_by='t').add(['a.jpg'], 0, feats=torch.zeros(1, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        scored(q=some, metric='euclidean')
+
+@pytest.mark.parametrize('kind', ['npz', 'pt', 'mat'])
+def test_feature_files_with_identities_that_merge(tmp_path, kind):
+    f = tmp_path/f'x.{kind}'
+    for pids in (WHO + 2.**53, WHO.astype('u8') + np.uint64(2**63)):
+        d = dict(feats=X.numpy(), pids=pids)
+        if kind == 'npz': np.savez(f, **d)
+        elif kind == 'mat': savemat(f, d)
+        else: torch.save({k: torch.from_numpy(v) for k, v in d.items()}, f)
+        with pytest.raises(DataError) as e: load_features(f)
+        assert 'for one another' in line(e)
+
+def test_cells_that_a_spreadsheet_would_run(tmp_path):
+    lines = [dict(row='=cmd|x', recipe="'=1", mAP='-0.5'), dict(row='@a', recipe='B', mAP='+1 to 2')]
+    write_lines(tmp_path/'a.csv', lines, ['row', 'recipe', 'mAP'])
+    assert (tmp_path/'a.csv').read_text().splitlines()[1:] == ["'=cmd|x,''=1,-0.5", "'@a,B,+1 to 2"]
+    assert read_lines(tmp_path/'a.csv') == lines
+    items = [ReIDImage(Path(f'=1+1/{i}.jpg'), i//2, 1, i%2) for i in range(8)]
+    settings = cross_settings_of([o.modality for o in items])
+    save_queries(tmp_path/'q.csv', evaluate_settings(X, [o.pid for o in items], None, settings), items, settings)
+    assert "'=1+1/0.jpg" in (tmp_path/'q.csv').read_text() and ',=' not in (tmp_path/'q.csv').read_text()
+    os.mkfifo(tmp_path/'pipe.csv')
+    assert 'pipe' in within(5, lambda: read_lines(tmp_path/'pipe.csv'))

@@ -7,8 +7,8 @@ __all__ = ['UNKNOWN', 'RANGES', 'Modality', 'ReIDImage', 'PublishedImage', 'know
            'DataError', 'ProtocolError', 'CheckpointError', 'ConfigError', 'arg_names', 'check_names', 'user_path',
            'as_picture', 'whole_number', 'check_record', 'check_records', 'rand_on', 'check_modality', 'slots',
            'tmpa_home', 'keep_memory', 'OutOfMemory', 'memory_asked', 'enough_memory', 'free_memory', 'in_memory',
-           'Range', 'check_ranges', 'shortened', 'regular_file', 'leftovers', 'remove_dead', 'temp_folder',
-           'atomic_write', 'locked']
+           'Range', 'check_ranges', 'shortened', 'regular_file', 'csv_cell', 'csv_text', 'leftovers', 'remove_dead',
+           'temp_folder', 'atomic_write', 'locked']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
 import ctypes, errno, inspect, os, re, shutil, stat, tempfile, traceback
@@ -361,6 +361,21 @@ def regular_file(
         raise error(f'no {what} {shortened(path, 500)}{why}: {remedy}') from None
     if mode == stat.S_IFREG: return path
     raise error(f'no {what} {path}: this is {_kinds.get(mode, "a device")}, not a regular file: {remedy}')
+
+# %% ../nbs/00_core.ipynb #76c301f1
+_formula = re.compile(r"'*([=@\t\r]|[+-](?![\d\s.]|$))")
+
+def csv_cell(
+    x, # A cell of a table that is written
+): # The same; text that a spreadsheet would run with an apostrophe before it
+    "A cell that is nothing but text."
+    return f"'{x}" if isinstance(x, str) and _formula.match(x) else x
+
+def csv_text(
+    x, # A cell of a table that was written with csv_cell
+): # As it was before
+    "What `csv_cell` was given."
+    return x[1:] if isinstance(x, str) and x[:1] == "'" and _formula.match(x) else x
 
 # %% ../nbs/00_core.ipynb #501bdac8
 def _names(path):

@@ -11,7 +11,7 @@ import csv, json, re
 from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from .core import ConfigError, arg_names, atomic_write, check_names, user_path, check_ranges
+from .core import ConfigError, arg_names, atomic_write, check_names, csv_cell, csv_text, regular_file, user_path, check_ranges
 from .data.synthetic import GENERATOR_VERSION
 from .experiment import mean_map, train_runs
 from .run import ARCHS, RunConfig, alone, earlier_run, environment, images_key, new_folder, read_json, write_json
@@ -79,12 +79,16 @@ def read_lines(
     "Records of a CSV file; none if there is no such file yet."
     path = user_path(path)
     if not path.exists(): return []
-    with open(path, newline='', encoding='utf8', errors='surrogateescape') as f: return list(csv.DictReader(f))
+    regular_file(path, 'table', 'restore it, or remove what lies there')
+    with open(path, newline='', encoding='utf8', errors='surrogateescape') as f:
+        return [{k: csv_text(v) for k,v in l.items()} for l in csv.DictReader(f)]
 
 def write_lines(path, lines, fields=FIELDS):
     "Records as CSV, whole or not at all; a field that one does not have is empty there."
     with atomic_write(path) as tmp, open(tmp, 'w', newline='', encoding='utf8', errors='surrogateescape') as f:
-        w = csv.DictWriter(f, fields); w.writeheader(); w.writerows(lines)
+        w = csv.DictWriter(f, fields)
+        w.writeheader()
+        w.writerows({k: csv_cell(v) for k,v in l.items()} for l in lines)
 
 # %% ../nbs/18a_demo.ipynb #6f04bf21
 def row_scores(

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from .core import Modality, ProtocolError, ReIDImage, known
 from .features import load_features
 from .ranking import (IN_ITSELF, RULES, EvalResult, Rule, as_matrix, check_cameras, check_chunk, check_finite, check_label,
-                          check_labels, cmc_map, cmc_map_slow, get_rule, refuse_own, run_rule, same_rows)
+                          check_labels, check_nonzero, check_rank, cmc_map, cmc_map_slow, get_rule, refuse_own, run_rule,
+                          same_rows)
 from .rerank import reranker
 
 _all_ = ['cmc_map', 'cmc_map_slow', 'EvalResult', 'RULES', 'Rule']
@@ -38,6 +39,7 @@ def _prepare(q_feats, g_feats, metric):
     if metric not in ('cosine', 'dot', 'euclidean'): raise ProtocolError(f"metric={metric!r}: choose 'cosine', 'dot' or 'euclidean'")
     q, g = check_finite(as_matrix(q_feats, 'q_feats'), 'q_feats'), check_finite(as_matrix(g_feats, 'g_feats'), 'g_feats')
     if q.shape[1] != g.shape[1]: raise ProtocolError(f"q_feats have {q.shape[1]} columns and g_feats {g.shape[1]}: both must come from one model")
+    for x,name in ((q, 'q_feats'), (g, 'g_feats')): check_nonzero(x, name, metric)
     dtype = torch.promote_types(q.dtype, g.dtype)
     def rows_of(x):
         x = x.to(q.device, dtype)
@@ -97,6 +99,7 @@ def evaluate(
 ) -> EvalResult:
     "CMC, mAP and mINP of features, without ever holding all distances."
     check_chunk(chunk)
+    check_rank(max_rank)
     n_q, n_g = len(as_matrix(q_feats, 'q_feats')), len(as_matrix(g_feats, 'g_feats'))
     labels = check_labels(n_q, n_g, q_pids, g_pids, q_cams, g_cams, rule)
     if get_rule(rule).remove != 'same_cam': _refuse_equal(q_feats, g_feats, *labels[:2], q_cams, g_cams)
@@ -187,8 +190,9 @@ def evaluate_settings(
 ) -> dict:
     "Name of each setting to its `SettingResult`."
     feats = check_finite(as_matrix(feats, 'feats'), 'feats')
-    pids, cams = (None if x is None else check_label(x, len(feats), k) for x,k in ((pids, 'pids'), (cams, 'cams')))
+    pids, cams = check_label(pids, len(feats), 'pids'), None if cams is None else check_label(cams, len(feats), 'cams')
     check_chunk(chunk)
+    check_rank(max_rank)
     take = lambda x, i: None if x is None else x[i]
     def one(s, g):
         q, g = (np.asarray(i).astype(np.int64) for i in (s.q_idx, g))

@@ -67,6 +67,9 @@ def _numbers(x, kind, path, n=None):
     if x.size != n: raise DataError(f"{path}: {x.size} {kind} for {n} features, one for each is needed")
     x = x.ravel()
     if x.dtype.kind == 'f' and not (np.isfinite(x).all() and (x == np.round(x)).all()): raise DataError(f"{path}: the {kind} hold numbers that are not whole")
+    most = 2**(np.finfo(x.dtype).nmant + 1) if x.dtype.kind == 'f' else 2**63
+    if x.dtype.kind in 'fu' and (np.abs(x) >= most).any():
+        raise DataError(f"{path}: the {kind} are of type {x.dtype}, which takes numbers from {most} on for one another: write int64")
     return x.astype(np.int64)
 
 def load_features(

@@ -11,7 +11,7 @@ import csv, os, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from .core import ConfigError, DataError, atomic_write, tmpa_home, user_path, check_ranges
+from .core import ConfigError, DataError, atomic_write, csv_cell, tmpa_home, user_path, check_ranges
 from .data.external import csv_items, llcm_items, regdb_items, sysu_items, cross_settings, llcm_settings, regdb_settings, sysu_settings
 from .data.load import split_by_pid
 from .data.image import check_range
@@ -184,6 +184,6 @@ def save_queries(
         w = csv.writer(f)
         w.writerow(['setting','trial','query','pid','cam','image','ap','inp','first_hit'])
         for s in settings:
-            who = [(i, items[i].pid, items[i].cam, '/'.join(Path(items[i].path).parts[-2:])) for i in map(int, s.q_idx)]
+            who = [(i, items[i].pid, items[i].cam, csv_cell('/'.join(Path(items[i].path).parts[-2:]))) for i in map(int, s.q_idx)]
             for t,r in enumerate(results[s.name].trials):
-                w.writerows([s.name, t, *q, *((repr(float(ap)), repr(float(inp)), int(hit)) if ok else ('', '', ''))] for q,ap,inp,hit,ok in zip(who, r.ap, r.inp, r.first_hit, r.valid))
+                w.writerows([csv_cell(s.name), t, *q, *((repr(float(ap)), repr(float(inp)), int(hit)) if ok else ('', '', ''))] for q,ap,inp,hit,ok in zip(who, r.ap, r.inp, r.first_hit, r.valid))

@@ -20,7 +20,7 @@ from .data.image import check_range, how_read, read_image
 from .files import check_zip, first_wrong, is_a, numbers, whole
 from .learner import extract_features
 from .models.net import scored_as
-from .ranking import as_matrix, check_cameras, check_finite, get_rule, top_columns
+from .ranking import as_matrix, check_cameras, check_finite, check_nonzero, get_rule, top_columns
 
 _all_ = ['top_columns']
 
@@ -139,6 +139,7 @@ def _features(self:Gallery, feats, n=None):
     if self.dim not in (None, x.shape[1]):
         raise CheckpointError(f'features of {x.shape[1]} dimensions in a gallery of {self.dim}: they come from another model, '
                               'or are pixels (those are uint8 or uint16)')
+    check_nonzero(x, 'features')
     return torch.nn.functional.normalize(x)
 
 @patch

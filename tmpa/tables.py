@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import matplotlib.pyplot as plt, torch
 from torchvision.models import resnet50
 from .confidence import difference
-from .core import ConfigError, Modality, atomic_write, user_path
+from .core import ConfigError, Modality, atomic_write, csv_cell, user_path
 from .callback.pedmix import pedmix
 from .data.image import how_read, load_resized
 from .models.tmpa import n_flops, n_params
@@ -200,6 +200,6 @@ def save_table(out, name, table, lines, setup, setting):
     how = dict(encoding='utf8', errors='surrogateescape')  # folders need not have names in UTF-8
     with atomic_write(stem.with_suffix('.md')) as t: t.write_text(text, **how)
     with atomic_write(stem.with_suffix('.csv')) as t, open(t, 'w', newline='', **how) as f:
-        csv.writer(f, lineterminator='\n').writerows(rows)
+        csv.writer(f, lineterminator='\n').writerows([csv_cell(c) for c in r] for r in rows)
     if fig: save_figure(stem.with_suffix('.png'), fig)
     return stem.with_suffix('.md')
