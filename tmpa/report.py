@@ -10,7 +10,7 @@ __all__ = ['COLUMNS', 'score_rows', 'text_table', 'mean_std', 'markdown_table', 
 import base64, csv, html, io, json, math, statistics
 import matplotlib.pyplot as plt
 from .confidence import difference
-from .core import atomic_write, user_path, ConfigError
+from .core import atomic_write, regular_file, user_path, ConfigError
 
 # %% ../nbs/17b_report.ipynb #bf4c0cb8
 COLUMNS = {'rank1':'Rank-1', 'rank10':'Rank-10', 'rank20':'Rank-20', 'mAP':'mAP', 'mINP':'mINP'}
@@ -63,7 +63,7 @@ def difference_rows(
 def read_log(path):
     "Columns of a `CSVLogger` file as lists of floats (`nan` for what is no number)."
     try:
-        with open(user_path(path), newline='', encoding='utf8') as f: rows = list(csv.DictReader(f))
+        with open(regular_file(path, 'log'), newline='', encoding='utf8') as f: rows = list(csv.DictReader(f))
     except (UnicodeDecodeError, csv.Error): rows = [{}]
     if rows and 'epoch' not in rows[0]:
         raise ConfigError(f'{path} has no column epoch, as the log of a training has: put it back as it was, '

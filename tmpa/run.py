@@ -17,7 +17,7 @@ from pathlib import Path
 import torch, torchvision
 from . import __version__
 from .callback.loop import RunawayError
-from .core import CheckpointError, ConfigError, atomic_write, user_path, leftovers, RANGES, check_ranges, locked
+from .core import CheckpointError, ConfigError, atomic_write, user_path, leftovers, RANGES, check_ranges, locked, regular_file
 from .data.synthetic import GENERATOR_VERSION
 from .models.backbone import get_arch, micro_resnet, tiny_resnet
 from .models.tmpa import read_meta
@@ -40,7 +40,7 @@ def read_json(
     **kinds # Key -> type that its value must have; of several types, NoneType for one that need not be there
 )->dict:
     "What `write_json` wrote; `ConfigError` that names the file where it is something else."
-    try: d = json.loads(user_path(path).read_text(encoding='utf8'))
+    try: d = json.loads(regular_file(path).read_text(encoding='utf8'))
     except (OSError, ValueError, RecursionError) as e: raise _damaged(path, type(e).__name__) from None
     if not isinstance(d, dict): raise _damaged(path, f'a {type(d).__name__}')
     wrong = next((k for k,kind in kinds.items() if not isinstance(d.get(k), kind)), None)
