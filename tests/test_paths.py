@@ -52,8 +52,8 @@ def test_what_is_written_and_read(home, monkeypatch):
     assert read_json('~/c.json') == dict(c=1)
     save_environment('~/environment.json')
     save_environment('~/environment.json')
-    write_lines('~/d.csv', [dict(d=1)], ['d'])
-    assert read_lines('~/d.csv') == [dict(d='1')] and read_log('~/d.csv') == dict(d=[1.])
+    write_lines('~/d.csv', [dict(epoch=1)], ['epoch'])
+    assert read_lines('~/d.csv') == [dict(epoch='1')] and read_log('~/d.csv') == dict(epoch=[1.])
     assert write_report('~/e.html', 'title', []) == home/'e.html'
     assert new_folder('~/new') == home/'new' and run_state('~/new')[0] == 'cut off'
     with pytest.raises(ConfigError, match='exists already'): new_folder('~/new')
