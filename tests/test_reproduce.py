@@ -247,7 +247,7 @@ def test_errors_are_one_line(monkeypatch, capsys, tmp_path):
     for args, words in ((('table8',), ('table8', 'table2', 'all')), (('table2',), ('--data', '--scale small')),
                         (('table2', *small, '--rows', 'X'), ("'X'", 'B+CA')), (('table2', *small, '--direction', 'up'), ("'up'", 't2v')), (('table2', '--data', 'regdb', '--path', tmp_path/'nowhere'), ('nowhere',)),
                         (('table2', *small, '--seeds', 'many'), ('many',)), (('table2', *small, '--rows', 'B;TPMA'), ('TPMA', 'B+CA')), (('table2', *small, '--rows', ''), ('rows',)), (('table2', *small, '--budget', 0), ('budget', 'above 0')),
-                        (('table2', *small, '--epochs', 0), ('epochs', '1 or more')), (('table2', *small, '--seeds=-1,2',), ('below 0',)), (('table2', *small, '--trial', '1;2'), ('1;2',)), (('table2', *small[:-1], tmp_path/'tmpa_reproduce.py'/'x'), ('tmpa_reproduce.py',)), (('table2', *small, '--trial', 11), ('11',))):
+                        (('table2', *small, '--epochs', 0), ('epochs', '1 or more')), (('table2', *small, '--seeds=-1,2',), ('seeds=(-1, 2)', 'from 0')), (('table2', *small, '--trial', '1;2'), ('1;2',)), (('table2', *small[:-1], tmp_path/'tmpa_reproduce.py'/'x'), ('tmpa_reproduce.py',)), (('table2', *small, '--trial', 11), ('11',))):
         status, out, err = run_cli(monkeypatch, capsys, tmp_path, *args)
         assert status == 2 and err.count('\n') == 1 and 'error:' in err, err
         for w in words: assert w in err
@@ -267,7 +267,7 @@ def test_command_line(monkeypatch, capsys, tmp_path, device):
 def test_one_seed_and_all_tables_in_capitals(people):
     assert rp.make_setup('small', path=people, seeds=[5]).args.endswith('--seeds 5,') and parse_ints('5,', 'seeds') == [5]
     assert rp.pick_tables('ALL').keys() == rp.pick_tables('all').keys()
-    with pytest.raises(rp.ConfigError, match='below 0'): rp.make_setup('small', path=people, seeds=[-1])
+    with pytest.raises(rp.ConfigError, match='seeds=.*from 0'): rp.make_setup('small', path=people, seeds=[-1])
 
 
 def test_recipes_of_all_tables():

@@ -28,7 +28,7 @@ from .processes import end_with_parent, n_processes, on_rank0, rank0_first, this
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
 from .data.synthetic import GENERATOR_VERSION
-from .files import first_wrong, is_a, numbers, whole
+from .files import first_wrong, is_a, so_many, whole
 from .models.net import load_tmpa, load_weights, read_meta, save_weights, set_switches
 from .dart import dart_learner
 from .guard import tensorboard_scalars
@@ -290,7 +290,7 @@ def train_runs(
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/18_experiment.ipynb #dcc85033
-_FIELDS = dict(data=(lambda v: v in DATA, 'a data set'), size=numbers(2, [int]), n_ids=whole(0), data_seed=whole(0),
+_FIELDS = dict(data=(lambda v: v in DATA, 'a data set'), size=so_many(2, [int]), n_ids=whole(0), data_seed=whole(0),
                trial=is_a(str, int, None))
 
 def _check_meta(meta, weights):

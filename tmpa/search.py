@@ -17,7 +17,7 @@ from .core import (CheckpointError, ConfigError, DataError, ProtocolError, Publi
                        as_picture, atomic_write, check_names, check_records, known, regular_file, remove_dead, same_person,
                        user_path)
 from .data.image import check_range, how_read, read_image
-from .files import check_zip, first_wrong, is_a, numbers, whole
+from .files import check_zip, first_wrong, is_a, so_many, whole
 from .learner import extract_features
 from .models.net import scored_as
 from .ranking import as_matrix, check_cameras, check_finite, check_nonzero, get_rule, top_columns
@@ -360,8 +360,8 @@ def _whole(path):
     except Exception as e: raise _no_gallery(path, type(e).__name__) from None
 
 # %% ../nbs/22_search.ipynb #821a4c0e
-_FIELDS = dict(n=whole(0), block=whole(1), dim=is_a(int, None), made_by=is_a(str, None), size=numbers(2, [int], none=True),
-               ir_range=numbers(2, none=True), dtype=(lambda v: v in ('float32', 'float16'), 'float32 or float16'))
+_FIELDS = dict(n=whole(0), block=whole(1), dim=is_a(int, None), made_by=is_a(str, None), size=so_many(2, [int], none=True),
+               ir_range=so_many(2, none=True), dtype=(lambda v: v in ('float32', 'float16'), 'float32 or float16'))
 
 def _no_gallery(path, why): return DataError(f'{path} is damaged or no gallery ({why}): write it again with Gallery.save')
 
