@@ -13,7 +13,6 @@ The real people (--photographs, see benchmarks/photographs.py) are searched with
 trained on; their infrared is simulated.
 """
 import hashlib, importlib.util, json, math, os, time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 
 from tmpa.callback.loop import RunawayError
 from tmpa.callback.resume import ResumeFit
-from tmpa.core import ConfigError, ReIDImage, atomic_write, tmpa_home
+from tmpa.core import ConfigError, ReIDImage, atomic_write, locked, tmpa_home
 from tmpa.data.cache import image_cache
 from tmpa.data.external import Modality, csv_items, cross_settings, regdb_items
 from tmpa.data.synthetic import GENERATOR_VERSION, make_regdb, make_sysu
@@ -75,17 +74,10 @@ def scale_key(scale):
 
 # ---------------------------------------------------------------- the people, and the trunk that has seen others
 
-@contextmanager
 def in_turn(name):
     "What is made once on each machine is made by one process, and the others wait for it."
-    try: import fcntl
-    except ImportError:
-        yield
-        return
     tmpa_home().mkdir(parents=True, exist_ok=True)
-    with open(tmpa_home()/f'.{name}.lock', 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+    return locked(tmpa_home()/f'.{name}.lock')
 
 def n_workers(ids): return os.cpu_count() if ids > 100 else 0
 
