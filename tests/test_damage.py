@@ -104,16 +104,16 @@ def test_the_next_writer_removes_what_the_dead_left_and_nothing_else(tmp_path, h
     for o in mine: o.write_text('mine')
     dead, living = (start(WRITES.format(how, str(tmp_path/f), fill)) for _ in range(2))
     try:
-        assert len(leftovers(tmp_path/f, earlier=False)) == 2
+        assert len(leftovers(tmp_path/f)) == 2
         remove_dead(tmp_path/f)
-        assert len(leftovers(tmp_path/f, earlier=False)) == 2
+        assert len(leftovers(tmp_path/f)) == 2
         dead.kill(); dead.wait()
         remove_dead(tmp_path/f)
-        assert len(leftovers(tmp_path/f, earlier=False)) == 1 and all(o.read_text() == 'mine' for o in mine)
+        assert len(leftovers(tmp_path/f)) == 1 and all(o.read_text() == 'mine' for o in mine)
     finally:
         for p in (dead, living): p.kill(); p.wait(); p.stdout.close()
     remove_dead(tmp_path/f)
-    assert not leftovers(tmp_path/f, earlier=False) and sorted(tmp_path.iterdir()) == sorted(mine)
+    assert not leftovers(tmp_path/f) and sorted(tmp_path.iterdir()) == sorted(mine)
 
 def test_galleries_and_rendered_people_clean_up(tmp_path):
     g = Gallery(made_by='test')

@@ -44,7 +44,7 @@ def begun(cfg):
     out.mkdir()
     write_json(out/'config.json', cfg.asdict())
     (out/'history.csv').write_text('epoch,train_loss\n')
-    (out/'.last-abcd12_4.pth').write_text('half a file')
+    (out/'.last-abcd12_4.tmpa.pth').write_text('half a file')
     for name in MINE: (out/name).write_text('mine')
     return out
 
@@ -65,7 +65,7 @@ def one_line(monkeypatch, capsys, tmp_path, tmp_path_factory):
     return call
 
 
-MINE = ('notes.txt', 'train.log', '.config-thesis', '.last-thesis2026x.pth', '.notes-20260101.csv', 'scores-mine.json')
+MINE = ('notes.txt', 'train.log', '.config-thesis', '.last-thesis2026x.pth', '.last-features.pth', '.notes-20260101.csv', 'scores-mine.json')
 
 
 def kept(out): return all((out/name).read_text() == 'mine' for name in MINE)
@@ -100,7 +100,7 @@ def test_a_folder_that_looks_empty(cfg, tmp_path):
     (out/'.config-thesis').write_text('mine')
     with pytest.raises(ConfigError, match='holds no run of tmpa'): earlier_run(cfg)
     assert (out/'.config-thesis').read_text() == 'mine'
-    (out/'.config-thesis').rename(out/'.config-abcd_123.json')     # killed while it wrote its first file
+    (out/'.config-thesis').rename(out/'.config-abcd_123.tmpa.json')     # killed while it wrote its first file
     assert earlier_run(cfg) is None and not out.exists()
 
 

@@ -410,14 +410,12 @@ def _close(fd):
 
 def leftovers(
     path:str|os.PathLike, # A file that `atomic_write` makes, or a folder that is made likewise
-    earlier:bool=True, # Also under the names of earlier versions, which have no lock
 )->list: # Paths
     "Temporary files for it, of living processes and of dead ones: not whatever begins with a dot, which may be yours."
     path = user_path(path)
     if os.path.islink(path): path = path.resolve()
     n = _names(path)
-    mark = r'(\.tmpa)?' if earlier else r'\.tmpa'
-    made = re.compile(re.escape(n['prefix']) + '[a-z0-9_]{8}' + mark + re.escape(path.suffix))
+    made = re.compile(re.escape(n['prefix']) + '[a-z0-9_]{8}' + re.escape(n['suffix']))
     try: return [path.parent/o for o in os.listdir(path.parent) if made.fullmatch(o)]
     except OSError: return []
 
@@ -426,7 +424,7 @@ def remove_dead(
 ):
     "Remove what processes left that were killed while they wrote it: nobody holds its lock."
     if fcntl is None: return
-    for f in leftovers(path, earlier=False):
+    for f in leftovers(path):
         try: fd = os.open(f, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError: continue
         try:
