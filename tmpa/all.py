@@ -56,4 +56,5 @@ from .search import *
 from .setup import *
 from .tables import *
 from .reproduce import *
+from .console import *
 __all__ = [o for o in globals() if not o.startswith('_')]
