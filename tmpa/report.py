@@ -85,7 +85,9 @@ def plot_log(
     fig,axs = plt.subplots(1, max(1, len(groups)), figsize=(4.6*max(1, len(groups)), 2.8), dpi=75, squeeze=False)
     for ax,(name,keys) in zip(axs[0], groups):
         for k,style in zip(keys, ['-','--','-.',':',(0,(5,1)),(0,(1,1)),(0,(3,1,1,1))]*3): ax.plot(log['epoch'], log[k], label=k, linestyle=style)
-        ax.set(xlabel='epoch', ylabel=name); ax.legend(fontsize=7)
+        ax.set(xlabel='epoch', ylabel=name)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(fontsize=7)
     fig.tight_layout()
     return fig
 
@@ -94,9 +96,22 @@ _CSS = '''body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem au
 td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}img{max-width:100%}
 pre{background:#f6f6f6;padding:.7rem;overflow-x:auto;font-size:12px}'''
 
-def _img(fig, alt):
-    b = io.BytesIO(); fig.savefig(b, format='png'); plt.close(fig)
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">'
+def _in_words(fig):
+    "What stands in a figure, for who cannot see it: its title, then title, axes and legend of each part."
+    parts = [fig.get_suptitle()]
+    for ax in fig.axes:
+        axes = ' by '.join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+        legend = ax.get_legend()
+        names = ', '.join(t.get_text() for t in legend.get_texts()) if legend else ''
+        parts.append(': '.join(filter(None, (' '.join(ax.get_title().split()), axes, names))))
+    return '; '.join(filter(None, parts))
+
+def _img(fig, head):
+    b = io.BytesIO()
+    fig.savefig(b, format='png')
+    plt.close(fig)
+    alt = html.escape(f'{head}. {_in_words(fig)}')
+    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">'
 
 def _table(rows):
     tr = lambda r,t: '<tr>' + ''.join(f'<{t}>{html.escape(str(c))}</{t}>' for c in r) + '</tr>'

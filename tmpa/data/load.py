@@ -285,7 +285,8 @@ def _grid(rows, cols, figsize, ctxs):
     return axs
 
 def _picture(ax, x, title, color='black'):
-    ax.imshow(x.as_subclass(torch.Tensor).float().clamp(0, 1).permute(1, 2, 0))
+    x = as_float(x.as_subclass(torch.Tensor))  # a loader without transforms has whole numbers
+    ax.imshow(x.float().clamp(0, 1).permute(1, 2, 0))
     ax.set_title(title, fontsize=10, color=color)
 
 @patch
