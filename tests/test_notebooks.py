@@ -1,8 +1,8 @@
 """Every notebook runs from top to bottom, as `nbdev_test` runs it, in a process of its own so that seeds and settings cannot leak."""
-import ast, json, os, re, subprocess, sys
+import ast, itertools, json, os, re, subprocess, sys
 from pathlib import Path
 
-import pytest
+import pytest, yaml
 
 import pretend
 from conftest import DEVICES
@@ -69,6 +69,51 @@ def test_is_kept_as_agreed(path):
     if module:
         assert re.search(r'\btest_\w+\(|\bassert\b', source), 'exports code and asserts nothing'
         assert not re.search(rf'^(from|import) +tmpa\.{re.escape(module[1])}\b', source, re.M), 'imports the module that it defines'
+
+
+NOT_SHOWN = re.compile(r'^#\| *((hide|export|exporti|hide_output) *:?$|(include|output): *false\b)', re.M)
+
+def options(source):
+    "Quarto's `#| key: value` at the top of a cell. nbdev keeps those of one line."
+    directives = [l[2:] for l in itertools.takewhile(lambda l: l.startswith('#|'), source.split('\n'))]
+    return yaml.safe_load('\n'.join(l.strip() for l in directives if re.match(r' *[\w-]+ *: ', l))) or {}
+
+def undescribed(cell):
+    "What is missing for who cannot see the pictures that a code cell shows, and for who wonders what to look at."
+    source, data = ''.join(cell['source']), [o.get('data', {}) for o in cell.get('outputs', [])]
+    if NOT_SHOWN.search(source): return []
+    text = lambda o: isinstance(o, str) and len(o) > 20
+    n, opts = sum(any(m.startswith('image/') for m in d) for d in data), options(source)
+    caps = opts.get('fig-cap')
+    found = []
+    if n and not text(opts.get('fig-alt')): found.append('fig-alt: "what is in the picture, for who cannot see it"')
+    if n and not (text(caps) or isinstance(caps, list) and len(caps) == n and all(map(text, caps))):
+        found.append('fig-cap: "what to look for in the picture"')
+    if caps and opts.get('fig-alt') == caps: found.append('two different texts: one says what to look for, one what is there')
+    for tag in re.findall(r'<img\b[^>]*>', ''.join(''.join(d.get('text/html', '')) for d in data)):
+        if not re.search(r'\balt="[^"]+"', tag): found.append(f'an alt in the code that makes {tag[:60]}')
+    return found
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/'nbs')))
+def test_pictures_have_captions_and_alternative_texts(path):
+    found = [(''.join(c['source'])[-60:], w) for c in cells(path) if c['cell_type'] == 'code' for w in undescribed(c)]
+    assert not found, f'add at the top of the cell, on one line each: {found}'
+    prose = '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown')
+    assert not re.search(r'!\[\s*\]\(|<img\b(?![^>]*\balt="[^"]+")', prose), 'a picture in the text wants an alternative text'
+
+
+def test_pictures_without_words_are_found():
+    png, html = {'data': {'image/png': ''}}, {'data': {'text/html': ['<p><img src="data:', 'x">']}}
+    cell = lambda source, *outs: undescribed({'source': [source], 'outputs': list(outs)})
+    cap, alt = '#| fig-cap: "Look at the blue line, which falls."\n', '#| fig-alt: "A blue line falls from 3 to 1."\n'
+    assert cell('#| slow\n' + cap + alt + 'plot()', png) == cell('plot()') == cell('#| hide\nplot()', png) == []
+    assert [len(cell(s + 'plot()', png)) for s in ('', cap, alt, '#| fig-cap: ""\n' + alt)] == [2, 1, 1, 1]
+    assert len(cell(cap + 'plot()\n' + alt, png)) == 1                         # not at the top
+    assert len(cell(cap.replace(' "', '\n#|   "') + alt + 'plot()', png)) == 1  # nbdev drops the second line
+    assert cell(cap + alt.replace('A blue line falls from 3 to 1', 'Look at the blue line, which falls') + 'plot()', png)
+    both = '#| fig-cap: ["Look at the blue line here.", "And at the red one there."]\n'
+    assert cell(both + alt + 'plot()', png, png) == [] and len(cell(both + alt + 'plot()', png)) == 1
+    assert len(cell('table', html)) == 1 and cell('#| hide_input\ntable', {'data': {'text/html': '<img alt="a cat" src="x">'}}) == []
 
 
 def test_quarto_config_is_one_file():
