@@ -14,6 +14,7 @@ from .data.image import *
 from .files import *
 from .data.external import *
 from .data.synthetic import *
+from .data.folder import *
 from .data.cache import *
 from .data.transforms import *
 from .data.load import *
