@@ -50,6 +50,7 @@ from .vis.tsne import *
 from .vis.gradcam import *
 from .report import *
 from .scoring import *
+from .provenance import *
 from .run import *
 from .experiment import *
 from .demo import *

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import ConfigError, arg_names, atomic_write, check_names, csv_cell, csv_text, regular_file, user_path, check_ranges
 from .data.synthetic import GENERATOR_VERSION
 from .experiment import mean_map, train_runs
-from .run import ARCHS, RunConfig, alone, earlier_run, environment, images_key, new_folder, read_json, write_json
+from .run import ARCHS, RunConfig, alone, earlier_run, environment, new_folder, read_json, run_images, write_json
 from .recipes import Recipe, get_recipe
 from .report import difference_rows, markdown_table, mean_std, write_report
 from .scoring import DataSpec, read_data
@@ -154,7 +154,7 @@ def compare(
     _earlier_lines(out/'results.csv')
     train,test,_ = read_data(spec)  # renders, once, before processes start
     what = _setup(out, dict(data=spec.data, n_ids=spec.n_ids, size=list(spec.size), data_seed=spec.seed, generator=GENERATOR_VERSION, **kwargs), resume)
-    with alone(out): return _compare(rows, out, spec, seeds, quiet, workers, what, images_key(spec, train, test), kwargs)
+    with alone(out): return _compare(rows, out, spec, seeds, quiet, workers, what, run_images(spec, train, test), kwargs)
 
 def _compare(rows, out, spec, seeds, quiet, workers, what, images, kwargs):
     order,asked,todo = [r.name for r in rows],{(r.name, s) for r in rows for s in seeds},[]

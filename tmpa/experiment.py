@@ -36,7 +36,8 @@ from .learner import extract_features, reid_learner
 from .recipes import content, short_hash
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
-from .run import ARCHS, RunConfig, alone, clear_run, earlier_run, images_key, new_folder, read_json, remove_leftovers, save_environment, trained, write_json
+from .provenance import Changed, changed_images, image_files, read_images, save_images
+from .run import ARCHS, RunConfig, alone, clear_run, earlier_run, new_folder, read_json, remove_leftovers, run_images, save_environment, trained, write_json
 from .scoring import (DATA, DataSpec, also_trained, also_trained_note, check_given, read_data, read_test, save_queries, score_feats,
                           score_model, training_part)
 
@@ -137,7 +138,7 @@ def train_run(
         train,test,settings = rank0_first(lambda: read_data(cfg.spec))
         also = also_trained(cfg.spec, train, test)
         if also and not this_process(): warn(also_trained_note(also))
-        images = images_key(cfg.spec, train, test)
+        images = run_images(cfg.spec, train, test)
         going_on,before = on_rank0(lambda: _begin(cfg, images, held))
         if before: return before
         return _train_run(cfg, train, test, settings, images, also, going_on, quiet or this_process() > 0, rank_figure, watch, budget)
@@ -163,7 +164,9 @@ def _begin(cfg, images, held):
 def _first_files(cfg, images, loggers, done):
     out = Path(cfg.out)
     if not done: loggers += _log_cbs(cfg.log, out)
-    write_json(out/'config.json', {**cfg.asdict(), 'recipe_key': short_hash(content(cfg.recipe)), 'images': images})
+    write_json(out/'config.json', {**cfg.asdict(), 'recipe_key': short_hash(content(cfg.recipe)), 'images': images.key})
+    if cfg.spec.data != 'synthetic' and not (out/'image_files.csv').exists():
+        save_images(out/'image_files.csv', images.files)
     save_environment(out/'environment.json')
 
 def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_figure, watch, budget):
@@ -207,9 +210,21 @@ def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_f
     except TMPAError as e:
         again = type(e)(f'{e}; the trained weights are kept, and the same command (tmpa_train: with --resume) only scores them')
         raise (told(again) if is_told(e) else again) from None
-    return on_rank0(lambda: _scored(cfg, learn, feats, test, settings, also, seconds, budget, going.resumed, rank_figure))
+    def scored():
+        notes = dict(also_trained=also, images_changed=_changed(out, images, train, test, how['cache']))
+        return _scored(cfg, learn, feats, test, settings, notes, seconds, budget, going.resumed, rank_figure)
+    return on_rank0(scored)
 
-def _scored(cfg, learn, feats, test, settings, also, seconds, budget, resumed, rank_figure):
+def _changed(out, images, train, test, cache):
+    "Which images were exchanged since the run was begun, for its metrics; once decoded they can be."
+    f = out/'image_files.csv'
+    before = read_images(f) if f.exists() else images.files
+    now = images.files if cache else image_files(train, test)
+    if late := changed_images(images.files, now): warn(f'{out}: {late}')  # the others were told of at the beginning
+    changed = changed_images(before, now)
+    return changed._asdict() if changed else {}
+
+def _scored(cfg, learn, feats, test, settings, notes, seconds, budget, resumed, rank_figure):
     "The files that a run ends with."
     out,spec = Path(cfg.out),cfg.spec
     for f in ('over_budget.json','resume.pth'): (out/f).unlink(missing_ok=True)  # of an earlier try with less, or one that was cut off in the very end
@@ -217,7 +232,7 @@ def _scored(cfg, learn, feats, test, settings, also, seconds, budget, resumed, r
     mix = next((c for c in learn.cbs if isinstance(c, PedMix)), None)
     if mix: mix.at = tuple(spec.size)  # also where a run is only scored
     metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=seconds, budget=budget,
-        n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores, **({'mix': repr(mix)} if mix else {}), **({'also_trained': also} if also else {}), **({'processes': cfg.processes} if cfg.processes > 1 else {}), **({'resumed_after': resumed} if resumed else {}))
+        n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores, **({'mix': repr(mix)} if mix else {}), **{k: v for k,v in notes.items() if v}, **({'processes': cfg.processes} if cfg.processes > 1 else {}), **({'resumed_after': resumed} if resumed else {}))
     save_report(out, cfg, learn, metrics, test, settings, feats if rank_figure else None)
     save_queries(out/'queries.csv', results, test, settings)
     write_json(out/'metrics.json', metrics)
@@ -249,9 +264,10 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
         with atomic_write(out/f"{name.lower().replace(' ', '_')}.png") as t: fig.savefig(t)
     how = f"{metrics['data']}, trial {metrics['trial']}; feature {metrics['feature']}; weights of the {metrics['weights']}; gallery: {metrics['gallery']}"
     if 'mix' in metrics: how += f"; {metrics['mix']}"
-    also = also_trained_note(metrics.get('also_trained'))
+    notes = [also_trained_note(metrics.get('also_trained'))]
+    if changed := metrics.get('images_changed'): notes.append(str(Changed(**changed)))
     write_report(out/'report.html', f"{cfg.recipe.name} on {cfg.spec.data}",
-        [*([('Warning', also)] if also else []), ('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
+        [*(('Warning', o) for o in notes if o), ('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
 # %% ../nbs/18_experiment.ipynb #e69931fe
 def _run(cfg, quiet, budget, resume, one_thread=False):
@@ -301,6 +317,17 @@ def _check_meta(meta, weights):
     if not wrong and not 1 <= min(meta['size']) <= max(meta['size']) <= 4096: wrong = f"images are of {meta['size']} pixels"
     if wrong: raise CheckpointError(f'{weights}: its metadata says that {shortened(wrong, 200)}: copy the file again')
 
+def _other_test(meta, spec, weights, test):
+    "What the run folder says of test images that are not those of the run; '' where nothing is known."
+    f = user_path(weights).parent/'image_files.csv'
+    if spec.data != meta['data'] or spec.data == 'synthetic' or not f.exists(): return ''
+    try: before = [o for o in read_images(f) if o.part == 'test']
+    except ConfigError as e: return str(e)
+    now = image_files([], test)
+    names = [[o.file.rpartition('/')[2] for o in files] for files in (before, now)]
+    if names[0] != names[1]: return f'the test images are others than when the run was begun ({f})'
+    return str(changed_images(before, now) or '')
+
 def evaluate_run(
     weights, # File that train_run wrote
     data:str|None=None, # Default: the data set that it was trained on
@@ -333,5 +360,5 @@ def evaluate_run(
     if torch.cuda.is_available(): model.cuda()
     scores,_ = score_model(model, test, settings, spec.size, ir_range, num_workers, flip, rerank, bs)
     how = f"{data}, trial {spec.trial}; after BNNeck, L2-normalised, {'flip-averaged' if flip else 'no flip'}, {'k-reciprocal re-ranking' if rerank else 'no re-ranking'}; completion {model.eval_complete}; gallery: {settings[0].note or 'all test images'}"
-    if also: how += f'; warning: {also_trained_note(also)}'
+    for o in filter(None, [also_trained_note(also), _other_test(meta, spec, weights, test)]): how += f'; warning: {o}'
     return scores,how
