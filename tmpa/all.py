@@ -29,6 +29,7 @@ from .models.attention import *
 from .models.net import *
 from .models.tmpa import *
 from .models.agw import *
+from .weights import *
 from .losses import *
 from .ranking import *
 from .rerank import *
