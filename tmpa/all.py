@@ -35,6 +35,7 @@ from .ranking import *
 from .rerank import *
 from .features import *
 from .confidence import *
+from .verify import *
 from .evaluation import *
 from .metrics import *
 from .learner import *
