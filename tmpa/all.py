@@ -56,6 +56,7 @@ from .provenance import *
 from .run import *
 from .experiment import *
 from .demo import *
+from .store import *
 from .search import *
 from .setup import *
 from .tables import *

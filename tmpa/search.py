@@ -21,6 +21,7 @@ from .files import check_zip, first_wrong, is_a, so_many, whole
 from .learner import extract_features
 from .models.net import fingerprint, scored_as
 from .ranking import as_matrix, check_cameras, check_finite, check_nonzero, get_rule, top_columns
+from .store import HEAD, Store, StoredBlocks, StoredItems, StoredNames, as_records, write_store
 
 _all_ = ['fingerprint', 'top_columns']
 
@@ -68,6 +69,7 @@ BLOCK = 4096 # Images in a block of features
 class Gallery:
     "Images that can be searched by the features of one model."
     _there = None # what `_known` keeps
+    store = None # The folder that this gallery is in, see `open`
     def __init__(self,
         model=None, # A network with `model(images, modality) -> features`; None: features are brought along
         size:tuple=None, # Height and width that the model was trained with
@@ -93,7 +95,7 @@ class Gallery:
     def __len__(self): return len(self.items)
     def __repr__(self): return f"Gallery of {len(self):,} images, {self.dim or 'no'} features each, {str(self.dtype).split('.')[1]} on {self.device}, {self.nbytes/2**20:.1f} MB"
     @property
-    def nbytes(self): return sum(b.numel()*b.element_size() for b in self.blocks)
+    def nbytes(self): return sum(b.numel()*b.element_size() for b in self.blocks) if self.store is None else self.blocks.nbytes
 
 # %% ../nbs/22_search.ipynb #80425c27
 @patch(as_prop=True)
@@ -136,6 +138,7 @@ def rows(self:Gallery,
     idx, # Places in the gallery
 )->torch.Tensor: # (n, D) as they are stored
     "Features of some images."
+    if self.store is not None: return self.store.rows(torch.as_tensor(idx, dtype=torch.long).cpu()).to(self.device)
     idx = torch.as_tensor(idx, dtype=torch.long, device=self.device)
     out = torch.empty(len(idx), self.dim or 0, dtype=self.dtype, device=self.device)
     for b in idx.div(BLOCK, rounding_mode='floor').unique().tolist():
@@ -164,6 +167,7 @@ def _folder():
 @patch
 def _known(self:Gallery):
     "The files of all images, kept from one `add` to the next."
+    if self.store is not None: return self._there
     items, folder, n = (self._there or 4*[None])[1:]
     if items is not self.items or folder != _folder() or n != len(self):
         self._there = {_key(o) for o in self.items}, self.items, _folder(), len(self)
@@ -185,16 +189,26 @@ def add(self:Gallery,
         if (k := _key(o)) not in there: new.setdefault(k, i)
     keys,todo = list(new),list(new.values())
     if feats is None: check_range([items[i] for i in todo], self.ir_range)
-    step = max(self.bs, 512)
+    step,added = max(self.bs, 512) if feats is None else 4*BLOCK,0
     for s in range(0, len(todo), step):
         part = todo[s:s+step]
         x = feats[part] if feats is not None else self._features(self._extract([items[i] for i in part]))
         self.dim = x.shape[1]
-        self._put(len(self), x)
-        self.items += [items[i] for i in part]  # what cannot be read ends this after others were added
-        there.update(keys[s:s+step])
-        self._there = *self._there[:3],len(self)
-    return len(todo)
+        added += self._append(x, [items[i] for i in part], keys[s:s+step])  # what cannot be read ends this after others were added
+    return added
+
+@patch
+def _append(self:Gallery, x, items, keys):
+    "Take in checked rows and their images."
+    if self.store is not None:
+        n = self.store.append(x.to('cpu', self.dtype).numpy(), items, self._meta(), self._there)
+        self._follow()
+        return n
+    self._put(len(self), x)
+    self.items += items
+    self._there[0].update(keys)
+    self._there = *self._there[:3],len(self)
+    return len(items)
 
 @patch
 def _extract(self:Gallery, items): return extract_features(self.model, items, self.size, self.bs, self.ir_range, self.num_workers)
@@ -205,8 +219,8 @@ def _numbers(self:Gallery):
     "Identities, cameras and modalities of the images (3, n)."
     old = 0 if self._labels is None else self._labels.shape[1]
     if self._labels is None or old < len(self):
-        new = [(o.pid, o.cam, int(o.modality)) for o in self.items[old:]]
-        new = torch.tensor(new, dtype=torch.long, device=self.device).view(-1, 3).T
+        if self.store is not None: new = self.items.numbers(old).to(self.device)
+        else: new = torch.tensor([(o.pid, o.cam, int(o.modality)) for o in self.items[old:]], dtype=torch.long, device=self.device).view(-1, 3).T
         self._labels = new.contiguous() if old == 0 else torch.cat([self._labels, new], 1)
     return self._labels
 
@@ -322,6 +336,10 @@ def remove(self:Gallery,
     gone = set(_ints(which, 'which').tolist())
     if bad := [i for i in gone if not 0 <= i < len(self)]: raise ConfigError(f'place {bad[0]} is not in a gallery of {len(self)} images: give places from 0 to {len(self)-1}')
     keep = [i for i in range(len(self)) if i not in gone]
+    if self.store is not None:
+        self.store.keep(keep, self._meta())
+        self._follow()
+        return len(gone)
     for s in range(0, len(keep), BLOCK): self._put(s, self.rows(keep[s:s+BLOCK]))  # a row only ever moves up, so none is overwritten before it is read
     self.items,self.blocks,self._labels = [self.items[i] for i in keep],self.blocks[:-(-len(keep)//BLOCK)],None
     if not keep: self.dim = None  # free for another model
@@ -330,17 +348,23 @@ def remove(self:Gallery,
 # %% ../nbs/22_search.ipynb #b775bbc8
 @patch
 def save(self:Gallery,
-    path, # A .npz file
+    path, # A .npz file, or a folder: a name without an ending
 ):
-    "Write features and records to one file."
-    if Path(path).suffix != '.npz': raise ConfigError(f'{path}: a gallery is written to a .npz file')
-    meta = dict(made_by=self._made_by, size=self.size, ir_range=self.ir_range, dtype=str(self.dtype).split('.')[1], n=len(self), dim=self.dim, block=BLOCK)
+    "Write features and records to one file, or to a folder as `Gallery.open` makes."
+    if Path(path).suffix == '' or (user_path(path)/HEAD).exists(): return self._save_folder(user_path(path))
+    if Path(path).suffix != '.npz': raise ConfigError(f'{path}: a gallery is written to a .npz file, or to a folder, whose name has no ending')
+    meta = dict(self._meta(), n=len(self), dim=self.dim, block=BLOCK)
     names = '\0'.join(str(o.path) for o in self.items).encode('utf8', 'surrogateescape')
     n = lambda b: min(BLOCK, len(self)-b*BLOCK)
     arrays = {f'feats{b}': x[:n(b)].cpu().numpy() for b,x in enumerate(self.blocks)}
     with atomic_write(path) as tmp:
         np.savez(tmp, meta=np.array(json.dumps(meta)), paths=np.frombuffer(names, np.uint8), numbers=self._numbers().cpu().numpy(),
                  as_stored=np.array([o.as_stored for o in self.items], bool), **arrays)
+
+@patch
+def _meta(self:Gallery):
+    "What is stored beside images and features."
+    return dict(made_by=self._made_by, size=self.size, ir_range=self.ir_range, dtype=str(self.dtype).split('.')[1])
 
 @contextmanager
 def _whole(path):
@@ -371,8 +395,21 @@ def _block(z, meta, start):
     return torch.from_numpy(x)
 
 @patch(cls_method=True)
+def _as_told(cls:Gallery, meta, path, model, kwargs):
+    "An empty gallery such as a file describes, unless the arguments contradict it."
+    ir_range,size = (meta[k] and tuple(meta[k]) for k in ('ir_range', 'size'))
+    g = cls(model, **{'size': size, 'ir_range': ir_range, 'dtype': getattr(torch, meta['dtype']), 'made_by': meta['made_by'], **kwargs})
+    if meta['n'] and g.made_by != meta['made_by']:
+        raise CheckpointError(f"{path} holds features of another model ({meta['made_by']}): load the weights that made them, or index the images again")
+    if meta['n'] and model is not None and (g.size, g.ir_range) != (size, ir_range):
+        raise CheckpointError(f'{path} was made at size {size}, ir_range {ir_range}: leave these arguments out, or index the images again')
+    g.dim = meta['dim']
+    if meta['n']: g._made_by = meta['made_by']
+    return g
+
+@patch(cls_method=True)
 def load(cls:Gallery,
-    path, # File of save
+    path, # File or folder of save
     model=None, # The model that made the features; None: only features can be added and asked for
     **kwargs, # More arguments of Gallery; `size`, `ir_range` and `dtype` are in the file, and a `made_by` must be the file's
 )->Gallery:
@@ -380,6 +417,7 @@ def load(cls:Gallery,
     check_names(kwargs, arg_names(cls), 'Gallery.load')
     path = user_path(path)
     if not os.path.exists(path): raise DataError(f'{path} does not exist: give a file that Gallery.save wrote')
+    if os.path.isdir(path): return cls._of_store(Store(path), model, **kwargs)
     regular_file(path, 'gallery', 'give a file that Gallery.save wrote')
     remove_dead(path)
     with _whole(path), np.load(path, allow_pickle=False) as z:
@@ -388,11 +426,57 @@ def load(cls:Gallery,
         names = z['paths'].tobytes().decode('utf8', 'surrogateescape').split('\0') if meta['n'] else []
         stored = z['as_stored'] if 'as_stored' in z.files else [False]*len(names)  # up to version 0.6 nobody asked
         items = [(PublishedImage if s else ReIDImage)(Path(f), *o) for f,o,s in zip(names, labels, stored, strict=True)]
-        ir_range,size = (meta[k] and tuple(meta[k]) for k in ('ir_range', 'size'))
-        g = cls(model, **{'size': size, 'ir_range': ir_range, 'dtype': getattr(torch, meta['dtype']), 'made_by': meta['made_by'], **kwargs})
-        if items and g.made_by != meta['made_by']: raise CheckpointError(f"{path} holds features of another model ({meta['made_by']}): load the weights that made them, or index the images again")
-        if items and model is not None and (g.size, g.ir_range) != (size, ir_range): raise CheckpointError(f'{path} was made at size {size}, ir_range {ir_range}: leave these arguments out, or index the images again')
-        g._made_by,g.dim = meta['made_by'],meta['dim']
+        g = cls._as_told(meta, path, model, kwargs)
         for n in range(0, len(items), meta['block']): g._put(n, _block(z, meta, n).to(g.device))
     g.items = items
     return g
+
+# %% ../nbs/22_search.ipynb #2604f2bd
+@patch(cls_method=True)
+def open(cls:Gallery,
+    folder, # Made where it is not there
+    model=None, # As in Gallery
+    **kwargs, # More arguments of Gallery; those that a folder knows already need not be given
+)->Gallery:
+    "A gallery that lives in a folder: what was added is on disk, and is never read whole."
+    check_names(kwargs, arg_names(cls), 'Gallery.open')
+    folder = user_path(folder)
+    if not (folder/HEAD).exists(): write_store(folder, cls(model, **kwargs)._meta(), replace=False)
+    return cls._of_store(Store(folder), model, **kwargs)
+
+@patch(cls_method=True)
+def _of_store(cls:Gallery, store, model, **kwargs):
+    g = cls._as_told(store.head, store.folder, model, kwargs)
+    if str(g.dtype) != f"torch.{store.head['dtype']}":
+        raise ConfigError(f"{store.folder} keeps features in {store.head['dtype']}: leave dtype out, or save the gallery to another folder")
+    g.store = store
+    g._follow()
+    return g
+
+@patch
+def _follow(self:Gallery):
+    "Show what the folder holds, as it was looked at last."
+    store = self.store
+    old = self.blocks if isinstance(self.blocks, StoredBlocks) and self.blocks.generation == store.head['generation'] else None
+    if old is None: self.blocks,self._there,self._labels = StoredBlocks(store, BLOCK, self.device),StoredNames(store),None
+    self.items,self.dim = StoredItems(store),store.head['dim']
+    if store.n: self._made_by = store.head['made_by']
+
+@patch
+def refresh(self:Gallery)->bool: # Whether anything has changed
+    "Look at the folder again: other processes may have added and removed images."
+    if self.store is None: return False
+    new = self.store.refresh()
+    if new: self._follow()
+    return new
+
+@patch
+def _save_folder(self:Gallery, folder):
+    "Write everything to a folder; to one's own what is stored beside the images."
+    own = self.store is not None and folder.exists() and os.path.samefile(folder, self.store.folder)
+    if own: return self.store.say(self._meta())
+    def parts():
+        for s in range(0, len(self), BLOCK):
+            idx = range(s, min(s+BLOCK, len(self)))
+            yield self.rows(idx).cpu().numpy(),*as_records(self.items[s:idx.stop])
+    write_store(folder, self._meta(), parts())
