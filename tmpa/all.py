@@ -37,6 +37,7 @@ from .features import *
 from .confidence import *
 from .verify import *
 from .evaluation import *
+from .tracks import *
 from .metrics import *
 from .learner import *
 from .robust import *

@@ -13,8 +13,8 @@ import numpy as np
 from collections import Counter, defaultdict
 from pathlib import Path
 from warnings import warn
-from ..core import (Modality, PublishedImage, ReIDImage, ConfigError, DataError, ProtocolError, check_records, known,
-                       regular_file, shortened, user_path, whole_number)
+from ..core import (Modality, PublishedImage, ReIDImage, TrackedImage, ConfigError, DataError, ProtocolError,
+                       check_records, known, regular_file, shortened, user_path, whole_number)
 from ..files import read_mat
 from ..evaluation import Setting, cross_settings_of
 from ..ranking import SYSU_INFRARED, check_cameras
@@ -263,7 +263,7 @@ def _number(cell):
     return n
 
 def csv_items(
-    path:str|Path, # CSV file with the columns `file` (relative to it), `pid`, `cam`, `modality` (visible or infrared) and `split`
+    path:str|Path, # CSV file with the columns `file` (relative to it), `pid`, `cam`, `modality` (visible or infrared), `split` and perhaps `track`
     split:str='train', # Which lines: those with this word in `split`
 ) -> list: # ReIDImage, in the order of the file
     "Images listed in a CSV file; `DataError` names the line that cannot be used."
@@ -280,6 +280,8 @@ def csv_items(
         try: o,of = ReIDImage(path.parent/_name(r['file']), _number(r['pid']), _number(r['cam']), mods[r['modality'].strip().lower()]),r['split'].strip().lower()
         except (AttributeError, KeyError, TypeError, ValueError): raise DataError(f'{path}, line {rows.line_num}: pid and cam should be whole numbers, modality visible or infrared') from None
         if of != split.lower(): continue  # whose images need not be there
+        track = (r.get('track') or '').strip()
+        if track: o = TrackedImage(*o, track)
         regular_file(o.path, f'image, which line {rows.line_num} of {path} names:', _remedy(o.path))
         res.append(o)
     if not res: raise DataError(f"{path} has no line of split '{split}'")
