@@ -105,7 +105,7 @@ def test_one_thermal_frame_is_one_query(model, items):
     hits = g.search(frame, modality=1, k=3)
     assert len(hits) == 3 and hits[0].pos < len(items) and hits.query.path.size == (64, 50)
     assert [h.pos for h in g.search(torch.from_numpy(frame.astype(np.int32)).to(torch.uint16), modality=1, k=3)] == [h.pos for h in hits]
-    line(g.search, frame, match='pass modality=0')
+    with pytest.warns(UserWarning, match='guessed from the pixels'): assert [h.pos for h in g.search(frame, k=3)] == [h.pos for h in hits]
     assert len(g.search([frame, frame], modality=1)) == 2
     assert len(g.search(np.zeros((50, 64), np.uint8), modality=1, k=2)) == 2 and len(g.search(np.zeros((50, 64, 3), np.uint8), modality=1, k=2)) == 2
     for odd in (np.zeros((50, 64), np.int64), np.zeros((50, 64), bool), np.zeros((50, 64, 3), np.uint16), np.zeros((50, 64, 3)), np.zeros((1, 50, 64, 3), np.uint8), torch.zeros(3, 50, 64)):

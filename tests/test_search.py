@@ -148,7 +148,7 @@ def test_model_and_pictures(people, model, tmp_path):
     for other in (str(q.path), im, np.asarray(im)): assert g.search(other, k=5, modality=q.modality) == hits
     assert [h.pos for h in g.search([q, people[9]], k=5)[0]] == [h.pos for h in hits]
     assert g.search(g.rows([3])[0], k=5)[0].item == q
-    with pytest.raises(ConfigError, match='modality=0'): g.search(q.path)
+    with pytest.warns(UserWarning, match='guessed from the pixels of 1 images'): assert g.search(q.path, k=5) == hits
     with pytest.raises(ConfigError, match='int'): g.search([1, 2], modality=0)
     with pytest.raises(DataError, match='nowhere.jpg'): g.search(tmp_path/'nowhere.jpg', modality=0)
     with pytest.raises(ConfigError, match='pictures'): g.add([im], modality=0)

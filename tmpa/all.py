@@ -59,6 +59,7 @@ from .experiment import *
 from .demo import *
 from .store import *
 from .search import *
+from .vis.hits import *
 from .setup import *
 from .tables import *
 from .reproduce import *

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 import matplotlib.pyplot as plt, numpy as np, torch
 from pathlib import Path
 from typing import NamedTuple
+from warnings import warn
 from fastcore.basics import patch
 from PIL import Image
-from .core import (CheckpointError, ConfigError, DataError, ProtocolError, PublishedImage, ReIDImage, TMPAError, arg_names,
+from .core import (CheckpointError, ConfigError, DataError, Modality, ProtocolError, PublishedImage, ReIDImage, TMPAError, arg_names,
                        as_picture, atomic_write, check_names, check_records, known, regular_file, remove_dead, same_person,
                        user_path)
-from .data.image import check_range, how_read, read_image
+from .data.folder import find_records
+from .data.image import check_range, decoded, how_read, read_image
 from .files import check_zip, first_wrong, is_a, so_many, whole
 from .learner import extract_features
 from .models.net import fingerprint, scored_as
@@ -41,7 +43,9 @@ class Hit(NamedTuple):
 
 class Hits(list):
     "The hits of one query, nearest first."
-    def __init__(self, hits=(), query=None, ir_range=None): super().__init__(hits); self.query,self.ir_range = query,ir_range
+    def __init__(self, hits=(), query=None, ir_range=None, threshold=None):
+        super().__init__(hits)
+        self.query,self.ir_range,self.threshold = query,ir_range,threshold
     def __repr__(self):
         name = lambda o: f'{o.path}  camera {o.cam}' + (f'  id {o.pid}' if known(o.pid) else '')
         return '\n'.join(f'{n:3}  {h.distance:.3f}  {name(h.item)}' for n,h in enumerate(self, 1)) or 'no hits'
@@ -63,6 +67,26 @@ class Hits(list):
         plt.close(fig)
         return fig
 
+# %% ../nbs/22_search.ipynb #24365668
+def _plain_record(o):
+    "A record as JSON takes it; None stands for what nobody knows, or for a picture that has no path."
+    path = None if isinstance(o.path, Image.Image) else str(o.path)
+    return dict(path=path, camera=o.cam or None, identity=o.pid if known(o.pid) else None, modality=Modality(o.modality).name.lower())
+
+@patch
+def verdict(self:Hits)->str|None: # None where there is no threshold
+    "Whether the nearest hit shows the same person: 'match', 'maybe' or 'nobody'."
+    if self.threshold is None: return None
+    return self.threshold.verdict(self[0].distance) if len(self) else 'nobody'
+
+@patch
+def to_dict(self:Hits)->dict:
+    "The query and its hits as plain values, nearest first."
+    def verdict(d): return {} if self.threshold is None else {'verdict': self.threshold.verdict(d)}
+    hits = [dict(rank=n, distance=h.distance, place=h.pos, **verdict(h.distance), **_plain_record(h.item)) for n,h in enumerate(self, 1)]
+    said = {} if self.threshold is None else {'verdict': self.verdict()}
+    return dict(query=None if self.query is None else _plain_record(self.query), **said, hits=hits)
+
 # %% ../nbs/22_search.ipynb #4f4bec61
 BLOCK = 4096 # Images in a block of features
 
@@ -70,6 +94,9 @@ class Gallery:
     "Images that can be searched by the features of one model."
     _there = None # what `_known` keeps
     store = None # The folder that this gallery is in, see `open`
+    weights = None # Where the weights of the model are, if it is known
+    threshold = None # Of tmpa.verify: what says match, maybe or nobody
+    skipped = {} # Path -> why it could not be read, of the last `add` or `search` that left images out
     def __init__(self,
         model=None, # A network with `model(images, modality) -> features`; None: features are brought along
         size:tuple=None, # Height and width that the model was trained with
@@ -96,6 +123,51 @@ class Gallery:
     def __repr__(self): return f"Gallery of {len(self):,} images, {self.dim or 'no'} features each, {str(self.dtype).split('.')[1]} on {self.device}, {self.nbytes/2**20:.1f} MB"
     @property
     def nbytes(self): return sum(b.numel()*b.element_size() for b in self.blocks) if self.store is None else self.blocks.nbytes
+
+# %% ../nbs/22_search.ipynb #b36fad1e
+@patch
+def use_weights(self:Gallery,
+    where=None, # As in open_weights; default: where the weights were that the images were added with
+)->Gallery: # Itself
+    "Take the model from a file, for a gallery that was loaded without one."
+    from tmpa.weights import open_weights
+    gone = where is None and self.weights
+    where = where or self.weights
+    if where is None: raise ConfigError('this gallery does not know its weights: name them (use_weights(where), --weights)')
+    try: model,card = open_weights(where)
+    except CheckpointError as e:
+        if not gone: raise
+        raise CheckpointError(f'{e}; the gallery was made with these weights: if they lie elsewhere now, name them (--weights)') from None
+    if len(self) and fingerprint(model) != self._made_by:
+        raise CheckpointError(f'{where} is not the model that made the features of this gallery: name its weights, or index the images again')
+    self.model,self.weights = model.to(self.device),_as_named(where)
+    if self.threshold is None: self.threshold = _threshold(card)
+    return self
+
+def _as_named(where):
+    "A path that means the same in every folder; names of the hub stay as they are."
+    return os.path.abspath(user_path(where)) if os.path.exists(user_path(where)) else str(where)
+
+def _threshold(card):
+    "The threshold in a card of weights, if there is one."
+    if card.get('threshold') is None: return None
+    from tmpa.verify import Threshold
+    return Threshold.from_dict(card['threshold'])
+
+@patch(cls_method=True)
+def from_weights(cls:Gallery,
+    where, # A file of weights, a folder of save_pretrained, or a name of the hub, as in open_weights
+    device=None, # Where features are made, kept and compared
+    **kwargs, # More arguments of Gallery; `size` and `ir_range` are known to the weights
+)->Gallery:
+    "An empty gallery for trained weights."
+    from tmpa.weights import image_size, open_weights
+    check_names(kwargs, arg_names(cls, ['model']), 'Gallery.from_weights')
+    model,card = open_weights(where)
+    size = image_size(card, kwargs.pop('size', None))
+    g = cls(model if device is None else model.to(device), size, **{'ir_range': card['ir_range'] and tuple(card['ir_range']), **kwargs})
+    g.weights,g.threshold = _as_named(where),_threshold(card)
+    return g
 
 # %% ../nbs/22_search.ipynb #80425c27
 @patch(as_prop=True)
@@ -175,26 +247,35 @@ def _known(self:Gallery):
 
 @patch
 def add(self:Gallery,
-    images, # ReIDImages or paths, or one of them
-    modality:int|None=None, # Of paths: 0 visible, 1 infrared; one for all, or one for each
+    images, # A folder, paths or ReIDImages, or one of them
+    modality:int|None=None, # Of paths: 0 visible, 1 infrared; one for all, or one for each; None: folder names, or pixels
     feats=None, # (n, D) features of the images, made elsewhere; default: the model makes them
+    on_error:str='raise', # An image that cannot be read: 'raise', or 'skip' to leave it out
+    each=None, # Called after each portion with how many images have been looked at
 )->int: # How many were added
     "Add images; those that are there already are passed over."
-    items = check_records(images, modality)
+    found = find_records(images, modality, self.ir_range, on_error)
+    items,self.skipped = found.items,dict(found.broken)
     if any(isinstance(o.path, Image.Image) for o in items): raise ConfigError('a gallery keeps paths, not pictures: write the pictures to files first')
     if self.model is not None or feats is None: self._own()
     if feats is not None: feats = self._features(feats, len(items))
     there,new = self._known(),{}
     for i,o in enumerate(items):
         if (k := _key(o)) not in there: new.setdefault(k, i)
-    keys,todo = list(new),list(new.values())
-    if feats is None: check_range([items[i] for i in todo], self.ir_range)
-    step,added = max(self.bs, 512) if feats is None else 4*BLOCK,0
+    todo,added = list(new.items()),0
+    if feats is None: check_range([items[i] for _,i in todo], self.ir_range)
+    step = 4*BLOCK if feats is not None else self.bs if on_error == 'skip' else max(self.bs, 512)  # a portion with an image that cannot be read is read again
     for s in range(0, len(todo), step):
         part = todo[s:s+step]
-        x = feats[part] if feats is not None else self._features(self._extract([items[i] for i in part]))
-        self.dim = x.shape[1]
-        added += self._append(x, [items[i] for i in part], keys[s:s+step])  # what cannot be read ends this after others were added
+        if feats is None:
+            x,good = self._read([items[i] for _,i in part], on_error)
+            part = [part[i] for i in good]
+        if part:  # what cannot be read ends this after others were added
+            x = self._features(x) if feats is None else feats[[i for _,i in part]]
+            self.dim = x.shape[1]
+            added += self._append(x, [items[i] for _,i in part], [k for k,_ in part])
+        if each is not None: each(min(s+step, len(todo)))
+    if self.skipped: _say_skipped(self.skipped, len(items) + len(found.broken))
     return added
 
 @patch
@@ -210,8 +291,34 @@ def _append(self:Gallery, x, items, keys):
     self._there = *self._there[:3],len(self)
     return len(items)
 
+# %% ../nbs/22_search.ipynb #a44a3b01
 @patch
 def _extract(self:Gallery, items): return extract_features(self.model, items, self.size, self.bs, self.ir_range, self.num_workers)
+
+def _unreadable(o, size, ir_range):
+    "Why an image cannot be read; None: it can."
+    try: decoded(o.path, size, **how_read(o, ir_range))
+    except DataError as e: return str(e)
+
+@patch
+def _read(self:Gallery, items, on_error='raise'):
+    "Features of the images that can be read, and the places of these; the others go to `skipped`."
+    good = list(range(len(items)))
+    while good:
+        try: return self._extract([items[i] for i in good]),good
+        except DataError:
+            if on_error == 'raise': raise
+            why = {i: w for i in good if (w := _unreadable(items[i], self.size, self.ir_range)) is not None}
+            if not why: raise  # it is not one of these images
+            self.skipped |= {items[i].path: w for i,w in why.items()}
+            good = [i for i in good if i not in why]
+    return None,[]
+
+def _say_skipped(skipped, n):
+    "A warning that names what was left out."
+    names,more = [str(o) for o in skipped][:20],len(skipped)-20
+    warn(f"{len(skipped)} of {n} images cannot be read and are left out: {', '.join(names)}{f' and {more} more' if more > 0 else ''}; "
+         f'the first: {next(iter(skipped.values()))}')
 
 # %% ../nbs/22_search.ipynb #86ee879b
 @patch
@@ -275,10 +382,11 @@ def nearest(self:Gallery,
     return v,i
 
 # %% ../nbs/22_search.ipynb #64eccab1
-def _queries(query, modality):
-    "Is it one query? And the features (n, D), or the records, of all."
-    one = isinstance(query, (str, os.PathLike, ReIDImage)) or as_picture(query) is not None
-    if one: return True, check_records(query, modality)
+def _queries(query, found):
+    "Is it one query? And the features (n, D), or the records, of all; `found` makes records."
+    path = isinstance(query, (str, os.PathLike))
+    if path and os.path.isdir(user_path(query)): return False, found(query)
+    if path or isinstance(query, ReIDImage) or as_picture(query) is not None: return True, found([query])
     kind = _kind(query)
     if kind == 'f' and query.ndim in (1, 2): return query.ndim == 1, query[None] if query.ndim == 1 else query
     if kind not in (None, 'U', 'O'):
@@ -290,21 +398,26 @@ def _queries(query, modality):
         if len({len(o) for o in query}) > 1:
             raise ConfigError('query features of different lengths: give (n, D) from one model')
         return False, torch.stack([torch.as_tensor(o) for o in query])
-    return False, check_records(query, modality)
+    return False, found(query)
 
 @patch
 def search(self:Gallery,
-    query, # A path, picture (Pillow, or pixels), ReIDImage or feature (D,); or a list of one kind, or features (n, D)
+    query, # A path, picture (Pillow, or pixels), ReIDImage or feature (D,); or a folder, a list of one kind, or features (n, D)
     k:int=10, # Hits a query
-    modality:int|None=None, # Of query paths and pictures: 0 visible, 1 infrared
+    modality:int|None=None, # Of query paths and pictures: 0 visible, 1 infrared; None: folder names, or pixels
     cams=None, # Only images of this camera, or of these
     only:int|None=None, # Only images of this modality
     rule:str='regdb', # Evaluation rule, for what a query must not see: 'regdb' hides nothing
     records:list|None=None, # ReIDImages of query features, for the rule and for pictures
     step:int=1024, # Queries at a time
+    on_error:str='raise', # A query that cannot be read: 'raise', or 'skip' to leave it out
 ): # `Hits`, or a list of them for several queries
     "Find the nearest images, nearest first."
-    one, qs = _queries(query, modality)
+    def found(o):
+        r = find_records(o, modality, self.ir_range, on_error)
+        self.skipped = dict(r.broken)
+        return r.items
+    one, qs = _queries(query, found)
     if not len(qs): return []
     if not len(self): raise ProtocolError('the gallery is empty: add images first')
     if not isinstance(qs, list):
@@ -312,14 +425,16 @@ def search(self:Gallery,
         if len(records) != len(feats): raise ConfigError(f'{len(records)} records for {len(feats)} query features: one for each is needed')
     else:
         self._own()
-        records, feats = qs, self._extract(qs)
+        feats, good = self._read(qs, on_error)
+        records = [qs[i] for i in good]
+    if isinstance(qs, list) and self.skipped: _say_skipped(self.skipped, len(records) + len(self.skipped))
     if step < 1: raise ConfigError(f'step={step}: give 1 or more queries at a time')
     hits = []
     for s in range(0, len(records), step):
         part = records[s:s+step]
         v,i = self.nearest(feats[s:s+step], k, self._hidden(part, cams, only, rule))
         d = (2-2*v).clamp(min=0).sqrt()
-        hits += [Hits([Hit(x, self.items[p], p) for x,p in zip(*o) if x < torch.inf], r, self.ir_range) for r,*o in zip(part, d.tolist(), i.tolist())]
+        hits += [Hits([Hit(x, self.items[p], p) for x,p in zip(*o) if x < torch.inf], r, self.ir_range, self.threshold) for r,*o in zip(part, d.tolist(), i.tolist())]
     return hits[0] if one else hits
 
 # %% ../nbs/22_search.ipynb #13993d55
@@ -364,7 +479,7 @@ def save(self:Gallery,
 @patch
 def _meta(self:Gallery):
     "What is stored beside images and features."
-    return dict(made_by=self._made_by, size=self.size, ir_range=self.ir_range, dtype=str(self.dtype).split('.')[1])
+    return dict(made_by=self._made_by, weights=self.weights, size=self.size, ir_range=self.ir_range, dtype=str(self.dtype).split('.')[1])
 
 @contextmanager
 def _whole(path):
@@ -403,7 +518,8 @@ def _as_told(cls:Gallery, meta, path, model, kwargs):
         raise CheckpointError(f"{path} holds features of another model ({meta['made_by']}): load the weights that made them, or index the images again")
     if meta['n'] and model is not None and (g.size, g.ir_range) != (size, ir_range):
         raise CheckpointError(f'{path} was made at size {size}, ir_range {ir_range}: leave these arguments out, or index the images again')
-    g.dim = meta['dim']
+    g.dim,weights = meta['dim'],meta.get('weights')  # which files of before version 0.8 do not have
+    g.weights = weights if isinstance(weights, str) else None
     if meta['n']: g._made_by = meta['made_by']
     return g
 
