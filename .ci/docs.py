@@ -1,9 +1,10 @@
 """Build the site without Quarto, whole and readable offline, from the same _quarto.yml:  python .ci/docs.py [--out _docs]
 
-nbdev prepares the notebooks as it does for Quarto, and smalldocs renders them. Added here: pages under the names that nbdev's links and Quarto use (`losses.html`,
+nbdev prepares the notebooks as it does for Quarto, and smalldocs renders them. Added here: tests folded below examples (`shape.py`), a search of our own
+(`search.js`), pages under the names that nbdev's links and Quarto use (`losses.html`,
 not `13_losses.html`), relative links between pages, equations as MathML, nothing that a page would fetch from elsewhere. Exit 1 with the reasons on a broken
 link or an equation that cannot be converted."""
-import argparse, html, os, re, shutil, sys, tempfile
+import argparse, html, json, os, re, shutil, sys, tempfile
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -13,6 +14,8 @@ from nbdev.processors import FilterDefaults
 from nbdev.serve_drv import exec_nb
 from smalldocs.config import load
 from smalldocs.site import Site
+
+from shape import shape_cells
 
 NUMBER = r'\d+[a-z]*_'                                       # before a notebook's name; no part of its page's
 NOTEBOOK_LINK = re.compile(rf'(\]\((?:[\w.]+/)*|^ *- +(?:[\w.]+/)*){NUMBER}([\w.]+\.ipynb)', re.M)
@@ -36,7 +39,14 @@ def prepare(nbs, work):
         dest.parent.mkdir(parents=True, exist_ok=True)
         if src.suffix == '.ipynb': exec_nb(src, dest, FilterDefaults)
         else: shutil.copyfile(src, dest)
+        if src.suffix == '.ipynb': shape_page(dest)
         if dest.suffix in ('.ipynb', '.yml'): dest.write_text(NOTEBOOK_LINK.sub(r'\1\2', dest.read_text(encoding='utf8')), encoding='utf8')
+
+
+def shape_page(page):
+    "Examples shown, tests folded, in a prepared notebook."
+    nb = shape_cells(json.loads(page.read_text(encoding='utf8')))
+    page.write_text(json.dumps(nb), encoding='utf8')
 
 
 def mathml(found):
@@ -48,13 +58,38 @@ def mathml(found):
     return span + LETTERS.sub(lambda m: f'<mi>{STYLED[m[1]].get(m[2], chr(BLOCK[m[1]] + ord(m[2]) - ord("A")))}</mi>', res)
 
 
+def sentences(found):
+    "A printed output without columns, whose lines may wrap; columns keep their places and scroll."
+    return found[0] if re.search(r'\S {3,}\S', found[1]) else found[0].replace('cell-output-stdout', 'cell-output-stdout sentences', 1)
+
+
 def finish(page, out, url):
     "Equations rendered, links within the site relative, nothing fetched. Returns the equations that failed."
     text = FETCHED.sub('', MATH.sub(mathml, page.read_text(encoding='utf8')))
+    text = re.sub(r'<div class="cell-output cell-output-stdout">(.*?)</div>', sentences, text, flags=re.S)
+    text = re.sub(r'<t[hd]\b.*?</t[hd]>', lambda m: m[0].replace('Rank-', 'Rank&#8209;').replace('± ', '±&nbsp;'), text, flags=re.S)
     text = re.sub(rf'(?<=href="){re.escape(url)}/', os.path.relpath(out, page.parent) + '/', text)
     page.write_text(text, encoding='utf8')
     failed = [tex for *_,tex in MATH.findall(text)] + re.findall(r'<m[ion]\b[^>]*>(\\[^<]*)<', text)   # unknown commands come through as names
     return [f'{page.relative_to(out)}: no MathML for {tex}' for tex in failed]
+
+
+def search_without_tests(out):
+    "Our search in place of smalldocs', over its index without the tests that pages fold away."
+    shutil.copyfile(Path(__file__).with_name('search.js'), out/'site_libs'/'fuse'/'fuse.min.js')
+    index = out/'search.json'
+    entries = json.loads(index.read_text(encoding='utf8'))
+    for page in {o['href'].partition('#')[0] for o in entries}:
+        folded = re.findall(r'<summary>Tests</summary>(.*?)</details>', (out/page).read_text(encoding='utf8'), re.S)
+        tests = [as_searched(html.unescape(re.sub(r'<[^>]+>', '', o))) for o in folded]
+        for entry in (o for o in entries if o['href'].partition('#')[0] == page):
+            for test in tests: entry['text'] = entry['text'].replace(test, '')
+    index.write_text(json.dumps(entries, ensure_ascii=False), encoding='utf8')
+
+
+def as_searched(code):
+    "Code as smalldocs writes it into its index."
+    return html.unescape(re.sub(r'<[^>]+>', ' ', ' '.join(code.split())))
 
 
 def build(out):
@@ -66,6 +101,7 @@ def build(out):
         site.out = out
         site.build()
     complaints = [w for w in site.warnings if not QUARTO_ONLY.search(w)]  # the names of pages are right already
+    search_without_tests(out)
     for page in sorted(out.rglob('*.html')): complaints += finish(page, out, cfg.doc_host + cfg.doc_baseurl)
     for css in (out/'site_libs'/'themes').glob('*.css'): css.write_text(FONTS.sub('', css.read_text(encoding='utf8')), encoding='utf8')
     return complaints

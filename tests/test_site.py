@@ -9,7 +9,11 @@ from tmpa._modidx import d as index
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = {'desktop': 1280, 'phone': 390}
+MOST_WIDE = 20  # boxes of code or output that may scroll sideways, on all pages together
 needs_browser = pytest.mark.skipif(not find_browser(), reason='no Chromium or Chrome here: install one (apt-get install chromium), or name it in TMPA_BROWSER')
+
+# What is typed, and the page that must be among the first three.
+SEARCHES = {'PedMix': 'callback.pedmix.html', 'wrt_loss': 'losses.html', 't-SNE': 'vis.tsne.html', 'Grad-CAM': 'vis.gradcam.html'}
 
 # What a page says of itself once it has loaded. Its faults are [what, where] pairs.
 PROBE = r"""(async width => {
@@ -42,7 +46,16 @@ PROBE = r"""(async width => {
         while (box && !/auto|scroll/.test(getComputedStyle(box).overflowX)) box = box.parentElement;
         if (!box || box === document.documentElement || box === document.body) faults.push(['cut off at the right', short(e.outerHTML)]);
     }
-    return {faults, ids: [...document.querySelectorAll('[id], a[name]')].map(o => o.id || o.name),
+    const seen = e => e.offsetParent !== null && e.getBoundingClientRect().height > 0;
+    const overflows = e => e.scrollWidth > e.clientWidth + 1;
+    for (const img of main.querySelectorAll('img')) if (!img.alt.trim()) faults.push(['image without a text', img.src.slice(0, 80)]);
+    const boxes = [...main.querySelectorAll('pre, .cell-output')].filter(e => seen(e) && !(e.tagName == 'PRE' && e.closest('.cell-output')));
+    for (const box of boxes) if (/\bassert\b|\btest_(eq|ne|close|fail)\(/.test(box.textContent) && !box.closest('details')) faults.push(['test in sight', short(box.textContent)]);
+    if (width > 1000) for (const table of main.querySelectorAll('table')) {
+        for (let box = table; seen(table) && box && box !== main; box = box.parentElement) if (overflows(box)) { faults.push(['cut table', short(table.textContent)]); break; }
+    }
+    const wide_boxes = boxes.filter(e => overflows(e) || [...e.querySelectorAll('pre')].some(overflows)).map(e => short(e.textContent));
+    return {faults, wide_boxes, ids: [...document.querySelectorAll('[id], a[name]')].map(o => o.id || o.name),
             links: [...document.querySelectorAll('a[href]')].map(o => o.href), title: document.title};
 })"""
 
@@ -93,20 +106,25 @@ def dead(link, pages, folder, base):
     return None if re.match(r'https://[\w-]+(\.[\w-]+)+(/\S*)?$|mailto:', link) and 'tmpa.github.io' not in link else 'malformed or absolute link'
 
 
-def faults(folder, words=()):
-    "Every fault of every page in `folder`, one line each; each of `words` must be found by the search field."
-    pages,found = {},[]
+def faults(folder, searches=()):
+    "Every fault of every page in `folder`, one line each. `searches` says which page must be among the first three for what is typed."
+    searches = dict(searches)
+    pages,found,wide = {},[],[]
     with Server(folder) as base, Browser(find_browser()) as browser:
         for page in sorted(o.relative_to(folder).as_posix() for o in folder.rglob('*.html')):
             for device,width in WIDTHS.items():
                 browser.open(base + page, width)
                 pages[page] = browser.js(f'{PROBE}({width})')
+                if device == 'desktop': wide += [f'{page}: {o}' for o in pages[page]['wide_boxes']]
                 found += [f'{page}, {device}: {what}: {where}' for what,where in [*pages[page]['faults'], *reported(browser.events, base)]]
-        for word in words:
+        for words,page in searches.items():
             browser.open(base + 'index.html')
-            hits = browser.js(f'{SEARCH}({word!r})')
-            found += [f'search for {word}: nothing found'] if not hits else [f'search for {word}: {why}: {o}' for o in hits if (why := dead(o, pages, folder, base))]
+            hits = browser.js(f'{SEARCH}({words!r})')
+            first = [o[len(base):].partition('#')[0] for o in hits]
+            if page not in list(dict.fromkeys(first))[:3]: found.append(f'search for {words}: {page} is not among {first[:6]}')
+            found += [f'search for {words}: {why}: {o}' for o in hits if (why := dead(o, pages, folder, base))]
     for page,got in pages.items(): found += [f'{page}: {why}: {o}' for o in dict.fromkeys(got['links']) if (why := dead(o, pages, folder, base))]
+    if len(wide) > MOST_WIDE: found += [f'{len(wide)} boxes of code and output are wider than their column:', *wide]
     titles = [o['title'] for o in pages.values()]
     return found + [f'two pages have the title {o}' for o in set(titles) if titles.count(o) > 1], pages
 
@@ -130,7 +148,7 @@ def test_every_page(tmp_path):
     site = tmp_path/'site'
     built = subprocess.run([sys.executable, '.ci/docs.py', '--out', str(site)], cwd=ROOT, capture_output=True, text=True)
     assert not built.returncode, built.stdout + built.stderr
-    found,pages = faults(site, words=['PedMix', 'wrt_loss'])
+    found,pages = faults(site, SEARCHES)
     assert len(pages) == sum(1 for o in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts)
     assert not found, '\n'.join(found)
 
@@ -146,7 +164,10 @@ def test_faults_are_seen(tmp_path):
         'no title': '', 'no heading': '', 'missing image': '<img src="gone.png">', 'raw maths': '<p>energy $e=mc^2$', 'unrendered maths': r'<span class="math">\(x\)</span>',
         'empty maths': '<math></math>', 'wider than the screen': '<div style="width:2000px">wide</div>', 'script error': '<script>nothing.here()</script>',
         'cut off at the right': '<main style="overflow-x:clip"><pre style="width:2000px">wide</pre></main>',
-        'console error': '<script>console.error("oh")</script>', 'asks the network': '<script src="https://example.org/x.js"></script>',
+        'console error': '<script>console.error("oh")</script>', 'image without a text': '<img src="data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7">',
+        'test in sight': '<main><pre>test_eq(1, 1)</pre></main>',
+        'cut table': '<main><div style="width:100px;overflow-x:auto"><table><td style="min-width:300px">cut</table></div></main>',
+        'asks the network': '<script src="https://example.org/x.js"></script>',
         'dead link': '<a href="gone.html">x</a>', 'dead anchor': '<a href="good.html#gone">x</a>',
         'no such line in the repository': '<a href="https://github.com/tmpa/tmpa/blob/main/README.md#L99999">x</a>',
         'malformed or absolute link': '<a href="https://tmpa.github.io/tmpa/core.html">x</a>'}
