@@ -36,7 +36,7 @@ def save_images(
     path,       # CSV file
     files:list, # ImageFiles
 ):
-    "Write `image_files.csv`, whole or not at all."
+    "Write *image_files.csv*, whole or not at all."
     how = dict(newline='', encoding='utf8', errors='surrogateescape')  # names need not be in UTF-8
     with atomic_write(path) as tmp, open(tmp, 'w', **how) as f:
         w = csv.writer(f)
