@@ -58,6 +58,7 @@ from .run import *
 from .experiment import *
 from .demo import *
 from .store import *
+from .index import *
 from .search import *
 from .vis.hits import *
 from .setup import *

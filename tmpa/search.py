@@ -20,6 +20,7 @@ from .core import (CheckpointError, ConfigError, DataError, Modality, ProtocolEr
 from .data.folder import find_records
 from .data.image import check_range, decoded, how_read, read_image
 from .files import check_zip, first_wrong, is_a, so_many, whole
+from .index import FaissIndex
 from .learner import extract_features
 from .models.net import fingerprint, scored_as
 from .ranking import as_matrix, check_cameras, check_finite, check_nonzero, get_rule, top_columns
@@ -105,12 +106,15 @@ class Gallery:
         ir_range:tuple|None=None, # Fixed range of 16-bit infrared files, as in read_image
         made_by:str|None=None, # Name of the model, where features are brought along: other names are refused
         bs:int=128, num_workers:int|None=None, # As in extract_features
+        index:str|None=None, # 'faiss': look at some of the images only, where there are many; None: an exact search
     ):
+        if index not in (None, 'faiss'): raise ConfigError(f"Gallery: index={index!r}: give 'faiss', or None for an exact search")
         if model is not None and (size is None or len(size) != 2): raise ConfigError(f'Gallery: size={size}: give (height, width) that the model was trained with')
         if dtype not in (torch.float32, torch.float16): raise ConfigError(f'Gallery: dtype={dtype}: use torch.float32 or torch.float16')
         self.model,self.size,self.dtype,self.ir_range,self.bs,self.num_workers = model,size and tuple(size),dtype,ir_range,bs,num_workers
         self.device = torch.device(device or (next(model.parameters()).device if model is not None else 'cpu'))
         self.items,self.blocks,self.dim,self._made_by,self._seen,self._labels = [],[],None,made_by,None,None
+        self.index = FaissIndex(self) if index else None
     @classmethod
     def from_learner(cls, learn, items=(), **kwargs):
         "A gallery for the model of a learner, at the size of its images, with `items` in it."
@@ -356,6 +360,18 @@ def _hidden(self:Gallery, queries, cams, only, rule):
     return lambda s: ~allowed[s] | ((qp == pid[s]) & (qc == cam[s]))
 
 # %% ../nbs/22_search.ipynb #f86c1693
+_TOGETHER = 2**21 # Similarities at a time
+
+def _similar(q, blocks):
+    "Similarities to the rows of some blocks (n_q, n); float16 becomes float32 where the processor's cache holds it."
+    n = 1024 if q.device.type == 'cpu' else BLOCK
+    sims,wide = [],q.new_empty(0)
+    for x in blocks:
+        if x.dtype == q.dtype: sims.append(q@x.T); continue
+        if not len(wide): wide = q.new_empty(n, q.shape[1])
+        sims += [q@wide[:len(part)].copy_(part).T for part in x.split(n)]
+    return sims[0] if len(sims) == 1 else torch.cat(sims, 1)
+
 @patch
 def nearest(self:Gallery,
     feats, # (n_q, D) features
@@ -366,13 +382,13 @@ def nearest(self:Gallery,
     if not len(self): raise ProtocolError('the gallery is empty: add images first')
     if not isinstance(k, (int, np.integer)) or k < 1: raise ConfigError(f'k={k}: ask for 1 or more')
     q,v,i = self._features(feats),None,None
-    many = 1 + 16*k//BLOCK  # for long lists several blocks together: each is merged with the list so far
+    # several blocks together for long lists, since each is merged with the list so far, and for few queries, since every step costs
+    many = max(1 + 16*k//BLOCK, _TOGETHER//(BLOCK*len(q)))
     for b in range(0, len(self.blocks), many):
         s = slice(b*BLOCK, min((b+many)*BLOCK, len(self)))
         h = None if hidden is None else hidden(s)
         if h is not None and h.all() and (v is not None or s.stop < len(self)): continue
-        sims = [q@x[:s.stop-n*BLOCK].to(q.dtype).T for n,x in enumerate(self.blocks[b:b+many], b)]
-        sim = sims[0] if len(sims) == 1 else torch.cat(sims, 1)
+        sim = _similar(q, [x[:s.stop-n*BLOCK] for n,x in enumerate(self.blocks[b:b+many], b)])
         if h is not None: sim.masked_fill_(h, -torch.inf)
         w,j = top_columns(sim, min(k, sim.shape[1]))
         if v is None: v,i = w,j+s.start
@@ -432,7 +448,7 @@ def search(self:Gallery,
     hits = []
     for s in range(0, len(records), step):
         part = records[s:s+step]
-        v,i = self.nearest(feats[s:s+step], k, self._hidden(part, cams, only, rule))
+        v,i = (self.index or self).nearest(feats[s:s+step], k, self._hidden(part, cams, only, rule))
         d = (2-2*v).clamp(min=0).sqrt()
         hits += [Hits([Hit(x, self.items[p], p) for x,p in zip(*o) if x < torch.inf], r, self.ir_range, self.threshold) for r,*o in zip(part, d.tolist(), i.tolist())]
     return hits[0] if one else hits
@@ -454,10 +470,12 @@ def remove(self:Gallery,
     if self.store is not None:
         self.store.keep(keep, self._meta())
         self._follow()
+        if self.index is not None: self.index.remove(gone)
         return len(gone)
     for s in range(0, len(keep), BLOCK): self._put(s, self.rows(keep[s:s+BLOCK]))  # a row only ever moves up, so none is overwritten before it is read
     self.items,self.blocks,self._labels = [self.items[i] for i in keep],self.blocks[:-(-len(keep)//BLOCK)],None
     if not keep: self.dim = None  # free for another model
+    if self.index is not None: self.index.remove(gone)
     return len(gone)
 
 # %% ../nbs/22_search.ipynb #b775bbc8

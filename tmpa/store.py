@@ -93,7 +93,7 @@ def _write_head(folder, head):
 # %% ../nbs/21a_store.ipynb #22eee50e
 _KINDS = {'float32': 'f32', 'float16': 'f16'}
 _ours = re.compile(r'(features-[0-9a-f]{8}\.f(32|16)|(records|names|sums)-[0-9a-f]{8}\.bin|'
-                   r'\.head-[a-z0-9_]{8}\.tmpa\.json|head\.json)')
+                   r'index-[0-9a-f]{8}\.npz|\.(head|index)-[a-z0-9_-]+\.tmpa\.(json|npz)|head\.json)')
 
 def _files(folder, head):
     g = head['generation']
@@ -254,7 +254,8 @@ def _check(self:Store, pieces):
 @patch
 def part(self:Store, start:int, stop:int)->torch.Tensor:
     "Features of some images that follow one another; not beyond a segment."
-    self._check(np.arange(start//PIECE, -(-stop//PIECE)))
+    a, b = start//PIECE, -(-stop//PIECE)
+    if not self.fine[a:b].all(): self._check(np.arange(a, b))
     s = start//SEGMENT*SEGMENT
     return self.maps[start//SEGMENT][start - s:stop - s]
 
@@ -323,9 +324,9 @@ def _commit(folder, head):
     "Make what was written count, and remove what no longer does."
     head = json.loads(json.dumps(head))  # as it will be read
     _write_head(folder, head)
-    kept = {f.name for f in _files(folder, head).values()} | {HEAD}
+    kept = {f.name for f in _files(folder, head).values()} | {HEAD, f"index-{head['generation']}.npz"}
     for f in folder.iterdir():
-        if f.name not in kept and _ours.fullmatch(f.name): _remove(f)
+        if f.name not in kept and _ours.fullmatch(f.name) and f.name[0] != '.': _remove(f)
     return head
 
 def _remove(f):
