@@ -1,14 +1,18 @@
 "From a folder of pictures to an answer: galleries of weights, folders, and the commands."
-import json, os, re, shutil, warnings
+import inspect, json, os, re, runpy, shutil, subprocess, sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import numpy as np, pytest, torch
 from PIL import Image
 
-from tmpa.core import CheckpointError, ConfigError, DataError, ReIDImage
-from tmpa.data.folder import find_records, guess_modality
+from tmpa import use
+from tmpa.core import CheckpointError, ConfigError, DataError
+from tmpa.data.folder import guess_modality
 from tmpa.data.image import read_image
 from tmpa.data.synthetic import render_person
+from tmpa.evaluation import evaluate_features
+from tmpa.features import load_features
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
 from tmpa.search import Gallery
@@ -93,3 +97,189 @@ def test_photographs_are_visible():
     files = sorted(PHOTOGRAPHS.glob('*.png'))[::40]
     guesses = [guess_modality(255*read_image(f).permute(1, 2, 0).numpy()) for f in files]
     assert {m for m, _ in guesses} == {0} and np.median([sure for _, sure in guesses]) > .9
+
+
+# --- Commands ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path_factory):
+    "Run a command as a shell does, in this process; status and both consoles."
+    monkeypatch.setenv('TMPA_HOME', str(tmp_path_factory.mktemp('home')))
+    def _run(command, *args):
+        script = tmp_path_factory.mktemp('bin')/command
+        script.write_text(f'from tmpa.use import {command}\n{command}()\n')
+        monkeypatch.setattr(sys, 'argv', [command, *map(str, args)])
+        status = 0
+        try: runpy.run_path(str(script), run_name='__main__')
+        except SystemExit as e: status = e.code
+        out = capsys.readouterr()
+        return status or 0, out.out, out.err
+    return _run
+
+
+def one_line(result, *words):
+    status, out, err = result
+    lines = [l for l in err.splitlines() if 'error:' in l]
+    assert status == 2 and len(lines) == 1 and 'Traceback' not in err, err
+    for w in words: assert str(w) in lines[0], lines[0]
+
+
+@pytest.mark.parametrize('command', ['tmpa_index', 'tmpa_search', 'tmpa_features'])
+def test_help_is_complete_and_needs_no_torch(run, tmp_path, command):
+    status, out, _ = run(command, '--help')
+    assert status == 0
+    for name, p in inspect.signature(getattr(use, command)).parameters.items(): assert (name if p.default is p.empty else f'--{name}') in out
+    cfg = ConfigParser(delimiters=['='])
+    cfg.read(Path(__file__).parents[1]/'settings.ini')
+    assert f'{command}=tmpa.use:{command}' in cfg['DEFAULT']['console_scripts']
+    script = tmp_path/command
+    script.write_text(f'from tmpa.use import {command}\n{command}()\n')
+    r = subprocess.run([sys.executable, '-X', 'importtime', script, '--help'], capture_output=True, text=True)
+    assert r.returncode == 0 and not re.search(r'\| +(torch|numpy|fastai)$', r.stderr, re.M) and re.search(r'\| +fastcore$', r.stderr, re.M)
+
+
+ODD = ['a=b.png', 'ü 名 "quoted" \'too\'.png', '<img src=x onerror=alert(1)>.png', '-1.png', 'two\nlines.png']
+
+def test_the_engineers_way(run, weights, pictures, tmp_path, monkeypatch):
+    "Two folders of unlabelled pictures, some of them odd and some broken; commands alone."
+    for i, name in enumerate(ODD): shutil.copy(pictures/'infrared'/f'{i}.png', pictures/'infrared'/name)
+    (pictures/'visible'/'0b.png').write_bytes(b'')
+    (pictures/'visible'/'notes.txt').write_text('none')
+    monkeypatch.chdir(pictures)
+    status, out, err = run('tmpa_index', 'visible', '--weights', weights, '--modality', 'visible', '--out', tmp_path/'g.npz', '--quiet')
+    assert status == 0 and out.splitlines()[-1] == f"6 images are new, 6 images are in {tmp_path/'g.npz'}", err
+    assert '1 of 7 images cannot be read' in err and '0b.png is empty' in err and '1 .txt' in err and '7 visible images' in err
+    monkeypatch.chdir(tmp_path)
+    files = [tmp_path/o for o in ('o=ut.json', 'out.html', 'out.png')]
+    ask = ('tmpa_search', tmp_path/'g.npz', pictures/'infrared', '--modality', 'infrared', '--k', 3)
+    status, out, err = run(*ask, '--json', files[0], '--html', files[1], '--sheet', files[2])
+    assert status == 0 and '... and 1 more' in out, err
+    d, g = json.loads(files[0].read_text()), Gallery.load(tmp_path/'g.npz').use_weights()
+    assert [Path(q['query']['path']).name for q in d['queries']] == sorted(os.listdir(pictures/'infrared'))
+    assert [[h['place'] for h in q['hits']] for q in d['queries']] == [[h.pos for h in o] for o in g.search(pictures/'infrared', k=3)]
+    assert d['images'] == 6 and d['weights'] == str(weights) and d['fingerprint'] == g.made_by and d['left_out'] == {}
+    page = files[1].read_text()
+    assert page.count('<section>') == 11 and page.count('<img ') == 11*4 and '<img src=x' not in page and '&lt;img src=x' in page
+    assert Image.open(files[2]).width > 200
+    for kind, f in zip(('json', 'html', 'sheet'), files): one_line(run(*ask, f'--{kind}', f), f, 'exists already')
+    status, out, err = run('tmpa_search', tmp_path/'g.npz', pictures/'infrared'/'a=b.png', '--k', 2)
+    assert status == 0 and len(out.splitlines()) == 2 and 'guessed' not in err  # its folder says infrared
+
+
+def test_two_modalities_in_one_gallery(run, weights, pictures, tmp_path):
+    g = tmp_path/'g.npz'
+    status, out, err = run('tmpa_index', pictures, '--weights', weights, '--out', g, '--quiet')
+    assert status == 0 and '6 visible, 6 infrared images' in err and '12 images are new' in out, err
+    status, out, err = run('tmpa_search', g, pictures/'infrared', '--only', 'visible', '--json', tmp_path/'a.json')
+    d = json.loads((tmp_path/'a.json').read_text())
+    assert status == 0 and {h['modality'] for q in d['queries'] for h in q['hits']} == {'visible'}
+    plain = pictures.parent/'plain'
+    plain.mkdir()
+    for f in (pictures/'infrared').iterdir(): shutil.copy(f, plain/f'0007_c3_{f.name}')
+    status, out, err = run('tmpa_index', plain, '--out', g, '--quiet')  # goes on, with the weights that it knows
+    assert status == 0 and '6 images are new, 18 images are in' in out and 'guessed from the pixels of 6 images: 6 infrared' in err
+    assert '6 of them with a known identity' in err and {(o.pid, o.cam) for o in Gallery.load(g).items[12:]} == {(7, 3)}
+    assert run('tmpa_index', plain, '--out', g, '--quiet')[1].startswith('0 images are new, 18 images are in')
+
+
+def test_a_folder_as_gallery(run, weights, pictures, tmp_path):
+    "What has no ending is a folder, which only grows."
+    g = tmp_path/'many'
+    status, out, err = run('tmpa_index', pictures/'visible', '--weights', weights, '--out', g, '--quiet')
+    assert status == 0 and g.is_dir() and '6 images are new, 6 images are in' in out, err
+    assert '6 images are new, 12 images are in' in run('tmpa_index', pictures/'infrared', '--out', g, '--quiet')[1]
+    again = Gallery.load(g)
+    assert len(again) == 12 and again.weights == str(weights)
+    status, out, err = run('tmpa_search', g, pictures/'infrared'/'0.png', '--k', 1)
+    assert status == 0 and '0.png' in out, err
+
+
+def test_features_of_a_folder_and_of_a_list(run, weights, pictures, tmp_path):
+    f = tmp_path/'f.npz'
+    status, out, err = run('tmpa_features', pictures, '--weights', weights, '--out', f, '--quiet')
+    assert status == 0 and 'features of 12 images, 128 numbers each' in out, err
+    x = load_features(f)
+    want = Gallery.from_weights(weights)
+    want.add(pictures)
+    assert np.allclose(x.feats, want.rows(range(12)), atol=1e-6) and x.modality.tolist() == [1]*6 + [0]*6 and set(x.pids) == {-1}
+    assert np.load(f)['names'].tolist() == [str(o.path) for o in want.items]
+    rows = [f'pictures/{m}/{i}.png,{i},{1 + (m == "infrared")},{m},test' for m in ('visible', 'infrared') for i in range(6)]
+    (tmp_path/'list.csv').write_text('\n'.join(['file,pid,cam,modality,split', *rows]))
+    for name, m in (('q', 'infrared'), ('g', 'visible')):
+        status, _, err = run('tmpa_features', tmp_path/'list.csv', '--weights', weights, '--modality', m, '--out', tmp_path/f'{name}.npz', '--quiet')
+        assert status == 0, err
+    r = evaluate_features(tmp_path/'q.npz', tmp_path/'g.npz', rule='market')
+    assert r.n_queries == 6 and r.valid.all()
+    for kind in ('pt', 'mat'):
+        assert run('tmpa_features', tmp_path/'list.csv', '--weights', weights, '--out', tmp_path/f'f.{kind}', '--quiet')[0] == 0
+        assert load_features(tmp_path/f'f.{kind}').pids.tolist() == list(range(6))*2
+    one_line(run('tmpa_features', pictures, '--weights', weights, '--out', f), f, 'exists already')
+    one_line(run('tmpa_features', pictures, '--weights', weights, '--out', tmp_path/'f.txt'), 'f.txt', '.npz')
+
+
+def test_what_cannot_be_is_one_line(run, weights, pictures, tmp_path):
+    g, empty, texts, broken = (tmp_path/o for o in ('g.npz', 'empty', 'texts', 'broken'))
+    for o in (empty, texts, broken): o.mkdir()
+    (texts/'a.txt').write_text('')
+    (broken/'a.png').write_text('')
+    index = ('tmpa_index', '--weights', weights, '--out', g, '--quiet')
+    one_line(run(*index, empty), empty, 'is empty')
+    one_line(run(*index, texts), texts, '1 .txt')
+    one_line(run(*index, broken, '--modality', 'visible'), broken, 'none of the 1 images')
+    one_line(run(*index, tmp_path/'nowhere'), 'nowhere')
+    one_line(run('tmpa_index', pictures, '--out', g), '--weights')
+    one_line(run(*index[:-3], '--out', tmp_path/'g.pkl', pictures), 'g.pkl', '.npz')
+    one_line(run(*index, pictures, '--size', '48'), '288x144')
+    one_line(run(*index, pictures, '--device', 'nothing'), 'nothing')
+    one_line(run(*index, pictures, '--bs', 0), 'bs=0')
+    assert not g.exists()
+    assert run(*index, pictures/'visible')[0] == 0
+    one_line(run(*index, pictures, '--size', '96x48'), g, 'leave --size')
+    torch.manual_seed(1)
+    other = tmp_path/'other.pth'
+    save_weights(TMPANet(4, micro_resnet, pretrained=False), other, size=SIZE)
+    one_line(run('tmpa_index', pictures, '--weights', other, '--out', g), other, 'not the model')
+    one_line(run('tmpa_search', g, pictures, '--weights', other), other, 'not the model')
+    one_line(run('tmpa_search', g, broken/'a.png', '--modality', 'infrared'), 'a.png is empty')
+    one_line(run('tmpa_search', g, pictures, '--k', 0), 'k=0')
+    one_line(run('tmpa_search', g, pictures, '--sheet', tmp_path/'a.docx'), 'a.docx', '.png')
+    one_line(run('tmpa_search', tmp_path/'no.npz', pictures), 'no.npz')
+    moved = weights.rename(weights.with_name('moved.pth'))
+    try: one_line(run('tmpa_search', g, pictures), weights, '--weights')
+    finally: moved.rename(weights)
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['broken', 'empty', 'g.npz', 'other.pth', 'pictures', 'texts']
+
+
+def test_only_one_writes_a_file(run, weights, pictures, tmp_path):
+    out = tmp_path/'g.npz'
+    with use._alone(out): one_line(run('tmpa_index', pictures, '--weights', weights, '--out', out), out, 'another tmpa_index')
+
+
+def test_interrupted_and_gone_on_with(run, weights, pictures, tmp_path, monkeypatch):
+    "What was looked at is saved, and the next command goes on."
+    g, extract = tmp_path/'g.npz', Gallery._extract
+    def interrupted(self, items):
+        if len(self) == 4: raise KeyboardInterrupt
+        return extract(self, items)
+    with monkeypatch.context() as m:
+        m.setattr(Gallery, '_extract', interrupted)
+        status, out, err = run('tmpa_index', pictures, '--weights', weights, '--out', g, '--bs', 2, '--quiet')
+    assert status == 2 and 'interrupted' in err and f'4 images are in {g}' in out
+    assert '8 images are new, 12 images are in' in run('tmpa_index', pictures, '--out', g, '--quiet')[1]
+
+
+def test_saving_takes_a_small_share(weights, monkeypatch):
+    "The next save waits for twenty times what the last one took."
+    now, saves = [0.], []
+    class Slow(list):
+        def save(self, path):
+            saves.append(now[0])
+            now[0] += 1
+    monkeypatch.setattr(use.time, 'monotonic', lambda: now[0])
+    g = Slow()
+    saver = use._Saver(g, Path('g.npz'), 1000, quiet=True)
+    for i in range(1000):
+        g.append(i)
+        now[0] += .1
+        saver(i+1)
+    assert len(saves) == 5 and saves[0] < 2.2 and min(np.diff(saves)) > 20

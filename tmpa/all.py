@@ -65,4 +65,5 @@ from .setup import *
 from .tables import *
 from .reproduce import *
 from .console import *
+from .use import *
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -91,14 +91,18 @@ def save_features(
     feats, pids,   # (n, D) features and (n,) identities
     cams=None,     # (n,) cameras
     modality=None, # (n,) modalities
+    names=None,    # (n,) names of the images, for whoever reads the file elsewhere
 ):
     "Write features so that `load_features` reads them back; the file is whole or absent."
     path = user_path(path)
     feats = _numbers(feats, 'features', path)
     d = dict(feats=feats, **{k: _numbers(x, k, path, len(feats)) for k,x in (('pids', pids), ('cams', cams), ('modality', modality)) if x is not None})
+    if names is not None and len(names) != len(feats): raise DataError(f'{path}: {len(names)} names for {len(feats)} features, one for each is needed')
+    tensors = {k: torch.from_numpy(v) for k,v in d.items()}
+    if names is not None: d['names'] = np.array([str(o) for o in names])
     with atomic_write(path) as tmp:
         if path.suffix == '.npz': np.savez(tmp, **d)
-        elif path.suffix in ('.pt', '.pth'): torch.save({k: torch.from_numpy(v) for k,v in d.items()}, tmp)
+        elif path.suffix in ('.pt', '.pth'): torch.save(tensors if names is None else {**tensors, 'names': d['names'].tolist()}, tmp)
         elif path.suffix == '.mat':
             from scipy.io import savemat
             savemat(tmp, d, do_compression=True)  # which adds a checksum
