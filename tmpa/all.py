@@ -30,6 +30,7 @@ from .models.net import *
 from .models.tmpa import *
 from .models.agw import *
 from .weights import *
+from .models.onnx import *
 from .losses import *
 from .ranking import *
 from .rerank import *
@@ -61,6 +62,7 @@ from .store import *
 from .index import *
 from .search import *
 from .vis.hits import *
+from .export import *
 from .setup import *
 from .tables import *
 from .reproduce import *

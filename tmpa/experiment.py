@@ -180,7 +180,8 @@ def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_f
     except Exception:
         if not going_on: on_rank0(lambda: clear_run(out))  # made above, and holds nothing of use yet
         raise
-    meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids, data_seed=spec.seed)
+    meta = dict(recipe=cfg.recipe.asdict(), data=spec.data, trial=str(spec.trial), size=list(spec.size), seed=cfg.seed, epochs=cfg.epochs, n_ids=spec.n_ids, data_seed=spec.seed,
+                ir_range=cfg.ir_range)
     learn.path = out
     going = ResumeFit(out/'resume.pth', quiet)
     writers = [] if this_process() else [CSVLogger('history.csv'), SaveWeights(out, meta), *loggers]
@@ -307,11 +308,11 @@ def train_runs(
 
 # %% ../nbs/18_experiment.ipynb #dcc85033
 _FIELDS = dict(data=(lambda v: v in DATA, 'a data set'), size=so_many(2, [int]), n_ids=whole(0), data_seed=whole(0),
-               trial=is_a(str, int, None))
+               trial=is_a(str, int, None), ir_range=so_many(2, none=True))
 
 def _check_meta(meta, weights):
     "Refuse metadata that scoring would stumble over, or that would have it render people without end."
-    wrong = first_wrong(meta, _FIELDS)
+    wrong = first_wrong({'ir_range': None, **meta}, _FIELDS)
     if not wrong and meta['data'] == 'synthetic' and meta['n_ids'] > 2*meta.get('n_classes', 0)+4:
         wrong = f"{meta['n_ids']} people were rendered, and {meta.get('n_classes', 0)} of them trained on"
     if not wrong and not 1 <= min(meta['size']) <= max(meta['size']) <= 4096: wrong = f"images are of {meta['size']} pixels"
@@ -337,7 +338,8 @@ def evaluate_run(
     switches:dict|None=None, # More switches of the network for evaluation: `feature`, `part`
     flip:bool=False, # Average with mirrored images
     rerank:bool=False, # k-reciprocal re-ranking
-    num_workers:int|None=None, ir_range:tuple|None=None,
+    num_workers:int|None=None,
+    ir_range:tuple|None=None, # As in read_image; default: as trained
     attention=None, # The recipe's attention block, where that is of your own
     bs:int=128, # Images at a time
 )->tuple: # Scores, and one line on how they were made
@@ -358,6 +360,7 @@ def evaluate_run(
     model = load_tmpa(weights, attention=attention)
     set_switches(model, **({'eval_complete': complete} if complete else {}), **(switches or {}))
     if torch.cuda.is_available(): model.cuda()
+    ir_range = meta.get('ir_range') if ir_range is None else ir_range
     scores,_ = score_model(model, test, settings, spec.size, ir_range, num_workers, flip, rerank, bs)
     how = f"{data}, trial {spec.trial}; after BNNeck, L2-normalised, {'flip-averaged' if flip else 'no flip'}, {'k-reciprocal re-ranking' if rerank else 'no re-ranking'}; completion {model.eval_complete}; gallery: {settings[0].note or 'all test images'}"
     for o in filter(None, [also_trained_note(also), _other_test(meta, spec, weights, test)]): how += f'; warning: {o}'
