@@ -10,7 +10,7 @@ from tmpa.learner import extract_features
 from tmpa.models.agw import AGWNet
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.net import save_weights, set_switches
-from tmpa.models.onnx import export_onnx, resize, resize_matrix
+from tmpa.models.onnx import export_onnx, pillow_resize, resize_matrix
 from tmpa.models.tmpa import TMPANet
 from tmpa.search import Gallery
 
@@ -24,7 +24,7 @@ def test_resize_is_pillows(wanted):
     for h, w in [(1, 1), (2, 3), (5, 5), (48, 24), (97, 53), (49, 24), (33, 200), (300, 150), (720, 11), (48, 500)]:
         for x in (pixels(h, w, 3, seed=h), np.where(pixels(h, w, 3) > 127, 255, 0).astype(np.uint8)):
             want = np.asarray(Image.fromarray(x).resize(wanted[::-1], Image.LANCZOS))
-            got = resize(torch.from_numpy(x).permute(2, 0, 1)[None].double(), wanted)[0].permute(1, 2, 0)
+            got = pillow_resize(torch.from_numpy(x).permute(2, 0, 1)[None].double(), wanted)[0].permute(1, 2, 0)
             assert np.array_equal(got.numpy(), want), (h, w)
 
 def test_resize_matrix_by_loops():
@@ -120,7 +120,7 @@ def test_what_is_not_written(tmp_path, monkeypatch):
     refuse(net, tmp_path/'x.onnx', (10**6, 3), contains='height and width')
     refuse(tmp_path/'absent.pth', tmp_path/'x.onnx', contains='absent.pth')
     monkeypatch.setattr('tmpa.models.onnx._difference', lambda *args: 2e-4)
-    refuse(net, tmp_path/'x.onnx', SIZE, contains='2.0e-04 away')
+    refuse(net, tmp_path/'x.onnx', SIZE, contains='2.0e-04 off')
     class Reads(TMPANet):
         def features(self, images, modality):
             return super().features(images if images.sum() > 0 else -images, modality)

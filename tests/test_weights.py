@@ -8,7 +8,8 @@ from tmpa.models.agw import AGWNet
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.net import fingerprint, save_weights, set_switches
 from tmpa.models.tmpa import TMPANet
-from tmpa.weights import CARD, SAID_TWICE, _sha256, find_weights, from_pretrained, image_size, open_weights, read_card, save_pretrained
+from tmpa.weights import CARD, _SAID_TWICE, _sha256, find_weights, from_pretrained, image_size, open_weights
+from tmpa.weights import read_card, save_pretrained
 
 NETS = {
     'TMPA': lambda: TMPANet(5, micro_resnet, False, heads=2),
@@ -83,6 +84,15 @@ def test_half_precision(saved, tmp_path):
     kinds = {v.dtype for k,v in load_file(tmp_path/'float16'/'model.safetensors').items() if v.ndim < 2}
     assert kinds == {torch.float32, torch.int64}
 
+@pytest.mark.parametrize('name', ['TMPA', 'DART'])
+def test_without_classifiers(name, tmp_path):
+    net = build(name)
+    save_pretrained(net, tmp_path/'w', classifiers=False)
+    model, card = open_weights(tmp_path/'w')
+    assert torch.equal(features(model), features(net)) and card['arguments']['n_classes'] == 1
+    assert fingerprint(model) == card['fingerprint'] and net.meta['n_classes'] == 5
+    assert all(not v.any() for k,v in model.state_dict().items() if 'classifier' in k and v.ndim == 2)
+
 def test_a_threshold_that_can_describe_itself(tmp_path):
     class Threshold:
         def to_dict(self): return dict(distance=.8)
@@ -100,7 +110,7 @@ def test_size_is_asked_for_where_it_is_needed(tmp_path):
 def test_every_flipped_bit_is_found_or_harmless(saved, tmp_path):
     "In the card what inference needs cannot change unseen; the rest are words about it."
     folder, before = copied(saved, tmp_path), read_card(saved)
-    inference = 'architecture', 'arguments', 'switches', 'size', 'ir_range', 'mean', 'std', 'dim', 'threshold', 'fingerprint', 'sha256'
+    inference = *_SAID_TWICE, 'mean', 'std', 'sha256'
     for name in ('model.safetensors', 'card.json'):
         good = (folder/name).read_bytes()
         for at in range(0, len(good), max(1, len(good)//60)):
@@ -116,8 +126,9 @@ def test_every_flipped_bit_is_found_or_harmless(saved, tmp_path):
 def changed(folder, **fields): (folder/'card.json').write_text(json.dumps({**read_card(folder), **fields}))
 
 @pytest.mark.parametrize('fields, said', [
-    (dict(size=[96, 48]), 'has another size'), (dict(threshold=dict(distance=.1)), 'has another threshold'),
-    (dict(size=[10**9, 1]), 'height and width from 1 to 4096'), (dict(mean=[0, 0, 0]), 'which is how images are normalised here'),
+    (dict(size=[96, 48]), 'has another size'), (dict(size=[10**9, 1]), 'height and width from 1 to 4096'),
+    (dict(threshold=dict(distance=.1)), 'has another threshold'),
+    (dict(mean=[0, 0, 0]), 'which is how images are normalised here'),
     (dict(arguments=[1]), 'not dict'), (dict(dim=0), 'dim is 0'), (dict(sha256='0'), 'damaged'), (dict(sha256=None), 'damaged')])
 def test_a_card_that_says_something_else(saved, tmp_path, fields, said):
     folder = copied(saved, tmp_path)
@@ -127,7 +138,7 @@ def test_a_card_that_says_something_else(saved, tmp_path, fields, said):
 def rewritten(folder, card, weights, **fields):
     "Whole files that agree with each other, and hold nonsense."
     card = {**card, **fields}
-    save_file(weights, folder/'model.safetensors', dict(tmpa=json.dumps({k: card[k] for k in SAID_TWICE})))
+    save_file(weights, folder/'model.safetensors', dict(tmpa=json.dumps({k: card[k] for k in _SAID_TWICE})))
     (folder/'card.json').write_text(json.dumps({**card, 'sha256': _sha256(folder/'model.safetensors')}))
 
 def test_files_that_are_whole_and_hold_something_else(saved, tmp_path):
@@ -174,7 +185,7 @@ def test_good_weights_are_not_replaced_by_bad_ones(saved, tmp_path):
     bad, large = build(), build()
     bad.neck.running_var[0] = float('nan')
     large.tail.layer4[0].conv1.weight.data[0] = 1e6
-    one_line(lambda: save_pretrained(bad, folder), 'neck.running_var is not finite: save the weights of an earlier epoch')
+    one_line(lambda: save_pretrained(bad, folder), 'neck.running_var is not finite: save the weights of an earlier')
     one_line(lambda: save_pretrained(large, folder, torch.float16), 'too large for float16')
     one_line(lambda: save_pretrained(build(), folder, scores=dict(mAP=float('nan'))), 'without NaN')
     one_line(lambda: save_pretrained(build(), folder, size=(0, 3)), 'height and width')
@@ -237,6 +248,6 @@ def test_without_network_or_extra(monkeypatch):
     hub = pytest.importorskip('huggingface_hub')
     def fetch(*args, **kwargs): raise OSError('no route to host\nand more')
     monkeypatch.setattr(hub, 'snapshot_download', fetch)
-    one_line(lambda: from_pretrained('some/one'), 'some/one: no such folder here, and the hub gives none', error=CheckpointError)
+    one_line(lambda: from_pretrained('some/one'), 'some/one: no such folder here, and the hub', error=CheckpointError)
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     one_line(lambda: from_pretrained('some/one'), 'pip install "tmpa[hub]"', error=ConfigError)

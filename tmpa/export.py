@@ -22,6 +22,7 @@ def run_scores(
     made = read_json(metrics)
     return {k: made[k] for k in ('scores', 'feature', 'gallery') if k in made}
 
+# %% ../nbs/23_export.ipynb #7524fb4d
 @call_parse
 @one_line_errors
 def tmpa_export(
@@ -29,6 +30,7 @@ def tmpa_export(
     onnx:str=None, # ONNX file to write: pixels of any size in, features out
     folder:str=None, # Folder to write: model.safetensors, card.json and README.md
     half:store_true=False, # In the folder: half precision, half the size
+    features_only:store_true=False, # In the folder: without the classifiers, which only training needs
     size:str=None, # Image height x width, where the weights do not say it
     licence:str=None, # What others may do with the weights, such as Apache-2.0
 ):
@@ -44,7 +46,7 @@ def tmpa_export(
     card = {**card, 'size': image_size(card, size and parse_size(size)), 'licence': licence or card['licence'],
             'scores': known.pop('scores', card['scores']), 'run': {**card['run'], **known}}
     if folder:
-        made = save_pretrained(model, folder, torch.float16 if half else torch.float32, **card)
+        made = save_pretrained(model, folder, torch.float16 if half else torch.float32, not features_only, **card)
         print(f"{folder}: {sum(o.stat().st_size for o in made.iterdir())/1e6:.1f} MB, {card['dim']} numbers a feature")
     if onnx:
         made = export_onnx(model, onnx, card=card)

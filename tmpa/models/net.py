@@ -251,6 +251,7 @@ def _check_fit(model, got, meta, path):
     if 'arch' not in meta: whose, how = 'another program', f'{_first(got)}: build the network that they are of'
     raise CheckpointError(f'{path}: weights of {whose} do not fit {describe(model)}: {bad}: {how}')
 
+# %% ../../nbs/11a_models.net.ipynb #cfc46bea
 def put_weights(
     model:ReIDNet,            # Changed in place
     got:dict,                 # Name -> tensor
@@ -301,6 +302,7 @@ def _sizes(make):
     except TMPAError: raise
     except Exception: return None
 
+# %% ../../nbs/11a_models.net.ipynb #8e3c552a
 def build_net(
     meta:dict,       # As a network's `meta`
     weights:dict,    # Name -> tensor
@@ -325,7 +327,8 @@ def build_net(
     except CheckpointError: raise
     except TMPAError as e: raise CheckpointError(f'{path}: its metadata describes no network: {e}') from None
     except Exception as e:  # whatever the parts of a network make of an argument
-        raise CheckpointError(f'{path}: its metadata describes no network ({type(e).__name__}: {shortened(e)}): {_again}') from None
+        why = f'{type(e).__name__}: {shortened(e)}'
+        raise CheckpointError(f'{path}: its metadata describes no network ({why}): {_again}') from None
     put_weights(model, weights, meta, path)
     return model.eval()
 
