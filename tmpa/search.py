@@ -14,7 +14,7 @@ from typing import NamedTuple
 from warnings import warn
 from fastcore.basics import patch
 from PIL import Image
-from .core import (CheckpointError, ConfigError, DataError, Modality, ProtocolError, PublishedImage, ReIDImage, TMPAError, arg_names,
+from .core import (CheckpointError, ConfigError, DataError, Modality, ProtocolError, ReIDImage, TMPAError, arg_names,
                        as_picture, atomic_write, check_names, check_records, known, regular_file, remove_dead, same_person,
                        user_path)
 from .data.folder import find_records
@@ -24,7 +24,8 @@ from .index import FaissIndex
 from .learner import extract_features
 from .models.net import fingerprint, scored_as
 from .ranking import as_matrix, check_cameras, check_finite, check_nonzero, get_rule, top_columns
-from .store import HEAD, Store, StoredBlocks, StoredItems, StoredNames, as_records, write_store
+from .store import HEAD, Store, StoredBlocks, StoredItems, StoredNames, as_record, as_records, write_store
+from .verify import Threshold
 
 _all_ = ['fingerprint', 'top_columns']
 
@@ -44,12 +45,13 @@ class Hit(NamedTuple):
 
 class Hits(list):
     "The hits of one query, nearest first."
-    def __init__(self, hits=(), query=None, ir_range=None, threshold=None):
+    def __init__(self, hits=(), query=None, ir_range=None, threshold=None, max_distance=None):
         super().__init__(hits)
-        self.query,self.ir_range,self.threshold = query,ir_range,threshold
+        self.query,self.ir_range,self.threshold,self.max_distance = query,ir_range,threshold,max_distance
     def __repr__(self):
         name = lambda o: f'{o.path}  camera {o.cam}' + (f'  id {o.pid}' if known(o.pid) else '')
-        return '\n'.join(f'{n:3}  {h.distance:.3f}  {name(h.item)}' for n,h in enumerate(self, 1)) or 'no hits'
+        say = lambda h: '' if self.threshold is None else f"{self.verdict_of(h) or '':8}"
+        return '\n'.join(f'{n:3}  {h.distance:.3f}  {say(h)}{name(h.item)}' for n,h in enumerate(self, 1)) or 'no hits'
     def show(self,
         k:int=10, # How many hits
         figsize=None, dpi:int=80, # As in matplotlib
@@ -57,7 +59,7 @@ class Hits(list):
         "The query and its nearest hits; where the identities of both are known, right and wrong ones are framed."
         q,hits = self.query,self[:k]
         right = lambda o: None if q is None else same_person(o.pid, q.pid)
-        todo = [(h.item, f'{h.distance:.2f}', right(h.item)) for h in hits]
+        todo = [(h.item, '\n'.join(filter(None, (f'{h.distance:.2f}', self.verdict_of(h)))), right(h.item)) for h in hits]
         if q is not None: todo.insert(0, (q, 'query', None))
         if not todo: raise ConfigError('nothing to show: no query image and no hits')
         fig,axs = plt.subplots(1, len(todo), figsize=figsize or (.9*len(todo), 2.1), dpi=dpi, squeeze=False, layout='constrained')
@@ -72,19 +74,31 @@ class Hits(list):
 def _plain_record(o):
     "A record as JSON takes it; None stands for what nobody knows, or for a picture that has no path."
     path = None if isinstance(o.path, Image.Image) else str(o.path)
-    return dict(path=path, camera=o.cam or None, identity=o.pid if known(o.pid) else None, modality=Modality(o.modality).name.lower())
+    track = {} if o.track is None else dict(track=o.track)
+    return dict(path=path, camera=o.cam or None, identity=o.pid if known(o.pid) else None, modality=Modality(o.modality).name.lower(), **track)
 
 @patch
-def verdict(self:Hits)->str|None: # None where there is no threshold
-    "Whether the nearest hit shows the same person: 'match', 'maybe' or 'nobody'."
+def verdict_of(self:Hits,
+    hit, # One of them
+)->str|None: # None where there is no threshold, or one for a visible and an infrared image, which these two are not
+    "Whether a hit shows the same person: 'match', 'maybe' or 'nobody'."
+    t,q = self.threshold,self.query
+    if t is None or getattr(t, 'cross', None) and q is not None and q.modality == hit.item.modality: return None
+    return t.verdict(hit.distance)
+
+@patch
+def verdict(self:Hits)->str|None: # None where no hit has one
+    "The verdict of the nearest hit that has one; 'nobody' where the search left nothing."
     if self.threshold is None: return None
-    return self.threshold.verdict(self[0].distance) if len(self) else 'nobody'
+    far = self.max_distance is not None and self.max_distance < self.threshold.maybe  # then who is maybe there was left out
+    if not len(self): return None if far else 'nobody'
+    return next(filter(None, map(self.verdict_of, self)), None)
 
 @patch
 def to_dict(self:Hits)->dict:
     "The query and its hits as plain values, nearest first."
-    def verdict(d): return {} if self.threshold is None else {'verdict': self.threshold.verdict(d)}
-    hits = [dict(rank=n, distance=h.distance, place=h.pos, **verdict(h.distance), **_plain_record(h.item)) for n,h in enumerate(self, 1)]
+    def verdict(h): return {} if self.threshold is None else {'verdict': self.verdict_of(h)}
+    hits = [dict(rank=n, distance=h.distance, place=h.pos, **verdict(h), **_plain_record(h.item)) for n,h in enumerate(self, 1)]
     said = {} if self.threshold is None else {'verdict': self.verdict()}
     return dict(query=None if self.query is None else _plain_record(self.query), **said, hits=hits)
 
@@ -145,18 +159,16 @@ def use_weights(self:Gallery,
     if len(self) and fingerprint(model) != self._made_by:
         raise CheckpointError(f'{where} is not the model that made the features of this gallery: name its weights, or index the images again')
     self.model,self.weights = model.to(self.device),_as_named(where)
-    if self.threshold is None: self.threshold = _threshold(card)
+    if self.threshold is None: self.threshold = _threshold(card, where)
     return self
 
 def _as_named(where):
     "A path that means the same in every folder; names of the hub stay as they are."
     return os.path.abspath(user_path(where)) if os.path.exists(user_path(where)) else str(where)
 
-def _threshold(card):
-    "The threshold in a card of weights, if there is one."
-    if card.get('threshold') is None: return None
-    from tmpa.verify import Threshold
-    return Threshold.from_dict(card['threshold'])
+def _threshold(card, where):
+    "The threshold in a card of weights or in a gallery, if there is one."
+    return None if card.get('threshold') is None else Threshold.from_dict(card['threshold'], where)
 
 @patch(cls_method=True)
 def from_weights(cls:Gallery,
@@ -170,7 +182,7 @@ def from_weights(cls:Gallery,
     model,card = open_weights(where)
     size = image_size(card, kwargs.pop('size', None))
     g = cls(model if device is None else model.to(device), size, **{'ir_range': card['ir_range'] and tuple(card['ir_range']), **kwargs})
-    g.weights,g.threshold = _as_named(where),_threshold(card)
+    g.weights,g.threshold = _as_named(where),_threshold(card, where)
     return g
 
 # %% ../nbs/22_search.ipynb #80425c27
@@ -427,8 +439,11 @@ def search(self:Gallery,
     records:list|None=None, # ReIDImages of query features, for the rule and for pictures
     step:int=1024, # Queries at a time
     on_error:str='raise', # A query that cannot be read: 'raise', or 'skip' to leave it out
+    max_distance:float|None=None, # Only images up to this distance, such as `gallery.threshold.distance`
 ): # `Hits`, or a list of them for several queries
     "Find the nearest images, nearest first."
+    limit = 2. if max_distance is None else max_distance
+    if not (isinstance(limit, (int, float, np.number)) and limit >= 0): raise ConfigError(f'max_distance={max_distance!r}: give a distance, 0 to 2')
     def found(o):
         r = find_records(o, modality, self.ir_range, on_error)
         self.skipped = dict(r.broken)
@@ -450,7 +465,9 @@ def search(self:Gallery,
         part = records[s:s+step]
         v,i = (self.index or self).nearest(feats[s:s+step], k, self._hidden(part, cams, only, rule))
         d = (2-2*v).clamp(min=0).sqrt()
-        hits += [Hits([Hit(x, self.items[p], p) for x,p in zip(*o) if x < torch.inf], r, self.ir_range, self.threshold) for r,*o in zip(part, d.tolist(), i.tolist())]
+        for r,*o in zip(part, d.tolist(), i.tolist()):
+            near = [Hit(x, self.items[p], p) for x,p in zip(*o) if x < torch.inf and (max_distance is None or x <= max_distance)]
+            hits.append(Hits(near, r, self.ir_range, self.threshold, max_distance))
     return hits[0] if one else hits
 
 # %% ../nbs/22_search.ipynb #13993d55
@@ -490,6 +507,7 @@ def save(self:Gallery,
     names = '\0'.join(str(o.path) for o in self.items).encode('utf8', 'surrogateescape')
     n = lambda b: min(BLOCK, len(self)-b*BLOCK)
     arrays = {f'feats{b}': x[:n(b)].cpu().numpy() for b,x in enumerate(self.blocks)}
+    if any(o.track is not None for o in self.items): arrays['tracks'] = np.array(json.dumps([o.track for o in self.items]))
     with atomic_write(path) as tmp:
         np.savez(tmp, meta=np.array(json.dumps(meta)), paths=np.frombuffer(names, np.uint8), numbers=self._numbers().cpu().numpy(),
                  as_stored=np.array([o.as_stored for o in self.items], bool), **arrays)
@@ -497,7 +515,8 @@ def save(self:Gallery,
 @patch
 def _meta(self:Gallery):
     "What is stored beside images and features."
-    return dict(made_by=self._made_by, weights=self.weights, size=self.size, ir_range=self.ir_range, dtype=str(self.dtype).split('.')[1])
+    threshold = self.threshold and self.threshold.to_dict()
+    return dict(made_by=self._made_by, weights=self.weights, size=self.size, ir_range=self.ir_range, dtype=str(self.dtype).split('.')[1], threshold=threshold)
 
 @contextmanager
 def _whole(path):
@@ -537,7 +556,7 @@ def _as_told(cls:Gallery, meta, path, model, kwargs):
     if meta['n'] and model is not None and (g.size, g.ir_range) != (size, ir_range):
         raise CheckpointError(f'{path} was made at size {size}, ir_range {ir_range}: leave these arguments out, or index the images again')
     g.dim,weights = meta['dim'],meta.get('weights')  # which files of before version 0.8 do not have
-    g.weights = weights if isinstance(weights, str) else None
+    g.weights,g.threshold = weights if isinstance(weights, str) else None,_threshold(meta, path)
     if meta['n']: g._made_by = meta['made_by']
     return g
 
@@ -559,7 +578,8 @@ def load(cls:Gallery,
         meta,labels = _checked(json.loads(str(z['meta'])), z, path),z['numbers'].T.tolist()
         names = z['paths'].tobytes().decode('utf8', 'surrogateescape').split('\0') if meta['n'] else []
         stored = z['as_stored'] if 'as_stored' in z.files else [False]*len(names)  # up to version 0.6 nobody asked
-        items = [(PublishedImage if s else ReIDImage)(Path(f), *o) for f,o,s in zip(names, labels, stored, strict=True)]
+        tracks = json.loads(str(z['tracks'])) if 'tracks' in z.files else [None]*len(names)
+        items = [as_record(Path(f), *o, s, t) for f,o,s,t in zip(names, labels, stored, tracks, strict=True)]
         g = cls._as_told(meta, path, model, kwargs)
         for n in range(0, len(items), meta['block']): g._put(n, _block(z, meta, n).to(g.device))
     g.items = items
