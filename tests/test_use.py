@@ -1,5 +1,5 @@
 "From a folder of pictures to an answer: galleries of weights, folders, and the commands."
-import inspect, json, os, re, runpy, shutil, subprocess, sys
+import dataclasses, inspect, json, os, re, runpy, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from tmpa.data.synthetic import render_person
 from tmpa.evaluation import evaluate_features
 from tmpa.features import load_features
 from tmpa.models.backbone import micro_resnet
-from tmpa.models.tmpa import TMPANet, save_weights
+from tmpa.models.tmpa import TMPANet, load_tmpa, save_weights
 from tmpa.search import Gallery
+from tmpa.verify import threshold
 
 SIZE = 48, 24
 PHOTOGRAPHS = Path(__file__).resolve().parents[2]/'shared'/'data'/'pku_reid_50'/'images'
@@ -283,3 +284,28 @@ def test_saving_takes_a_small_share(weights, monkeypatch):
         now[0] += .1
         saver(i+1)
     assert len(saves) == 5 and saves[0] < 2.2 and min(np.diff(saves)) > 20
+
+
+def test_verdicts(run, weights, pictures, tmp_path):
+    "A threshold in the weights gives each answer a word, everywhere."
+    t = threshold(np.r_[.1, .2, .3, .9, 1., 1.1], np.r_[[True]*3, [False]*3], far=.34)
+    near, far = tmp_path/'near', tmp_path/'far'
+    load_tmpa(weights).save_pretrained(near, size=SIZE, threshold=dataclasses.replace(t, distance=1.9, maybe=1.95))
+    load_tmpa(weights).save_pretrained(far, size=SIZE, threshold=dataclasses.replace(t, distance=0, maybe=0))
+    g = tmp_path/'g.npz'
+    assert run('tmpa_index', pictures/'visible', '--weights', weights, '--out', g, '--quiet')[0] == 0
+    ask = ('tmpa_search', g, pictures/'infrared')
+    for where, word in ((near, 'match'), (far, 'nobody')):
+        files = [tmp_path/f'{word}.{o}' for o in ('json', 'html', 'png')]
+        status, out, err = run(*ask, '--weights', where, '--json', files[0], '--html', files[1], '--sheet', files[2])
+        d = json.loads(files[0].read_text())
+        assert status == 0 and out.count(word) == 6 + 3, err  # and the names of the files
+        assert {q['verdict'] for q in d['queries']} == {word} == {h['verdict'] for q in d['queries'] for h in q['hits']}
+        assert d['threshold']['distance'] == (1.9 if word == 'match' else 0) and f'<span class="{word}">' in files[1].read_text()
+    status, out, err = run(*ask, '--weights', far, '--max_distance', 'maybe')
+    assert status == 0 and out.count('no hits') == 6 and out.count('nobody') == 6, err
+    one_line(run(*ask, '--max_distance', 'match'), 'no threshold')
+    one_line(run(*ask, '--max_distance', 'near'), 'near')
+    assert 'no hits' in run(*ask, '--max_distance', '0')[1]
+    status, out, err = run('tmpa_search', g, pictures/'infrared'/'0.png', '--weights', near, '--k', 1)
+    assert status == 0 and 'match' in out and 'camera' not in out

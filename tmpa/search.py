@@ -49,7 +49,7 @@ class Hits(list):
         super().__init__(hits)
         self.query,self.ir_range,self.threshold,self.max_distance = query,ir_range,threshold,max_distance
     def __repr__(self):
-        name = lambda o: f'{o.path}  camera {o.cam}' + (f'  id {o.pid}' if known(o.pid) else '')
+        name = lambda o: str(o.path) + (f'  camera {o.cam}' if o.cam else '') + (f'  id {o.pid}' if known(o.pid) else '')
         say = lambda h: '' if self.threshold is None else f"{self.verdict_of(h) or '':8}"
         return '\n'.join(f'{n:3}  {h.distance:.3f}  {say(h)}{name(h.item)}' for n,h in enumerate(self, 1)) or 'no hits'
     def show(self,
@@ -159,7 +159,8 @@ def use_weights(self:Gallery,
     if len(self) and fingerprint(model) != self._made_by:
         raise CheckpointError(f'{where} is not the model that made the features of this gallery: name its weights, or index the images again')
     self.model,self.weights = model.to(self.device),_as_named(where)
-    if self.threshold is None: self.threshold = _threshold(card, where)
+    said = _threshold(card, where)
+    if said is not None and (not gone or self.threshold is None): self.threshold = said  # weights that are named count
     return self
 
 def _as_named(where):

@@ -185,10 +185,19 @@ def _nearest_lines(found, n=None):
     from tmpa.vis.hits import hit_name
     rows = [['query', 'distance', *(['verdict'] if found[0].threshold is not None else []), 'nearest']]
     for h in found[:n]:
-        best = [f'{h[0].distance:.3f}', *([h.verdict()] if h.threshold is not None else []), hit_name(h[0].item)] if h else ['no hits']
-        rows.append([hit_name(h.query), *best, *['']*(len(rows[0]) - 1 - len(best))])
+        best = [f'{h[0].distance:.3f}' if h else '-', *([h.verdict() or ''] if h.threshold is not None else []), hit_name(h[0].item) if h else 'no hits']
+        rows.append([hit_name(h.query), *best])
     more = f'\n... and {len(found)-n:,} more' if n is not None and len(found) > n else ''
     return text_table(rows) + more
+
+def _limit(g, word):
+    "A distance in words: a number, match or maybe."
+    from tmpa.core import ConfigError
+    if word in ('match', 'maybe') and g.threshold is None:
+        raise ConfigError(f'max_distance {word}: these weights have no threshold, see tmpa.verify: give a distance, 0 to 2')
+    named = dict(match=lambda: g.threshold.distance, maybe=lambda: g.threshold.maybe)
+    try: return None if word is None else named[word]() if word in named else float(word)
+    except ValueError: raise ConfigError(f'max_distance {word!r}: give a distance, 0 to 2, or match or maybe') from None
 
 def _answer(g, gallery, found, broken, k):
     "What a search found, for JSON."
@@ -209,6 +218,7 @@ def tmpa_search(
     k:int=10, # Hits a query
     cams:str=None, # Only images of these cameras, with commas
     only:Param('Only images of this modality', str, choices=('visible','infrared'))=None,
+    max_distance:str=None, # Only hits up to this distance; match or maybe: those that the threshold of the weights calls so
     json:str=None, # File to make: all hits, for other programs
     html:str=None, # File to make: a page with pictures, which needs nothing else
     sheet:str=None, # File to make: a figure of the first queries and their hits (.png, .pdf, .svg, .jpg)
@@ -232,8 +242,8 @@ def tmpa_search(
         g = Gallery.load(gallery, device=_device(device), bs=bs, num_workers=workers).use_weights(weights)
         queries = _images_of(query, _modality(modality), g.ir_range, split)
         if user_path(query).is_dir(): _say_found('tmpa_search', queries, query)
-        on_error = 'raise' if len(queries.items) == 1 else 'skip'
-        found = g.search(queries.items, k, cams=cams, only=_modality(only), on_error=on_error)
+        kwargs = dict(cams=cams, only=_modality(only), max_distance=_limit(g, max_distance), on_error='raise' if len(queries.items) == 1 else 'skip')
+        found = g.search(queries.items, k, **kwargs)
         broken = {**queries.broken, **g.skipped}
     n = len(queries.items) + len(queries.broken)
     _say_broken('tmpa_search', broken, n)

@@ -56,8 +56,8 @@ def _cells(hits, k):
     name = Path(hit_name(q)).name if q is not None else 'features'
     yield q, f'query\n{shortened(_printable(name), 30)[-12:]}', None
     for h in hits[:k]:
-        said = f'\n{hits.threshold.verdict(h.distance)}' if hits.threshold is not None else f'\ncam {h.item.cam}' if h.item.cam else ''
-        yield h.item, f'{h.distance:.2f}{said}', None if q is None else same_person(h.item.pid, q.pid)
+        said = hits.verdict_of(h) or (f'cam {h.item.cam}' if h.item.cam else '')
+        yield h.item, f'{h.distance:.2f}\n{said}', None if q is None else same_person(h.item.pid, q.pid)
 
 def plot_hits(
     found:list, # Hits of several queries, or of one
@@ -127,7 +127,7 @@ def _picture(o, alt, ir_range, made):
     if made[key] is None: return f'<div class="none" role="img" aria-label="{alt}">cannot be read any more</div>'
     return f'<img loading="lazy" alt="{alt}" src="{made[key]}">'
 
-def _verdict(word): return f'<span class="{word}">{word}</span>'
+def _verdict(word): return f'<span class="{word}">{word}</span>' if word else ''
 
 def _about(o):
     "Name, camera and identity of an image, as far as they are known."
@@ -137,19 +137,19 @@ def _about(o):
 # %% ../../nbs/22a_vis.hits.ipynb #bea05b68
 def _section(hits, k, made):
     "One query of a page."
-    q, say = hits.query, hits.threshold
+    q, word = hits.query, _verdict(hits.verdict())
     name = 'a feature' if q is None else hit_name(q)
     rows = []
     if q is not None: rows.append(f'<figure class="query">{_picture(q, f"query {name}", hits.ir_range, made)}<figcaption>query</figcaption></figure>')
     for n, h in enumerate(hits[:k], 1):
         right = None if q is None else same_person(h.item.pid, q.pid)
-        said = [f'{n}. distance {h.distance:.3f}', _verdict(say.verdict(h.distance)) if say is not None else '',
+        said = [f'{n}. distance {h.distance:.3f}', _verdict(hits.verdict_of(h)),
                 '' if right is None else 'right' if right else 'wrong']
         alt = f'hit {n} of {name}: {hit_name(h.item)}'
         caption = ' '.join(p for p in said if p)
         rows.append(f'<figure>{_picture(h.item, alt, hits.ir_range, made)}<figcaption>{caption}<br>{_about(h.item)}</figcaption></figure>')
     if not hits: rows.append('<p>no hits</p>')
-    head = html.escape(_printable(name)) + (f': {_verdict(hits.verdict())}' if say is not None else '')
+    head = html.escape(_printable(name)) + (f': {word}' if word else '')
     return f'<section><h2>{head}</h2><div class="row">{"".join(rows)}</div></section>'
 
 def hits_page(
