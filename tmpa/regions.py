@@ -7,7 +7,7 @@ __all__ = ['REGIONS', 'grid_size', 'region_map', 'patch_counts', 'realised_share
 
 # %% ../nbs/04_regions.ipynb #fab34fc4
 from math import ceil, gcd
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ def patch_counts(
 )->list[int]: # Patches to draw from the centre, the sub-centre and the outer region
     "Number of patches that change modality in each region: `round(ratio * patches)`."
     ratios_ = [o or 0. for o in (ratios if isinstance(ratios, (tuple, list)) else [ratios]*3)]
-    if len(ratios_) != 3 or not all(0 <= o <= 1 for o in ratios_):
+    if len(ratios_) != 3 or not all(isinstance(o, Real) and 0 <= o <= 1 for o in ratios_):
         raise ConfigError(f'ratios={ratios!r}: give three numbers from 0 to 1 (centre, sub-centre, outer)')
     return [round(r*n) for r, n in zip(ratios_, _region_sizes(*grid_size(size, patch)))]
 
