@@ -1,6 +1,7 @@
 """The commands as a shell calls them: help, a whole run, and one clear line for whatever a user can put right."""
 import inspect, json, os, runpy, shutil, subprocess, sys
 from configparser import ConfigParser
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,14 @@ import torch
 from PIL import Image
 
 from tmpa import cli
+from tmpa.core import ConfigError
 from tmpa.data.synthetic import make_llcm, make_regdb, make_sysu
+from tmpa.experiment import evaluate_run, train_run
 from tmpa.models.backbone import tiny_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
+from tmpa.recipes import get_recipe
+from tmpa.run import RunConfig
+from tmpa.scoring import DataSpec
 
 SMALL = '--arch tiny_resnet --scratch --size 48x24 --p 4 --k 2 --patch 4 --epochs 1 --workers 0 --quiet'.split()
 
@@ -48,10 +54,10 @@ def one_line(result, *words):
     for w in words: assert str(w) in lines[0], lines[0]
 
 
-@pytest.mark.parametrize('command', ['tmpa_demo', 'tmpa_train', 'tmpa_evaluate', 'tmpa_reproduce'])
+@pytest.mark.parametrize('command', ['tmpa_demo', 'tmpa_check', 'tmpa_train', 'tmpa_evaluate', 'tmpa_reproduce'])
 def test_help_is_complete(run, command):
     status, out, _ = run(command, '--help')
-    assert not status and '--out' in out
+    assert not status and ('--out' in out) == (command != 'tmpa_check')  # which writes nothing
     for name, p in inspect.signature(getattr(cli, command)).parameters.items(): assert (name if p.default is p.empty else f'--{name}') in out
     cfg = ConfigParser(delimiters=['=']); cfg.read(Path(__file__).parents[1]/'settings.ini')
     assert f'{command}=tmpa.cli:{command}' in cfg['DEFAULT']['console_scripts']
@@ -127,6 +133,60 @@ def test_arguments(run, regdb, tmp_path):
     one_line(run(*train, '--recipe', 'vit'), 'vit', 'TMPA')
     one_line(run('tmpa_evaluate'), '--weights')
     assert not (tmp_path/'r').exists()
+
+
+def test_fields_of_the_recipe(run, regdb, tmp_path, device):
+    "What --set changes is checked before anything is written, kept in the run folder, and compared by --resume."
+    train = ('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'r', *SMALL)
+    for text, words in {'mix.ratio=.5': 'did you mean ratios?', 'loss.beta=much': "beta='much'", 'mixx.p=1': 'did you mean mix?',
+                        'mix.ratios': 'field=value', 'mix.ratios=.5,.6': 'three values', 'mix.ratios=.5,.6,2': 'from 0 to 1'}.items():
+        one_line(run(*train, '--set', text), words)
+    one_line(run(*train, '--recipe', 'B', '--set', 'mix.p=.5'), 'mix of B is None')
+    one_line(run(*train, '--set', 'loss.beta=.1', '--set', 'loss.beta=.2'), 'loss.beta is given twice')
+    assert not (tmp_path/'r').exists()
+    changed = '--set', 'mix.ratios=.5,.55,.6', 'loss.beta=.2', '--set', 'mfe=false', 'mft=false'
+    status, out, err = run(*train, *changed)
+    assert status == 0 and 'ratios=(0.5, 0.55, 0.6)' in out, err
+    kept = json.loads((tmp_path/'r'/'config.json').read_text())['recipe']
+    assert kept['mix'] == {'ratios': [.5, .55, .6]} and kept['loss'] == {'beta': .2} and not kept['mfe']
+    one_line(run(*train, '--resume'), 'begun with another recipe')
+    assert run(*train, *changed, '--resume')[0] == 0
+
+
+def test_check(run, regdb, broken, tmp_path):
+    status, out, err = run('tmpa_check', '--data', 'regdb', '--path', regdb)
+    assert status == 0 and 'not the published data set' in out and ' 2,060 ' in out, err
+    (broken/'idx'/'train_visible_4.txt').unlink()
+    status, out, err = run('tmpa_check', '--data', 'regdb', '--path', broken, '--images', 0)
+    assert status == 1 and 'training part, trial 4' in out and 'train_visible_4.txt' in out and not err.strip(), err
+    assert run('tmpa_check', '--data', 'regdb', '--path', broken, '--trial', 5)[0] == 0
+    one_line(run('tmpa_check', '--data', 'regdb'), 'needs --path')
+    one_line(run('tmpa_check', '--data', 'regdb', '--path', regdb, '--trial', 12), '12')
+
+
+class IdentityLoss(torch.nn.Module):
+    "Cross entropy alone, in training."
+    terms = 'loss_id',
+    def __init__(self, weight=1.):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, out, label, *others):
+        if isinstance(out, torch.Tensor): return out.new_full((), float('nan'))
+        self.loss_id = torch.nn.functional.cross_entropy(out['logits'], label[out['index']])
+        return self.weight*self.loss_id
+
+
+def test_a_recipe_with_a_loss_of_ones_own(regdb, tmp_path, device):
+    "Its terms are columns, its weights are scored again, and a finished run with another argument is another run."
+    recipe = get_recipe('B').but(name='B, identity alone', loss=dict(kind=IdentityLoss, weight=.5))
+    cfg = RunConfig(recipe, DataSpec('regdb', regdb, '2', size=(48, 24)), tmp_path/'r', 'tiny_resnet', False, 1, .03, P=4, K=2, num_workers=0)
+    scores = train_run(cfg, quiet=True)['scores']
+    assert 'loss_id' in (tmp_path/'r'/'history.csv').read_text().splitlines()[0].split(',')
+    assert evaluate_run(tmp_path/'r'/'last.pth', path=regdb, num_workers=0)[0].keys() == scores.keys()
+    assert train_run(cfg, quiet=True, resume=True)['scores'] == scores
+    other = replace(cfg, recipe=recipe.but(loss=dict(kind=IdentityLoss, weight=.6)))
+    with pytest.raises(ConfigError, match='another recipe'): train_run(other, quiet=True, resume=True)
 
 
 def test_offline(run, regdb, tmp_path, monkeypatch, device):

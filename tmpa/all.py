@@ -14,7 +14,6 @@ from .data.image import *
 from .files import *
 from .data.external import *
 from .data.synthetic import *
-from .data.folder import *
 from .data.cache import *
 from .data.transforms import *
 from .data.load import *
@@ -29,8 +28,6 @@ from .models.attention import *
 from .models.net import *
 from .models.tmpa import *
 from .models.agw import *
-from .weights import *
-from .models.onnx import *
 from .losses import *
 from .ranking import *
 from .rerank import *
@@ -54,7 +51,7 @@ from .vis.tsne import *
 from .vis.gradcam import *
 from .report import *
 from .scoring import *
-from .provenance import *
+from .check import *
 from .run import *
 from .experiment import *
 from .demo import *
@@ -62,10 +59,8 @@ from .store import *
 from .index import *
 from .search import *
 from .vis.hits import *
-from .export import *
 from .setup import *
 from .tables import *
 from .reproduce import *
 from .console import *
-from .use import *
 __all__ = [o for o in globals() if not o.startswith('_')]
