@@ -14,6 +14,7 @@ from .data.image import *
 from .files import *
 from .data.external import *
 from .data.synthetic import *
+from .data.folder import *
 from .data.cache import *
 from .data.transforms import *
 from .data.load import *
@@ -28,6 +29,7 @@ from .models.attention import *
 from .models.net import *
 from .models.tmpa import *
 from .models.agw import *
+from .weights import *
 from .losses import *
 from .ranking import *
 from .rerank import *
@@ -51,6 +53,7 @@ from .vis.tsne import *
 from .vis.gradcam import *
 from .report import *
 from .scoring import *
+from .provenance import *
 from .check import *
 from .run import *
 from .experiment import *

@@ -12,7 +12,7 @@ from pathlib import Path
 from .callback.loop import RunawayError
 from .core import ConfigError, TMPAError, check_names, user_path, check_ranges
 from .experiment import OverBudget, evaluate_run, train_runs
-from .run import OtherImages, alone, earlier_run, images_key, new_folder, write_json
+from .run import OtherImages, alone, earlier_run, new_folder, run_images, write_json
 from .recipes import TABLES, RecipeTable, TableRow, get_recipe, get_table, short_hash, short_value, with_fields
 from .report import COLUMNS
 from .scoring import read_data
@@ -42,7 +42,7 @@ def _set_aside(folder):
     return shutil.move(folder, to)
 
 def _todo(cfgs, budget, images):
-    "Those that are not finished; `images` (trial -> images_key) are what they must have been run on. What failed or was cut off is gone on with where it can be."
+    "Those that are not finished; `images` (trial -> run_images) are what they must have been run on. What failed or was cut off is gone on with where it can be."
     out = []
     for cfg in cfgs:
         status,d = run_state(cfg.out)
@@ -96,7 +96,7 @@ def reproduce(
     _own_results(out/'results.csv')
     with alone(out):
         cfgs = _distinct(itertools.chain(*zip(*[setup.configs(r, out) for r in rows])))  # a seed of every row before the next seed
-        todo = [] if show else _todo(cfgs, setup.budget, {s.trial: images_key(s, d[0], d[1]) for s,d in zip(setup.specs, data)})
+        todo = [] if show else _todo(cfgs, setup.budget, {s.trial: run_images(s, d[0], d[1]) for s,d in zip(setup.specs, data)})
         if not quiet: print(f'{len(cfgs)} runs, {len(todo)} to do', flush=True)
         errors = _train(todo, out, setup, workers, quiet)
         for r in rows:
