@@ -68,7 +68,8 @@ def _opened(items, n):
     for o in some:
         try: sizes.add(tuple(read_image(o.path, **how_read(o, None)).shape[1:]))
         except TMPAError as e: faults.append(str(e))
-    lines = [Check('images opened', f'{len(some)-len(faults):,} of {len(some):,}', '', 'error' if faults else 'ok', (faults or [''])[0])]
+    found, state = f'{len(some)-len(faults):,} of {len(some):,}', 'error' if faults else 'ok'
+    lines = [Check('images opened', found, state=state, note=faults[0] if faults else '')]
     if not sizes: return lines
     low,high = ('x'.join(str(f(o)) for o in zip(*sizes)) for f in (min, max))
     return lines + [Check('their height x width', low if low == high else f'{low} to {high}')]
@@ -81,7 +82,8 @@ def _read(spec, said):
         except ConfigError: raise  # a mistake in the command
         except TMPAError as e:
             parts.append(None)
-            said.append(Check(f'{name}, trial {spec.trial}' if spec.data == 'regdb' else name, 'unusable', '', 'error', str(e)))
+            where = f', trial {spec.trial}' if spec.data == 'regdb' else ''
+            said.append(Check(name + where, 'unusable', state='error', note=str(e)))
     train,(test,settings) = parts[0],parts[1] or (None, [])
     return train,test,settings
 
@@ -106,7 +108,7 @@ def check_data(
         check_range(items, None)
     lines = _spec(spec.data, by_trial)
     lines.append(Check('people of the test also trained on', f'{also:,}', '0', 'differs' if also else 'ok'))
-    if note: lines.append(Check('gallery', '', note=note))
+    if note: lines.append(Check('scored with', '', note=note))
     if items and images > 0: lines += _opened(items, images)
     texts = dict.fromkeys(' '.join(str(w.message).split()) for w in warned if issubclass(w.category, UserWarning))
     return said + lines + [Check('warning', '', '', 'differs', t) for t in texts]
@@ -121,7 +123,8 @@ def check_text(
     notes = [f'{c.what}: {c.note}' for c in checks if c.note]
     states = [c.state for c in checks]
     if 'error' in states: end = 'This cannot be trained and scored as it is.'
-    elif 'differs' in states: end = 'This can be trained, but it is not the published data set: scores compare with nobody else\'s.'
+    elif 'differs' in states:
+        end = "This can be trained, but it is not the published data set: scores compare with nobody else's."
     elif 'ok' in states and any(c.published not in ('', '0') for c in checks): end = 'All as published.'
     else: end = 'This can be trained.'
     return '\n\n'.join([text, *notes, end])

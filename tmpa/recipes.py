@@ -41,9 +41,10 @@ def loss_class(kind, method): # A class of your own, or None; 'plain' or 'dart'
     "The loss class that a recipe trains with."
     usual = TMPALoss if method == 'plain' else DARTLoss
     if kind is None: return usual
-    if not inspect.isclass(kind) and not callable(kind): raise ConfigError(f'loss {kind!r}: give the class itself, in Python')
+    if not callable(kind): raise ConfigError(f'loss {kind!r}: give the class itself, in Python')
     if method == 'dart' and not (inspect.isclass(kind) and issubclass(kind, DARTLoss)):
-        raise ConfigError(f'loss {getattr(kind, "__name__", kind)}: DART reads both of its networks: give a subclass of DARTLoss')
+        name = getattr(kind, '__name__', kind)
+        raise ConfigError(f'loss {name}: DART reads both of its networks: give a subclass of DARTLoss')
     return kind
 
 def _parameters(f):
@@ -87,7 +88,7 @@ class Recipe:
     mft:bool = True # Modality feature transfer (MFT)
     mix:dict|None = field(default_factory=dict) # Arguments of the mix, `kind` its name (default 'pedmix'); None: no mixing
     model:dict = field(default_factory=dict) # More arguments of the network
-    loss:dict = field(default_factory=dict) # Arguments of the loss, `kind` a class of your own (default TMPALoss, for DART DARTLoss)
+    loss:dict = field(default_factory=dict) # Arguments of the loss, `kind` a class of your own (default TMPALoss or DARTLoss)
     note:str = '' # What it is, in a sentence
     net:str = 'tmpa' # 'tmpa' (with its baselines) or 'agw'
     method:str = 'plain' # How it is trained: 'plain' or 'dart'
@@ -158,9 +159,10 @@ def content(recipe:Recipe)->dict:
         cls = MIXES.get(kind) if isinstance(kind, str) else kind  # None: a class of your own as a run folder names it
         d['mix'] = {**({} if kind == 'pedmix' else {'kind': kind}), **(_changed(args, cls) if cls else args)}
     d['model'] = _changed(d['model'], net_class(d['net'], d['method']))
-    kind,args,usual = d['loss'].get('kind'),{k: v for k,v in d['loss'].items() if k != 'kind'},loss_class(None, d['method'])
+    kind,usual = d['loss'].get('kind'),loss_class(None, d['method'])
+    args = {k: v for k,v in d['loss'].items() if k != 'kind'}
     if kind in (None, usual): d['loss'] = _changed(args, usual)
-    else: d['loss'] = {'kind': kind, **(args if isinstance(kind, str) else _changed(args, kind))}  # as a run folder names it
+    else: d['loss'] = {'kind': kind, **(args if isinstance(kind, str) else _changed(args, kind))}  # a run folder has names
     if (ca := d['channel_exchange']) is not True: d['channel_exchange'] = {0.: False, .75: True}.get(ca, float(ca))  # True is a chance of .75, and 1 is not True
     return {k: v for k,v in d.items() if v != (default := getattr(Recipe(''), k)) or type(v) is float and default is True}
 
