@@ -30,6 +30,7 @@ from .models.net import *
 from .models.tmpa import *
 from .models.agw import *
 from .weights import *
+from .models.onnx import *
 from .losses import *
 from .ranking import *
 from .rerank import *
@@ -62,8 +63,10 @@ from .store import *
 from .index import *
 from .search import *
 from .vis.hits import *
+from .export import *
 from .setup import *
 from .tables import *
 from .reproduce import *
 from .console import *
+from .use import *
 __all__ = [o for o in globals() if not o.startswith('_')]
