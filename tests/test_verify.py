@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from tmpa import verify
-from tmpa.verify import Pairs, Threshold, open_set, roc, threshold
+from tmpa.experiment import held_out_split, train_run
+from tmpa.models.net import load_tmpa, read_meta
+from tmpa.recipes import get_recipe
+from tmpa.run import RunConfig
+from tmpa.scoring import DataSpec, read_data
+from tmpa.search import Gallery
+from tmpa.verify import Pairs, Threshold, open_set, roc, threshold, threshold_of
 
 
 def test_needs_no_fastai():
@@ -41,3 +47,19 @@ def test_nearest_pairs_are_enough(monkeypatch, first):
     want = threshold(p, far=.02, n=40)
     monkeypatch.setattr(verify, '_FIRST', first)
     assert threshold(p, far=.02, n=40) == want
+
+
+@pytest.mark.parametrize('n_ids,some', [(40, True), (12, False)])
+def test_a_run_leaves_a_threshold_of_its_held_out_people(tmp_path, device, n_ids, some):
+    spec = DataSpec('synthetic', str(tmp_path/'people'), size=(32, 16), n_ids=n_ids)
+    cfg = RunConfig(get_recipe('B'), spec, str(tmp_path/'run'), epochs=1, arch='micro_resnet', pretrained=False, P=4, K=2,
+                    select='held_out')
+    kept = train_run(cfg, quiet=True, rank_figure=False).get('threshold')
+    meta = read_meta(tmp_path/'run'/'last.pth')
+    assert meta.get('threshold') == kept and meta['epoch'] == 1
+    if not some: return  # one person is not enough
+    t = Threshold.from_dict(kept)
+    assert (t.n_people, t.far, t.cross, t.note) == (3, .01, True, '3 held-out people of the training')
+    assert Gallery.from_weights(tmp_path/'run'/'last.pth').threshold == t
+    items = held_out_split(cfg, read_data(spec)[0])[1]
+    assert abs(threshold_of(load_tmpa(tmp_path/'run'/'last.pth'), items, spec.size).distance - t.distance) < 1e-3

@@ -37,6 +37,7 @@ from .recipes import content, short_hash
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
 from .provenance import Changed, changed_images, image_files, read_images, save_images
+from .verify import pairs, store_threshold, threshold
 from .run import ARCHS, RunConfig, alone, clear_run, earlier_run, new_folder, read_json, remove_leftovers, run_images, save_environment, trained, write_json
 from .scoring import (DATA, DataSpec, also_trained, also_trained_note, check_given, read_data, read_test, save_queries, score_feats,
                           score_model, training_part)
@@ -211,10 +212,21 @@ def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_f
     except TMPAError as e:
         again = type(e)(f'{e}; the trained weights are kept, and the same command (tmpa_train: with --resume) only scores them')
         raise (told(again) if is_told(e) else again) from None
+    limit = _held_out_threshold(cfg, learn, how)
     def scored():
+        if limit is not None: store_threshold(out/'last.pth', limit)
         notes = dict(also_trained=also, images_changed=_changed(out, images, train, test, how['cache']))
+        if limit is not None: notes['threshold'] = limit.to_dict()
         return _scored(cfg, learn, feats, test, settings, notes, seconds, budget, going.resumed, rank_figure)
     return on_rank0(scored)
+
+def _held_out_threshold(cfg, learn, how):
+    "Match, maybe or nobody, by people whom the network was not trained on; None where there are none, or too few."
+    if cfg.select != 'held_out': return None
+    items = learn.dls.valid_items
+    feats = extract_features(learn.model, items, cfg.spec.size, **how)
+    try: return threshold(pairs(feats, items), note=f'{len({o.pid for o in items})} held-out people of the training')
+    except ProtocolError: return None
 
 def _changed(out, images, train, test, cache):
     "Which images were exchanged since the run was begun, for its metrics; once decoded they can be."

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['unit_distances', 'Pairs', 'pairs', 'Threshold', 'threshold', 'Point', 'Roc', 'roc', 'OpenSet', 'open_set',
-           'plot_curves', 'plot_pairs', 'threshold_of']
+           'plot_curves', 'plot_pairs', 'threshold_of', 'store_threshold']
 
 # %% ../nbs/13e_verify.ipynb #ef95a433
-import matplotlib.pyplot as plt, numpy as np, os
+import matplotlib.pyplot as plt, numpy as np, os, torch
 from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 from math import ceil, floor, inf, isfinite, isnan, log10
 from scipy.stats import beta, binom
 from typing import NamedTuple
 from .confidence import Interval
-from .core import ConfigError, DataError, ProtocolError, in_memory, known
-from .files import first_wrong
+from .core import (CheckpointError, ConfigError, DataError, ProtocolError, atomic_write, in_memory, known,
+                       user_path)
+from .files import first_wrong, load_torch
 from .ranking import as_matrix, check_cameras, check_finite, check_labels, check_nonzero, get_rule
 
 # %% ../nbs/13e_verify.ipynb #b9f8db8e
@@ -491,3 +492,25 @@ def threshold_of(
     from tmpa.learner import extract_features
     feats = extract_features(model, items, size, bs, ir_range, num_workers)
     return threshold(pairs(feats, items, cross, rule), far=far, keep=keep, note=note)
+
+# %% ../nbs/13e_verify.ipynb #d87a6404
+def store_threshold(
+    where,       # A file of save_weights, or a folder of save_pretrained
+    t:Threshold, # For these weights
+):
+    "Write a threshold beside weights; they are whole with it, or as before."
+    path = user_path(where)
+    if path.is_dir(): return _into_folder(path, t)
+    file = load_torch(path)
+    if not all(isinstance(file.get(k), dict) for k in ('model', 'meta')):
+        raise CheckpointError(f'{path}: holds weights without metadata: read them with load_weights, '
+                              'and write them with save_weights')
+    file['meta']['threshold'] = t.to_dict()
+    with atomic_write(path) as tmp, open(tmp, 'wb') as f: torch.save(file, f)
+
+def _into_folder(folder, t):
+    "The same weights, with another card."
+    from tmpa.weights import open_weights, save_pretrained
+    model, card = open_weights(folder)
+    fields = 'size', 'ir_range', 'recipe', 'data', 'scores', 'run', 'licence', 'not_for'
+    save_pretrained(model, folder, getattr(torch, card['stored']), **{k: card[k] for k in fields}, threshold=t)
