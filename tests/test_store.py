@@ -92,6 +92,27 @@ def test_two_who_add(tmp_path):
     with pytest.raises(CheckpointError, match='another model'): d.add(items[1], feats=x[:1])
 
 
+def test_a_threshold_is_everybodys(tmp_path):
+    "Who opened the folder before it was said neither forgets it nor takes it back."
+    from tmpa.verify import threshold
+    a, b = (Gallery.open(tmp_path/'g', made_by='t') for _ in range(2))
+    a.add(records(9), feats=feats(9))
+    a.threshold = threshold(np.linspace(0, 1, 400), np.arange(400) < 200, far=.1)
+    a.save(tmp_path/'g')
+    b.add(records(3, 1), feats=feats(3, 1))
+    assert Gallery.load(tmp_path/'g').threshold == a.threshold and b.threshold is None
+    a.add(records(3, 2), feats=feats(3, 2))
+    b.refresh()
+    b.threshold = None
+    a.remove([0])
+    b.refresh()
+    assert Gallery.load(tmp_path/'g').threshold == a.threshold and len(b) == 14
+    c = Gallery.load(tmp_path/'g')
+    c.threshold = None
+    c.save(tmp_path/'g')
+    assert a.refresh() and a.threshold is None
+
+
 @pytest.mark.parametrize('seed', range(5))
 def test_what_add_passes_over(tmp_path, monkeypatch, seed):
     "As a gallery in memory: one file is one image, however it is named and from where."

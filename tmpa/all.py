@@ -62,6 +62,7 @@ from .demo import *
 from .store import *
 from .index import *
 from .search import *
+from .serve import *
 from .vis.hits import *
 from .export import *
 from .setup import *

@@ -25,7 +25,7 @@ class FaissIndex:
     "An inverted file over the features of a gallery, which follows what is added and removed."
     def __init__(self,
         gallery, # The Gallery; it keeps the features
-        probes:int=16, # Lists that a query looks into
+        probes:int=64, # Lists that a query looks into
     ):
         _faiss()
         self.gallery, self.probes, self.inner, self.of = gallery, probes, None, None

@@ -621,8 +621,9 @@ def _follow(self:Gallery):
 def refresh(self:Gallery)->bool: # Whether anything has changed
     "Look at the folder again: other processes may have added and removed images."
     if self.store is None: return False
-    new = self.store.refresh()
+    said,new = self.store.head.get('threshold'),self.store.refresh()
     if new: self._follow()
+    if self.store.head.get('threshold') != said: self.threshold = _threshold(self.store.head, self.store.folder)
     return new
 
 @patch

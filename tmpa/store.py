@@ -353,7 +353,7 @@ def _remove(f):
 def append(self:Store,
     x, # (n, D) rows
     items:list, # As many ReIDImages
-    meta:dict, # What the head says beside numbers: made_by, size, ir_range, dtype
+    meta:dict, # What the head of an empty store is to say beside numbers: made_by, size, ir_range, dtype
     known:StoredNames, # Of this store
 )->int: # How many were added
     "Add images; those that another process has added since are passed over."
@@ -364,7 +364,8 @@ def append(self:Store,
         if not items: return 0
         if self.n and (self.head['made_by'], self.head['dim']) != (meta['made_by'], x.shape[1]):
             raise CheckpointError(f'{self.folder} holds features of another model by now: make another gallery for these')
-        self._open(_commit(self.folder, _write(self.folder, {**self.head, **meta}, x, *as_records(items))))
+        head = self.head if self.n else {**self.head, **meta}  # or what another process has said would be forgotten
+        self._open(_commit(self.folder, _write(self.folder, head, x, *as_records(items))))
         return len(items)
 
 # %% ../nbs/21a_store.ipynb #c4e3fe01
