@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from scipy.io import savemat
 
-from tmpa.callback.resume import ResumeFit
+from tmpa.callback.resume import ResumeFit, outline
 from tmpa.core import DataError, ProtocolError, ReIDImage, TMPAError, atomic_write, leftovers, remove_dead
 from tmpa.data.cache import image_cache
 from tmpa.data.external import csv_items, load_perms, regdb_items, sysu_items
@@ -158,13 +158,24 @@ faults = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(faults)
 
 CASES = dict(flips=(faults.flips, 8), reader_cases=(faults.reader_cases, 60), metadata=(faults.metadata, 24), kills=(faults.kills, 2))
+SHORT = 'save_weights', 'save_gallery', 'save_features', 'write_json', 'decoded images'
 
-@pytest.mark.parametrize('name', CASES)
-def test_faults(tmp_path, name):
-    f, n = CASES[name]
-    rows = list(f(tmp_path, n, seed=7))
-    assert len(rows) >= n and not [r for r in rows if r[1] in faults.BAD]
-    if name != 'kills': assert {'one line'} <= {r[1] for r in rows}
+forks = pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
+
+@forks
+@pytest.mark.parametrize('only, every', [(SHORT, 12), (['renderer'], 64)])
+def test_kills_at_events_of_files(tmp_path, only, every):
+    rows = list(faults.event_kills(tmp_path, every, seed=3, only=only))
+    assert len(rows) >= 5 and {r[1] for r in rows} == {'fine'}, [r for r in rows if r[1] != 'fine']
+
+@forks
+def test_edits_of_runs_and_kills_of_trainings():
+    "In a process of its own: one that has trained with threads cannot be forked."
+    less = '--flips 0 --cases 0 --meta 0 --kills 0 --edits 10 --every 39 --works training --seed 5'
+    command = [sys.executable, '-W', 'ignore', faults.__file__, *less.split()]
+    r = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    lines = [l for l in r.stdout.splitlines() if l.startswith(('edit: ', 'event: training'))]
+    assert r.returncode == 0 and len(lines) > 3 and sum(int(l.split()[-7]) for l in lines) >= 11, r.stdout + r.stderr
 
 def test_what_faults_would_find(tmp_path):
     "A suite that cannot fail shows nothing."
@@ -256,9 +267,26 @@ def test_states_of_a_fit_that_are_none(tmp_path, fit):
     assert go(f).epoch == 1
     for key, value in STATES:
         if key in ('callbacks', 'scaler') and value != 'gone': continue  # of what is not there
-        bad = {k: v for k, v in state.items() if k != key}
+        bad = {k: v for k, v in state.items() if k not in (key, 'outline')}  # as before version 0.8, which wrote none
         torch.save(bad if value == 'gone' else {**bad, key: value}, f)
         assert 'resume.pth' in within(20, lambda: go(f)), (key, value)
+
+def test_a_state_with_a_part_gone_says_so(tmp_path, fit):
+    "Without the momentum of one weight the fit would go on to other numbers."
+    go, state = fit
+    f, opt = tmp_path/'resume.pth', state['opt']
+    few = {k: v for k, v in list(opt['state'].items())[1:]}
+    for bad in ({**opt, 'state': few}, {**opt, 'param_groups': opt['param_groups'][:1]}):
+        torch.save({**state, 'opt': bad}, f)
+        assert 'not what was written' in within(20, lambda: go(f))
+
+def test_an_outline_is_of_every_part(fit):
+    _, state = fit
+    assert state['outline'] == outline(state) == outline({k: v for k, v in state.items() if k != 'outline'})
+    for key in state:
+        if key != 'outline': assert outline({k: v for k, v in state.items() if k != key}) != state['outline'], key
+    other = {**state, 'recorder': {**state['recorder'], 'count': 7}}
+    assert outline(other) != state['outline']
 
 
 # --- What would be scored, or written, without a word ------------------------------------------------------------------

@@ -10,10 +10,12 @@ import torch
 from tmpa import run as folders
 from tmpa.callback.loop import RunawayError
 from tmpa.callback.resume import ResumeFit
-from tmpa.core import CheckpointError, ConfigError, TMPAError
+from tmpa.cli import trials_folder
+from tmpa.core import CheckpointError, ConfigError, LostLoader, TMPAError
 from tmpa.data.synthetic import make_regdb
 from tmpa.demo import FIELDS, compare, demo_rows
-from tmpa.experiment import Watch, train_run
+from tmpa.experiment import Watch, make_learner, train_run
+from tmpa.learner import extract_features
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
 from tmpa.report import read_log
@@ -21,7 +23,7 @@ from tmpa.recipes import get_recipe
 from tmpa.reproduce import pick_tables, reproduce
 from tmpa.run import RunConfig, alone, clear_run, earlier_run, remove_leftovers, write_json
 from tmpa.data.load import ReIDDL
-from tmpa.scoring import DataSpec
+from tmpa.scoring import DataSpec, read_data
 from tmpa.setup import make_setup
 
 
@@ -299,6 +301,88 @@ def test_damaged_files_of_a_comparison(cfg, tmp_path, name, text):
     kw = dict(arch='micro_resnet', pretrained=False, patch=8, quiet=True, resume=True)
     with pytest.raises(ConfigError, match=f'{name} .* move it elsewhere'): compare(demo_rows(['B'], 1, size=(48, 24)), out, cfg.spec, **kw)
     assert [p.name for p in out.iterdir()] == [name] and (out/name).read_text() == text
+
+
+SUMMARY = dict(arch='micro_resnet', pretrained=False, patch=8, quiet=True, resume=True)
+
+
+@pytest.mark.cpu(reason='nothing is trained')
+@pytest.mark.parametrize('name, text', [('report.html', '<html>my report'), ('results.md', '# mine'), ('report.html', ''),
+                                        ('results.csv', 'day,hours\n'), ('results.csv', 'row')])
+def test_a_summary_of_yours_is_not_written_over(cfg, tmp_path, name, text):
+    out = tmp_path/'out'
+    out.mkdir()
+    (out/name).write_text(text)
+    rows = demo_rows(['B'], 1, size=(48, 24))
+    with pytest.raises(ConfigError, match=f'{name} .*move it elsewhere'): compare(rows, out, cfg.spec, **SUMMARY)
+    assert [p.name for p in out.iterdir()] == [name] and (out/name).read_text() == text
+
+
+def test_a_metrics_file_of_yours_beside_trials(tmp_path, one_line):
+    (tmp_path/'ten').mkdir()
+    (tmp_path/'ten'/'metrics.json').write_text('{"mine": 1}')
+    with pytest.raises(ConfigError, match='metrics.json cannot be read'): trials_folder(tmp_path/'ten', True)
+    assert (tmp_path/'ten'/'metrics.json').read_text() == '{"mine": 1}'
+
+
+def test_an_empty_table_of_yours(cfg, tmp_path):
+    (tmp_path/'results.csv').write_text('day,hours\n')
+    toy = make_setup('small', path=cfg.spec.path, ids=16, size=(48, 24))
+    says = 'results.csv is not of tmpa_reproduce'
+    with pytest.raises(ConfigError, match=says): reproduce(pick_tables('table2'), toy, tmp_path, show=True)
+    assert (tmp_path/'results.csv').read_text() == 'day,hours\n'
+
+
+def test_what_killed_commands_left_in_the_folder_of_tables(cfg, tmp_path):
+    "A table that is not made again."
+    left, mine = tmp_path/'.table5-regdb-t2v-abcd1234.tmpa.md', tmp_path/'.table5-regdb-t2v-abcd1234.md'
+    for f in (left, mine): f.write_text('half')
+    toy = make_setup('small', path=cfg.spec.path, ids=16, size=(48, 24))
+    reproduce(pick_tables('table2'), toy, tmp_path, show=True, quiet=True)
+    assert not left.exists() and mine.read_text() == 'half'
+
+
+SCORES = {**{k: .5 for k in ('rank1', 'rank10', 'rank20', 'mAP', 'mINP')},
+          **{k: 9 for k in ('n_queries', 'n_valid', 'n_gallery', 'n_trials')}}
+
+
+@pytest.mark.parametrize('key, value', [('mAP', 'gone'), ('mAP', None), ('mAP', 22.5), ('mAP', float('nan')), ('mINP', {}),
+                                        ('rank1', [1]), ('n_queries', 1.5), ('n_trials', '1'), ('mAP_std', -1), ('rank5', True)])
+def test_damage_deep_in_metrics(cfg, begun, key, value):
+    scores = {k: v for k, v in {**SCORES, key: value}.items() if v != 'gone'}
+    write_json(begun/'metrics.json', dict(seed=0, scores=dict(v2t=SCORES, t2v=scores)))
+    was = (begun/'metrics.json').read_bytes()
+    says = f'metrics.json cannot be read .of t2v, {key} is .*move it elsewhere'
+    with pytest.raises(ConfigError, match=says) as e: earlier_run(cfg)
+    assert '\n' not in str(e.value) and (begun/'metrics.json').read_bytes() == was
+
+
+@pytest.mark.cpu(reason='nothing is trained')
+def test_a_log_that_is_a_pipe(cfg):
+    out = Path(cfg.out)
+    train_run(cfg, quiet=True, rank_figure=False)
+    for name in ('metrics.json', 'history.csv'): (out/name).unlink()
+    os.mkfifo(out/'history.csv')
+    says = 'history.csv: this is a pipe.*move elsewhere'
+    with pytest.raises(ConfigError, match=says): train_run(cfg, quiet=True, resume=True)
+
+
+@pytest.mark.cpu(reason='a process of a loader is killed')
+@pytest.mark.parametrize('what', ['fit', 'features', 'cache'])
+def test_a_loader_process_that_is_killed_in_a_script(cfg, tmp_path, monkeypatch, what):
+    def kill(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
+    from tmpa.data import cache, load
+    train, *_ = read_data(cfg.spec)
+    learn = make_learner(replace(cfg, num_workers=1), train)
+    monkeypatch.setattr(load.ReIDDL, 'create_batches', kill)
+    monkeypatch.setattr(cache, 'decoded', kill)
+    monkeypatch.setattr(cache, '_check_space', lambda *args: None)
+    with pytest.raises(LostLoader, match='a loader process was killed.*fewer num_workers') as e:
+        if what == 'fit':
+            with learn.no_bar(): learn.fit(1)
+        elif what == 'features': extract_features(learn.model, train[:4], (48, 24), num_workers=1)
+        else: cache.image_cache(train, (48, 24), folder=tmp_path/'images', num_workers=1)
+    assert '\n' not in str(e.value)
 
 
 def test_results_that_are_not_of_the_tables(cfg, tmp_path):

@@ -20,7 +20,7 @@ from .core import ConfigError, user_path
 from .processes import agreed, on_rank0, this_process
 from .demo import compare, demo_patch, demo_rows, summarise
 from .experiment import evaluate_run, train_run
-from .run import RunConfig, check_arch, new_folder, write_json
+from .run import RunConfig, check_arch, new_folder, read_json, write_json
 from .scoring import DATA, DataSpec, also_trained_note, as_scores, check_given
 from .check import check_data, check_text
 from .recipes import field_values, with_fields
@@ -75,6 +75,7 @@ def trials_folder(out, resume):
     out = user_path(out)
     if not (resume and out.exists()): return new_folder(out)
     if not out.is_dir() or any(not o.name.startswith(('.', 'trial', 'metrics.json')) for o in out.iterdir()): raise ConfigError(f'{out} holds other things than trials: choose another --out')
+    if (out/'metrics.json').exists(): read_json(out/'metrics.json', trials=int, scores=dict)  # or it is somebody else's
     return out
 
 # %% ../nbs/18b_cli.ipynb #5291b462

@@ -54,7 +54,7 @@ def _line(e):
     "What an error is for the user; None: a bug."
     from tmpa.core import TMPAError, memory_asked
     from tmpa.processes import lost_loader
-    if isinstance(e, TMPAError): return str(e)
+    if isinstance(e, TMPAError) and not lost_loader(e): return str(e)
     if (asked := memory_asked(e)) is not None:
         more = f', {asked} more were asked for' if asked else ''
         return f'out of memory{more}: use smaller images or batches, or fewer --workers'

@@ -6,9 +6,9 @@
 __all__ = ['UNKNOWN', 'RANGES', 'Modality', 'ReIDImage', 'PublishedImage', 'TrackedImage', 'known', 'same_person', 'plain',
            'TMPAError', 'DataError', 'ProtocolError', 'CheckpointError', 'ConfigError', 'arg_names', 'check_names',
            'user_path', 'as_picture', 'whole_number', 'check_record', 'check_records', 'rand_on', 'check_modality',
-           'slots', 'tmpa_home', 'keep_memory', 'OutOfMemory', 'memory_asked', 'enough_memory', 'free_memory',
-           'in_memory', 'Range', 'check_ranges', 'shortened', 'regular_file', 'csv_cell', 'csv_text', 'leftovers',
-           'remove_dead', 'temp_folder', 'atomic_write', 'locked']
+           'slots', 'tmpa_home', 'keep_memory', 'OutOfMemory', 'LostLoader', 'memory_asked', 'enough_memory',
+           'free_memory', 'in_memory', 'Range', 'check_ranges', 'shortened', 'regular_file', 'csv_cell', 'csv_text',
+           'leftovers', 'remove_dead', 'temp_folder', 'atomic_write', 'remove_all_dead', 'locked']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
 import ctypes, errno, inspect, os, re, shutil, stat, tempfile, traceback
@@ -263,6 +263,7 @@ def keep_memory()->bool: # Whether there was anybody to ask
 
 # %% ../nbs/00_core.ipynb #e3a06caf
 class OutOfMemory(ConfigError): "Work that does not fit into memory; says what was asked for and what to make smaller."
+class LostLoader(ConfigError): "Work whose loader process was killed, mostly by a system that is short of memory."
 
 _no_memory = re.compile("(can't|cannot) allocate memory|(not enough|out of) memory|alloc_failed", re.I)
 
@@ -285,11 +286,14 @@ def enough_memory(
     "`OutOfMemory` in place of what an allocator raises in this block."
     try: yield
     except Exception as e:
-        asked = memory_asked(e)
-        if asked is None: raise
+        asked, lost = memory_asked(e), isinstance(e, RuntimeError) and 'DataLoader worker (pid' in str(e)
+        if asked is None and not lost: raise
         what, smaller = (o() if callable(o) else o for o in (what, smaller))
         traceback.clear_frames(e.__traceback__)  # or this error would keep the tensors of the batch
     else: return
+    if lost:
+        raise LostLoader(f'{what}: a loader process was killed, perhaps for want of memory: '
+                         'use fewer num_workers (0: none) or smaller batches') from None
     raise OutOfMemory(f"{what}: out of memory{f', {asked} more were asked for' if asked else ''}: {smaller}") from None
 
 # %% ../nbs/00_core.ipynb #76ca45d3
@@ -434,20 +438,23 @@ def leftovers(
     try: return [path.parent/o for o in os.listdir(path.parent) if made.fullmatch(o)]
     except OSError: return []
 
+def _remove_if_dead(f):
+    "Remove a temporary file or folder, unless its writer lives."
+    try: fd = os.open(f, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError: return
+    try:
+        if not (_lock(fd) and _is(f, fd)): return
+        if f.is_dir(): shutil.rmtree(f, ignore_errors=True)
+        else: f.unlink(missing_ok=True)
+    except OSError: pass  # a place that can be read only
+    finally: os.close(fd)
+
 def remove_dead(
     path:str|os.PathLike, # As in leftovers
 ):
     "Remove what processes left that were killed while they wrote it: nobody holds its lock."
     if fcntl is None: return
-    for f in leftovers(path):
-        try: fd = os.open(f, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError: continue
-        try:
-            if not (_lock(fd) and _is(f, fd)): continue
-            if f.is_dir(): shutil.rmtree(f, ignore_errors=True)
-            else: f.unlink(missing_ok=True)
-        except OSError: pass  # a place that can be read only
-        finally: os.close(fd)
+    for f in leftovers(path): _remove_if_dead(f)
 
 @contextmanager
 def temp_folder(
@@ -487,6 +494,18 @@ def atomic_write(
     finally:
         tmp.unlink(missing_ok=True)
         _close(fd)  # until here its lock says that somebody writes
+
+# %% ../nbs/00_core.ipynb #04d58a36
+_temporary = re.compile(r'\..+-[a-z0-9_]{8}\.tmpa(\.[^.]*)?', re.S)
+
+def remove_all_dead(
+    folder:str|os.PathLike, # A folder that exists
+):
+    "`remove_dead` for everything in a folder: what a killed process was writing may not be written again."
+    if fcntl is None: return
+    folder = user_path(folder)
+    for name in os.listdir(folder):
+        if _temporary.fullmatch(name): _remove_if_dead(folder/name)
 
 # %% ../nbs/00_core.ipynb #1b1c0f65
 _held = set()  # descriptors of locks

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .core import ConfigError, arg_names, atomic_write, check_names, csv_cell, csv_text, regular_file, user_path, check_ranges
+from .core import remove_all_dead
 from .data.synthetic import GENERATOR_VERSION
 from .experiment import mean_map, train_runs
 from .run import ARCHS, RunConfig, alone, earlier_run, environment, new_folder, read_json, run_images, write_json
@@ -125,6 +126,17 @@ def _earlier_lines(path):
                           'or move it elsewhere, and it is made again of the runs') from None
     return lines
 
+def _own_summary(out):
+    "What is made anew with every run must not be somebody else's."
+    marks = {'results.csv': ','.join(FIELDS[:5]), 'results.md': '| method | epochs |',
+             'report.html': '<title>tmpa on rendered people'}
+    for name, mark in marks.items():
+        f = out/name
+        if not f.exists(): continue
+        with open(regular_file(f, 'summary', 'move elsewhere what lies there'), encoding='utf8', errors='replace') as o:
+            if mark in o.read(1000): continue
+        raise ConfigError(f'{f} is damaged, or not of a comparison: choose another --out, or move it elsewhere')
+
 def _setup(out, what, resume):
     "Make or re-open the folder of a comparison; settings of an earlier start must be the same."
     if out.exists() and not resume: raise ConfigError(f'{out} exists already: choose another --out, or pass --resume to go on with it')
@@ -152,9 +164,12 @@ def compare(
     check_ranges(workers=workers, seeds=tuple(seeds))
     for r in rows: RunConfig(get_recipe(r.recipe), spec, str(out), epochs=r.epochs, **kwargs).check()
     _earlier_lines(out/'results.csv')
+    _own_summary(out)
     train,test,_ = read_data(spec)  # renders, once, before processes start
     what = _setup(out, dict(data=spec.data, n_ids=spec.n_ids, size=list(spec.size), data_seed=spec.seed, generator=GENERATOR_VERSION, **kwargs), resume)
-    with alone(out): return _compare(rows, out, spec, seeds, quiet, workers, what, run_images(spec, train, test), kwargs)
+    with alone(out):
+        remove_all_dead(out)
+        return _compare(rows, out, spec, seeds, quiet, workers, what, run_images(spec, train, test), kwargs)
 
 def _compare(rows, out, spec, seeds, quiet, workers, what, images, kwargs):
     order,asked,todo = [r.name for r in rows],{(r.name, s) for r in rows for s in seeds},[]
@@ -163,10 +178,11 @@ def _compare(rows, out, spec, seeds, quiet, workers, what, images, kwargs):
     def done(row, metrics):
         lines.append(as_line(row, metrics)); lines.sort(key=place)
         _write_summary(out, sorted(lines + kept, key=place), what)
+    need = dict(need=('seed', 'train_seconds', 'generator'), settings=('v2t', 't2v'))
     for seed in seeds:
         for row in rows:
             cfg = RunConfig(get_recipe(row.recipe), spec, str(out/f'{row.slug}-seed{seed}'), epochs=row.epochs, seed=seed, **kwargs)
-            if before := earlier_run(cfg, images): done(row, before)
+            if before := earlier_run(cfg, images, **need): done(row, before)
             else: todo.append((row, cfg))
     for i,result in train_runs([cfg for _,cfg in todo], workers, quiet, resume=True):
         if isinstance(result, Exception): raise result

@@ -23,7 +23,7 @@ from .callback.loop import RunawayError, not_finite
 from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
 from .core import CheckpointError, ConfigError, OutOfMemory, ProtocolError, TMPAError
-from .core import atomic_write, check_ranges, keep_memory, shortened, user_path
+from .core import atomic_write, check_ranges, keep_memory, regular_file, shortened, user_path
 from .processes import end_with_parent, n_processes, on_rank0, rank0_first, this_process, together, told, is_told
 from .data.external import sysu_items
 from .data.load import ReIDDataLoaders, split_by_pid
@@ -170,10 +170,15 @@ def _first_files(cfg, images, loggers, done):
         save_images(out/'image_files.csv', images.files)
     save_environment(out/'environment.json')
 
+def _check_log(f):
+    "fastai writes into it as it is: a pipe would wait for a reader."
+    if os.path.lexists(f): regular_file(f, 'log', 'move elsewhere what lies there', ConfigError)
+
 def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_figure, watch, budget):
     out,spec = Path(cfg.out),cfg.spec
     done = on_rank0(lambda: going_on and trained(cfg))  # but not scored
     on_rank0(lambda: remove_leftovers(out))
+    on_rank0(lambda: _check_log(out/'history.csv'))
     loggers = []
     try:
         learn = rank0_first(lambda: make_learner(cfg, train, test))  # the others find weights and decoded images

@@ -15,7 +15,7 @@ from multiprocessing import parent_process
 from threading import Thread
 import torch
 from torch import Tensor, distributed as dist
-from .core import ConfigError, TMPAError
+from .core import ConfigError, LostLoader, TMPAError
 
 # %% ../nbs/00a_processes.ipynb #162216f7
 _inside = False  # whether this process now works on one thing with the others
@@ -169,8 +169,8 @@ def end_with_parent(*args):
     Thread(target=_wait_for, args=[parent], daemon=True).start()
 
 def lost_loader(e:Exception)->bool:
-    "Whether this is what torch raises when a loader process is gone."
-    return isinstance(e, RuntimeError) and 'DataLoader worker' in str(e)
+    "Whether this is what torch raises when a loader process is gone, or what `enough_memory` makes of it."
+    return isinstance(e, LostLoader) or isinstance(e, RuntimeError) and 'DataLoader worker (pid' in str(e)
 
 def refuse_data_parallel():
     "`nn.DataParallel` cuts a batch anywhere, between the images of a slot too."

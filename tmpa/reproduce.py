@@ -6,11 +6,11 @@
 __all__ = ['reproduce', 'pick_tables', 'sweep']
 
 # %% ../nbs/18ac_reproduce.ipynb #18f47e66
-import csv, itertools, shutil
+import itertools, shutil
 from dataclasses import replace
 from pathlib import Path
 from .callback.loop import RunawayError
-from .core import ConfigError, TMPAError, check_names, user_path, check_ranges
+from .core import ConfigError, TMPAError, check_names, regular_file, remove_all_dead, user_path, check_ranges
 from .experiment import OverBudget, evaluate_run, train_runs
 from .run import OtherImages, alone, earlier_run, new_folder, run_images, write_json
 from .recipes import TABLES, RecipeTable, TableRow, get_recipe, get_table, short_hash, short_value, with_fields
@@ -23,9 +23,10 @@ from .tables import fill, ratio_strip, save_figure, save_table
 # %% ../nbs/18ac_reproduce.ipynb #c8fa82cc
 def _own_results(path):
     "`results.csv` is made anew from the runs; one that is somebody else's must not be lost."
-    try: first = read_lines(path)[:1]
-    except csv.Error: first = [{}]
-    if first and 'recipe_key' not in first[0]:
+    if not path.exists(): return
+    f = regular_file(path, 'table', 'move elsewhere what lies there')
+    with open(f, encoding='utf8', errors='replace') as o: head = o.readline(1000)
+    if 'recipe_key' not in head:
         raise ConfigError(f'{path} is not of tmpa_reproduce: choose another --out, or move it elsewhere')
 
 def _distinct(cfgs):
@@ -95,6 +96,7 @@ def reproduce(
     if not out.is_dir(): new_folder(out)
     _own_results(out/'results.csv')
     with alone(out):
+        remove_all_dead(out)
         cfgs = _distinct(itertools.chain(*zip(*[setup.configs(r, out) for r in rows])))  # a seed of every row before the next seed
         todo = [] if show else _todo(cfgs, setup.budget, {s.trial: run_images(s, d[0], d[1]) for s,d in zip(setup.specs, data)})
         if not quiet: print(f'{len(cfgs)} runs, {len(todo)} to do', flush=True)

@@ -11,11 +11,11 @@ import itertools, math, shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from warnings import warn
-from .core import ConfigError, arg_names, check_names, user_path, check_ranges
+from .core import ConfigError, arg_names, check_names, shortened, user_path, check_ranges
 from .data.synthetic import GENERATOR_VERSION
 from .demo import Row, demo_patch, write_lines
 from .regions import grid_size
-from .run import RunConfig, read_json
+from .run import RunConfig, damaged, read_json, read_metrics, wrong_scores
 from .recipes import Recipe, TableRow, content, get_recipe, short_hash
 from .report import COLUMNS
 from .scoring import DataSpec, check_given
@@ -127,13 +127,45 @@ RUN_FIELDS = ['recipe','recipe_key','setup','data','n_ids','size','arch','epochs
 def _read(f, **kinds):
     return read_json(f, **kinds) if f.exists() else None
 
-_kinds = dict(metrics=dict(scores=dict), over_budget=dict(budget=(int, float)), failed={})
+def _over(f):
+    "What is known of a run that was over its budget."
+    d = read_json(f)
+    minutes = d.get('budget')
+    if not (type(minutes) in (int, float) and 0 < minutes < 10**9): raise damaged(f, f'budget is {str(minutes)[:40]}')
+    return d
+
+def _failed(f):
+    "What is known of a run that failed."
+    d = read_json(f, config=dict)
+    if not isinstance(d.get('error'), str): raise damaged(f, f"error is {str(d.get('error'))[:40]}")
+    return d
+
+_states = dict(metrics=('done', read_metrics), over_budget=('over budget', _over), failed=('failed', _failed))
 
 def run_state(folder)->tuple: # 'done', 'over budget', 'failed' or 'cut off', and what the folder says about it
     "How far a run folder came."
-    for status,name in (('done','metrics'), ('over budget','over_budget'), ('failed','failed')):
-        if (d := _read(user_path(folder)/f'{name}.json', **_kinds[name])) is not None: return status,d
+    for name,(status,read) in _states.items():
+        if (f := user_path(folder)/f'{name}.json').exists(): return status,read(f)
     return 'cut off',{}
+
+def _check_config(cfg, f):
+    "Refuse the configuration of a run that none could have; one of another run says another seed than its folder."
+    known = lambda cls, d: {o.name: d[o.name] for o in fields(cls) if o.name in d}
+    try:
+        spec = DataSpec(**{**known(DataSpec, cfg['spec']), 'path': 'anywhere'})
+        run = RunConfig(**{**known(RunConfig, cfg), 'recipe': Recipe(cfg['recipe']['name']), 'spec': spec})
+        run.check()
+        if not isinstance(run.recipe.name, str): raise ValueError(f'name is {run.recipe.name}')
+        which = f'-trial{spec.trial}-seed{run.seed}'
+        if not f.parent.name.endswith(which): raise ValueError(f'it is of another run: {which}')
+    except (ValueError, TypeError, KeyError, AttributeError) as e: raise damaged(f, shortened(e)) from None
+
+def _check_environment(env, f):
+    "Refuse versions and instruction sets that are no text."
+    sets = [env, *(env.get('resumed_with') or [])]
+    texts = lambda e: isinstance(e, dict) and isinstance(e.get('versions', {}), dict) and all(
+        isinstance(o, str|None) for o in (e.get('instructions'), e.get('versions', {}).get('tmpa')))
+    if not all(map(texts, sets)): raise damaged(f, 'versions or instructions are none')
 
 def run_lines(folder)->list: # None of a run that was cut off; more than one where its network was scored in several ways
     "A run folder as flat records."
@@ -142,8 +174,10 @@ def run_lines(folder)->list: # None of a run that was cut off; more than one whe
     if status == 'cut off': return []
     cfg,(_,rkey,setup,_,_) = cfg or d.get('config'),folder.name.rsplit('-', 4)
     if not cfg: raise ConfigError(f'{folder} has no config.json: put it back, or move the folder elsewhere to run it again')
+    _check_config(cfg, folder/'config.json')
     env = _read(folder/'environment.json', resumed_with=(list, type(None))) or {}
-    sets = [e.get('instructions') for e in (env, *env.get('resumed_with', []))]
+    _check_environment(env, folder/'environment.json')
+    sets = [e.get('instructions') for e in (env, *(env.get('resumed_with') or []))]
     instructions = '+'.join(dict.fromkeys(filter(None, sets)))
     s,first = cfg['spec'],dict(recipe=cfg['recipe']['name'], recipe_key=rkey, setup=setup)
     rest = dict(data=s['data'], n_ids=s['n_ids'] if s['data'] == 'synthetic' else '', size='x'.join(map(str, s['size'])), arch=cfg['arch'], epochs=cfg['epochs'], trial=s['trial'], seed=cfg['seed'],
@@ -151,6 +185,7 @@ def run_lines(folder)->list: # None of a run that was cut off; more than one whe
     lines = [{**first, **rest, **_flat(d.get('scores', {}))}]
     for f in sorted(folder.glob('scores-*.json')):
         e = _read(f, score=dict, scores=dict)
+        if wrong := wrong_scores(e['scores']): raise damaged(f, wrong)
         how = ', '.join(f'{k}={v}' for k,v in e['score'].items())
         lines.append({**first, **rest, 'recipe': f"{first['recipe']} ({how})", 'recipe_key': f.stem.removeprefix('scores-'), **_flat(e['scores'])})
     return lines

@@ -13,7 +13,8 @@ import numpy as np
 import PIL
 import torch
 from fastprogress.fastprogress import progress_bar
-from ..core import ConfigError, DataError, atomic_write, leftovers, locked, regular_file, tmpa_home, user_path
+from ..core import ConfigError, DataError, atomic_write, enough_memory, leftovers, locked, regular_file
+from ..core import tmpa_home, user_path
 from ..processes import end_with_parent
 from .image import decoded, how_read, item_range
 
@@ -164,5 +165,6 @@ def image_cache(
             if (cache := _open(file, size, names, sources)) is not None: return cache
             for f in leftovers(file): f.unlink()  # we hold the lock
             _check_space(folder, names, size)
-            return _write(file, size, names, sources, num_workers, progress)
+            with enough_memory(f'decoding {len(names):,} images', 'pass fewer num_workers'):
+                return _write(file, size, names, sources, num_workers, progress)
     except OSError as e: raise _no_space(folder, f'cannot take the file ({e.strerror})') from None
