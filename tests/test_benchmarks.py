@@ -77,6 +77,24 @@ def test_input_benchmark(tmp_path, monkeypatch, capsys):
     assert 'images a second and core' in capsys.readouterr().out
 
 
+@pytest.mark.cpu(reason='is about one core')
+def test_search_benchmark(tmp_path, monkeypatch, capsys):
+    "Every row, small; and the page shows what it writes."
+    from tmpa import index
+    monkeypatch.setattr(index, 'SMALL', 500)
+    threads = torch.get_num_threads()
+    small = '--rows 4000 --dim 32 --queries 20 --turns 3'.split()
+    try: benchmark('search').main([*small, '--folder', str(tmp_path), '--out', str(tmp_path/'search.json')])
+    finally: torch.set_num_threads(threads)
+    r = json.loads((tmp_path/'search.json').read_text())
+    assert r['disk']['bytes'] > 4000*32*4 and 0 < r['disk']['open'] and r['disk']['add_one'] > 0
+    assert len(r['exact']) == 4 and all(o['low'] <= o['ratio'] <= o['high'] for o in r['exact'])
+    for o in r['faiss']: assert 0 <= o['recall'] <= 1 and o['lists'] > 1
+    kept = json.loads((ROOT/'nbs/experiments/results/search.json').read_text())
+    assert set(kept) == set(r) and set(kept['disk']) == set(r['disk'])
+    assert max(o['ratio'] for o in kept['exact']) <= 1.2 and kept['rows'] == 1_000_000 and kept['disk']['open'] < 1
+    assert [o.name for o in tmp_path.iterdir()] == ['search.json']
+
 # ---------------------------------------------------------------- at the paper's scale
 
 SOME = 'trunk/TMPA/0', 'scratch/B/0'
