@@ -61,6 +61,7 @@ from .experiment import *
 from .demo import *
 from .store import *
 from .index import *
+from .published import *
 from .search import *
 from .serve import *
 from .vis.hits import *

@@ -53,7 +53,7 @@ class TwinNet(ReIDNet, method='dart'):
         if self.base == 'agw':
             if attention is not None: raise ConfigError("attention= belongs to one trunk: pass base='tmpa'")
             return AGWNet(n_classes, arch, pretrained, **kwargs)
-        if wrong := [k for k in kwargs if k.startswith('nonlocal')]:
+        if wrong := [k for k in kwargs if k.startswith(('nonlocal', 'pool_floor'))]:
             raise ConfigError(f"{wrong[0]}= belongs to AGW: pass base='agw'")
         return TMPANet(n_classes, arch, pretrained, mfe=False, mft=False, attention=attention, **kwargs)
 

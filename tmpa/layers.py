@@ -50,17 +50,20 @@ def avg_pool(
 
 class GeM(nn.Module):
     "Generalised mean pooling: (B, C, H, W) -> (B, C), in float32."
+    floor = 0. # of networks that were pickled without one
     def __init__(self,
         p:float=3.,          # Exponent; 1 is the average
         trainable:bool=False,# Learn `p`?
         eps:float=1e-6,      # Smaller activations count as `eps`, so that the root has a gradient
+        floor:float=0.,      # Added to the mean of powers, as published code of AGW does with `eps=0`
     ):
         super().__init__()
         if p <= 0: raise ConfigError(f'GeM: p={p} is not positive: 3 is usual, 1 is the average')
         self.p,self.eps = (nn.Parameter(torch.tensor(float(p))) if trainable else float(p)), eps
+        self.floor = floor
 
     def forward(self, x):
-        return x.float().clamp(min=self.eps).pow(self.p).mean((-2, -1)).pow(1/self.p)
+        return x.float().clamp(min=self.eps).pow(self.p).mean((-2, -1)).add(self.floor).pow(1/self.p)
 
     def extra_repr(self): return f'p={float(self.p):.3g}, trainable={isinstance(self.p, nn.Parameter)}'
 

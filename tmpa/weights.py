@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from . import __version__
 from .core import CheckpointError, ConfigError, check_names, regular_file, shortened, temp_folder, user_path
-from .files import first_wrong, is_a, so_many, whole
+from .files import first_wrong, is_a, load_torch, so_many, weights_in, whole
 from .models.net import ReIDNet, build_net, describe, fingerprint, first_not_finite, is_classifier
 from .models.net import load_tmpa, read_meta
 
@@ -278,6 +278,15 @@ def find_weights(
     if path.exists() or not _is_id(where): return path.parent if path.name == _WEIGHTS else path
     return _from_hub(where, revision)
 
+# %% ../nbs/12c_weights.ipynb #b8df7164
+def _published(path):
+    "What opens a file of AGW's published code, given the trunk: network and metadata; None for another file."
+    from tmpa.published import is_published, load_published
+    file = load_torch(path)
+    if not is_published(weights_in(file, path)): return None
+    run = {k: file[k] for k in ('epoch', 'mAP') if isinstance(file.get(k), (int, float))}
+    return lambda arch: (load_published(path, arch=arch), dict(size=[288, 144], origin="AGW's published code", **run))
+
 # %% ../nbs/12c_weights.ipynb #e05678c7
 def open_weights(
     where,          # A file of save_weights or tmpa_train, a folder of save_pretrained, or a name of the hub
@@ -288,7 +297,9 @@ def open_weights(
     "A trained network and what is known about it."
     path = find_weights(where, revision)
     if path.is_dir(): return _open_folder(path, arch, attention)
-    model, meta = load_tmpa(path, arch, attention), read_meta(path)
+    meta = read_meta(path)
+    if 'arch' in meta or not (known := _published(path)): model = load_tmpa(path, arch, attention)
+    else: model, meta = known(arch or 'resnet50')
     card = json.loads(json.dumps(make_card(model, meta), default=str))
     if wrong := first_wrong(card, CARD):
         raise CheckpointError(f'{path}: its metadata says that {shortened(wrong, 200)}: copy the file again')

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from torch import nn
 from torchvision.models import resnet50
 from ..core import ConfigError
-from ..layers import full_precision
+from ..layers import GeM, full_precision
 from .backbone import Extractor
 from .mfe import MFE
 from .tmpa import TMPANet
@@ -76,12 +76,14 @@ class AGWNet(TMPANet, method='agw'):
         keep_originals:bool=True,   # Rows of originals beside those of mixed images; False: mixed ones alone
         pool_p:float=3.,            # GeM exponent
         pool_trainable:bool=False,  # Learn it?
+        pool_floor:float=0.,        # Floor of the pooling; 1e-12 as in the published code, 0: activations of 1e-6
         feature:str='bn',           # Evaluation feature: after the neck ('bn') or before ('pool')
         weights:str='IMAGENET1K_V1',# Which torchvision weights
     ):
         super().__init__(n_classes, arch, pretrained, mfe=False, mft=False, keep_originals=keep_originals, pool_p=pool_p,
                          pool_trainable=pool_trainable, feature=feature, weights=weights)
         self.remember(locals())
+        if pool_floor: self.pool = GeM(pool_p, pool_trainable, eps=0., floor=pool_floor)
         self.mfe = MFE(TwoStems(self.mfe.shared, nonlocal_blocks, nonlocal_channels))
 
     def shared(self, images, modality=None): return self.mfe.shared(images, modality)
