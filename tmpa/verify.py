@@ -199,9 +199,9 @@ class Threshold:
     high:float
     maybe:float       # Maybe up to here, nobody beyond
     far:float         # Wanted false accept rate
-    keep:float        # Wanted share of the pairs of one person up to `maybe`
-    accepted:Interval # False accept rate at `distance`
-    true:Interval     # True accept rate at `distance`
+    keep:float        # Wanted share of the pairs of one person up to maybe
+    accepted:Interval # False accept rate at distance
+    true:Interval     # True accept rate at distance
     n_same:int        # Pairs of one person
     n_other:int       # Pairs of two people
     n_people:int = 0  # Drawn for the intervals; 0: pairs counted as independent
@@ -215,18 +215,19 @@ class Threshold:
         if isnan(d): raise ProtocolError('the distance is NaN: look at the features')
         return 'match' if d <= self.distance else 'maybe' if d <= self.maybe else 'nobody'
 
+    def __repr__(self): return _as_text(self)
+
 # %% ../nbs/13e_verify.ipynb #ae8f7f0b
 def _percent(i): return f'{100*i.mean:.3g} % [{100*i.low:.3g}, {100*i.high:.3g}]'
 
-@patch
-def __repr__(self:Threshold):
-    how = f'drawing {self.n_people} people' if self.n_people else 'as if pairs were independent'
-    ends = f'[{self.low:.3f}, {self.high:.3f}]'
+def _as_text(t):
+    how = f'drawing {t.n_people} people' if t.n_people else 'as if pairs were independent'
+    ends = f'[{t.low:.3f}, {t.high:.3f}]'
     return '\n'.join([
-        f'match up to {self.distance:.3f} {ends}, maybe up to {self.maybe:.3f}, nobody beyond',
-        f'accepts {_percent(self.accepted)} of {self.n_other:,} pairs of different people',
-        f'accepts {_percent(self.true)} of {self.n_same:,} pairs of one person',
-        f'{100*self.level:g} % intervals, {how}', *[self.note]*bool(self.note)])
+        f'match up to {t.distance:.3f} {ends}, maybe up to {t.maybe:.3f}, nobody beyond',
+        f'accepts {_percent(t.accepted)} of {t.n_other:,} pairs of different people',
+        f'accepts {_percent(t.true)} of {t.n_same:,} pairs of one person',
+        f'{100*t.level:g} % intervals, {how}', *[t.note]*bool(t.note)])
 
 @patch
 def to_dict(self:Threshold)->dict:
@@ -249,7 +250,7 @@ def from_dict(cls:Threshold,
 
 # %% ../nbs/13e_verify.ipynb #b0daac31
 def threshold(
-    distances,         # (n,) of pairs; or `Pairs`, which bring `same`, `groups` and `cross` along
+    distances,         # (n,) of pairs; or Pairs, which bring same, groups and cross along
     same=None,         # (n,) whether a pair shows one person
     far:float=.01,     # Wanted false accept rate
     keep:float=.95,    # Share of the pairs of one person that are at least maybe
@@ -329,6 +330,10 @@ class Roc:
         i = np.searchsorted(self.far, far*(1 + 1e-12), 'right') - 1
         return Point(*(float(x[i]) for x in (self.distance, self.far, self.tar)))
 
+    def __repr__(self):
+        return (f'{type(self).__name__} of {self.n_same:,} against {self.n_other:,}: '
+                f'equal error {100*self.eer:.2f} %, area {100*self.auc:.2f} %')
+
 # %% ../nbs/13e_verify.ipynb #b124f07e
 @patch(as_prop=True)
 def frr(self:Roc):
@@ -348,13 +353,8 @@ def eer(self:Roc)->float:
     w = gap[i]/(gap[i] - gap[i-1])
     return float(self.far[i] + w*(self.far[i-1] - self.far[i]))
 
-@patch
-def __repr__(self:Roc):
-    return (f'{type(self).__name__} of {self.n_same:,} against {self.n_other:,}: '
-            f'equal error {100*self.eer:.2f} %, area {100*self.auc:.2f} %')
-
 def roc(
-    distances, # (n,) of pairs, or `Pairs`
+    distances, # (n,) of pairs, or Pairs
     same=None, # (n,) whether a pair shows one person
 ) -> Roc:
     "False and true accept rates at every distance."
@@ -447,7 +447,7 @@ def plot_curves(
 
 # %% ../nbs/13e_verify.ipynb #a3fb453e
 def plot_pairs(
-    distances,      # (n,) of pairs, or `Pairs`
+    distances,      # (n,) of pairs, or Pairs
     same=None,      # (n,) whether a pair shows one person
     threshold=None, # A Threshold, whose verdicts are marked
     bins:int=60,    # Bars
