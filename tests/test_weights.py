@@ -64,6 +64,12 @@ def test_folder_and_file_give_the_network(name, tmp_path):
     assert (card['dim'], card['size'], card['run']) == (features(net).shape[1], [48, 24], dict(trial=3))
     assert type(type(net).from_pretrained(tmp_path/'net')) is type(net)
 
+@pytest.mark.parametrize('name', ['TMPA', 'DART'])
+def test_nothing_else_needs_to_be_imported(name, tmp_path):
+    save_weights(build(name), tmp_path/'w.pth')
+    code = 'import sys; from tmpa.weights import open_weights; open_weights(sys.argv[1])'
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code, tmp_path/'w.pth'], check=True)
+
 def test_a_card_goes_on_with_the_weights(saved, tmp_path):
     model, card = open_weights(saved)
     save_pretrained(model, tmp_path/'again', **card)

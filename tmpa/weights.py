@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from . import __version__
 from .core import CheckpointError, ConfigError, check_names, regular_file, shortened, temp_folder, user_path
+from .dart import TwinNet  # with it all networks are known
 from .files import first_wrong, is_a, load_torch, so_many, weights_in, whole
 from .models.net import ReIDNet, build_net, describe, fingerprint, first_not_finite, is_classifier
 from .models.net import load_tmpa, read_meta

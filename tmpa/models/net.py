@@ -292,7 +292,7 @@ def _check_classes(meta, weights, path):
 def _class_of(meta, path):
     "The class of `NETS` that a file's metadata names."
     if (cls := _named(meta.get('net'))) is not None: return cls
-    raise CheckpointError(f"{path}: holds a {meta['net']}, which is unknown here: "
+    raise CheckpointError(f"{path}: holds a {meta.get('net') or 'TMPANet'}, which is unknown here: "
                           '`from tmpa.all import *`, import the module that defines it, or update tmpa')
 
 def _sizes(make):

@@ -128,7 +128,8 @@ def export_onnx(
     onnx, onnxruntime = _onnx()
     model, known = (weights, card or {}) if isinstance(weights, nn.Module) else open_weights(weights)
     card = make_card(model, known)
-    card['size'] = list(image_size(card, size))
+    wanted = list(image_size(card, size))
+    if card['size'] != wanted: card['size'], card['threshold'] = wanted, None  # distances of another size are others
     if wrong := first_wrong(card, CARD): raise ConfigError(f'{path}: in the card {wrong}')
     net, path = FromPixels(model, card, card['size']), user_path(path)
     try: made = _graph(net)
