@@ -309,3 +309,14 @@ def test_verdicts(run, weights, pictures, tmp_path):
     assert 'no hits' in run(*ask, '--max_distance', '0')[1]
     status, out, err = run('tmpa_search', g, pictures/'infrared'/'0.png', '--weights', near, '--k', 1)
     assert status == 0 and 'match' in out and 'camera' not in out
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no processes to kill')
+@pytest.mark.parametrize('suffix', ['.npz', ''])
+def test_killed_and_gone_on_with(tmp_path, monkeypatch, suffix):
+    "A few of what benchmarks/index_kills.py does."
+    monkeypatch.setenv('TMPA_HOME', str(tmp_path/'home'))
+    monkeypatch.syspath_prepend(Path(__file__).parents[1]/'benchmarks')
+    import faults, index_kills
+    rows = list(index_kills.index_kills(tmp_path, 2, seed=7, images=60, suffix=suffix))
+    assert len(rows) >= 2 and not [r for r in rows if r[1] in faults.BAD], rows

@@ -19,12 +19,14 @@ def thumbnail(
     o, # A ReIDImage
     ir_range:tuple|None=None, # As in read_image
     size:tuple=(96, 96), # Height and width that it has at most
+    enlarge:bool=False, # Whether a smaller image is enlarged to that
 )->Image.Image|None: # None: the image cannot be read any more
     "A small copy of an image, in its own proportions."
     try: x = read_image(o.path, **how_read(o, ir_range))
     except DataError: return None
     h, w = x.shape[1:]
     scale = min(size[0]/h, size[1]/w)
+    if not enlarge: scale = min(scale, 1)
     im = Image.fromarray((255*x).round().byte().permute(1, 2, 0).numpy())
     return im.resize((max(1, round(w*scale)), max(1, round(h*scale))), Image.LANCZOS)
 
@@ -44,7 +46,7 @@ _H, _W, _GAP, _TEXT = 96, 64, 8, 26 # of a picture, between pictures, and for th
 
 def _put(sheet, o, ir_range, y, x):
     "Draw a picture in the middle of its place; a grey place where it cannot be read."
-    im = thumbnail(o, ir_range, (_H, _W))
+    im = thumbnail(o, ir_range, (_H, _W), enlarge=True)
     if im is None: sheet[y:y+_H, x:x+_W] = 200
     else:
         top, left = y + (_H-im.height)//2, x + (_W-im.width)//2
@@ -114,14 +116,14 @@ figure.query{border-right:2px solid #888;padding-right:.7rem}img,.none{display:b
 
 def _uri(im):
     b = io.BytesIO()
-    im.save(b, 'JPEG', quality=80)
+    im.save(b, 'JPEG', quality=75)
     return f'data:image/jpeg;base64,{base64.b64encode(b.getvalue()).decode()}'
 
 def _picture(o, alt, ir_range, made):
     "An image of a page; `made` keeps what was made before."
     key = id(o.path) if isinstance(o.path, Image.Image) else str(o.path)
     if key not in made:
-        im = thumbnail(o, ir_range, (144, 144))
+        im = thumbnail(o, ir_range, (112, 112))
         made[key] = im and _uri(im)
     alt = html.escape(_printable(alt))
     if made[key] is None: return f'<div class="none" role="img" aria-label="{alt}">cannot be read any more</div>'
