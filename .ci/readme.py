@@ -10,6 +10,15 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTE = '<!-- Made from nbs/index.ipynb by .ci/readme.py; edit the notebook. -->\n\n'
 
 
+LINK = re.compile(r'\]\((?!https?:)([\w./]*?)(?:\d+[a-z]*_)?([\w.]+)\.ipynb(#[\w-]+)?\)')  # to another notebook
+
+
+def site_link(found):
+    "A link between pages of the site, for a reader who is not on it."
+    folder, name, anchor = found.groups()
+    return f'](https://tmpa.github.io/tmpa/{folder}{name}.html{anchor or ""})'
+
+
 def text(source): return source if isinstance(source, str) else ''.join(source)
 
 
@@ -21,14 +30,15 @@ def front_matter(source):
 
 def output(o):
     if 'text' in o: return text(o['text'])
-    return text(o.get('data', {}).get('text/plain', ''))
+    data = o.get('data', {})
+    return '' if 'text/html' in data else text(data.get('text/plain', ''))  # a table or a picture is for the site
 
 
 def render(cell):
     source = text(cell['source']).strip()
     if source.startswith('<!-- WARNING'): return ''
     if cell['cell_type'] == 'raw' or source.startswith('---\n'): return front_matter(source)
-    if cell['cell_type'] == 'markdown': return source
+    if cell['cell_type'] == 'markdown': return LINK.sub(site_link, source).replace('](images/', '](nbs/images/')
     source = '\n'.join(l for l in source.splitlines() if not l.startswith('#|')).strip()
     out = ''.join(map(output, cell.get('outputs', []))).strip()
     return f'```python\n{source}\n```' + (f'\n\n```\n{out}\n```' if out else '') if source else ''
