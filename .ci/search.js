@@ -10,11 +10,12 @@ window.Fuse = class {
     }));
   }
 
-  // Lower-case words; names such as tmpa_train count whole and in parts, plurals as singulars.
+  // Lower-case words; names such as tmpa_train count whole and in parts, plurals as singulars, some words as what pages say for them.
   words(text) {
     const whole = (text || "").toLowerCase().match(/[\p{L}\p{N}_.-]+/gu) || [];
     const parts = whole.flatMap((w) => /[_.-]/.test(w) ? [w, ...w.split(/[_.-]+/)] : [w]);
-    return parts.map((w) => w.replace(/^[.-]+|[.-]+$/g, "").replace(/(.{3})s$/, "$1")).filter(Boolean);
+    const same = new Map([["custom", "own"], ["dataset", "data"], ["mixing", "mix"], ["training", "train"]]);
+    return parts.map((w) => w.replace(/^[.-]+|[.-]+$/g, "").replace(/(.{3})s$/, "$1")).map((w) => same.get(w) || w).filter(Boolean);
   }
 
   // How well one word is found among others: whole, or as a beginning.
