@@ -80,8 +80,8 @@ def test_input_benchmark(tmp_path, monkeypatch, capsys):
 @pytest.mark.cpu(reason='is about one core')
 def test_search_benchmark(tmp_path, monkeypatch, capsys):
     "Every row, small; and the page shows what it writes."
-    from tmpa import index
-    monkeypatch.setattr(index, 'SMALL', 500)
+    from tmpa import approximate
+    monkeypatch.setattr(approximate, 'SMALL', 500)
     threads = torch.get_num_threads()
     small = '--rows 4000 --dim 32 --queries 20 --turns 3'.split()
     try: benchmark('search').main([*small, '--folder', str(tmp_path), '--out', str(tmp_path/'search.json')])

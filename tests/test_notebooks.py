@@ -117,6 +117,12 @@ def test_pictures_without_words_are_found():
     assert len(cell('table', html)) == 1 and cell('#| hide_input\ntable', {'data': {'text/html': '<img alt="a cat" src="x">'}}) == []
 
 
+def test_pages_have_names_of_their_own():
+    "The number before a notebook's name is no part of its page's name: `21_index.ipynb` would be written over the home page."
+    pages = [p.relative_to(ROOT/'nbs').with_name(re.sub(r'^\d+[a-z]*_', '', p.name)) for p in NOTEBOOKS]
+    assert sorted(o for o in set(pages) if pages.count(o) > 1) == []
+
+
 def test_quarto_config_is_one_file():
     link = ROOT/'nbs'/'_quarto.yml'
     assert link.is_symlink() and not os.path.isabs(os.readlink(link)) and link.resolve() == ROOT/'_quarto.yml'

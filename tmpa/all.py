@@ -60,7 +60,7 @@ from .run import *
 from .experiment import *
 from .demo import *
 from .store import *
-from .index import *
+from .approximate import *
 from .published import *
 from .search import *
 from .serve import *

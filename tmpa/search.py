@@ -20,7 +20,7 @@ from .core import (CheckpointError, ConfigError, DataError, Modality, ProtocolEr
 from .data.folder import find_records
 from .data.image import check_range, decoded, how_read, read_image
 from .files import check_zip, first_wrong, is_a, so_many, whole
-from .index import FaissIndex
+from .approximate import FaissIndex
 from .learner import extract_features
 from .models.net import fingerprint, scored_as
 from .ranking import as_matrix, check_cameras, check_finite, check_nonzero, get_rule, top_columns

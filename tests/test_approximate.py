@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tmpa import index, search
+from tmpa import approximate, search
 from tmpa.core import ConfigError, DataError, ReIDImage
 from tmpa.evaluation import RULES
 from tmpa.search import Gallery
@@ -16,7 +16,7 @@ D = 16
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(index, 'SMALL', 500)
+    monkeypatch.setattr(approximate, 'SMALL', 500)
     monkeypatch.setattr(search, 'BLOCK', 128)
 
 def people(n, seed=0):
