@@ -155,7 +155,7 @@ def _map(f, dtype, n, start=0):
 
 def _tensor(a):
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='The given NumPy array is not writ')  # nobody writes to it
+        warnings.simplefilter('ignore', UserWarning)  # that the array cannot be written to: nobody does
         return torch.from_numpy(a)
 
 class Store:
