@@ -140,7 +140,7 @@ def tmpa_train(
     if not (per_model and trial == 'all'):
         m = train_run(agreed(lambda: cfg(trial, out)), quiet=quiet, resume=resume)
         say(f"\n{m['recipe']} on {data}, per cent:\n{text_table(score_rows(m['scores']))}\n\nReport: {user_path(out)/'report.html'}")
-        if 'mix' in m: say(m['mix'])
+        if 'mix' in m: say(m['mix'].replace('; ', '\n'))
         if also := m.get('also_trained'): say(f'Warning: {also_trained_note(also)}')
         return
     agreed(lambda: cfg(trial, out))
@@ -190,7 +190,7 @@ def tmpa_evaluate(
         if not weights: raise ConfigError('pass --weights FILE with --data and --path, or --features QUERIES GALLERY with --rule')
         if idle := given(rule=rule != 'regdb', metric=metric != 'cosine'): raise ConfigError(f"{', '.join(idle)}: for --features alone; weights are scored by their data set's protocol")
         scores,how = evaluate_run(weights, data, path, trial, complete=complete, flip=flip, rerank=rerank, num_workers=workers, ir_range=parse_range(ir_range), bs=bs)
-    print(f'{text_table(score_rows(scores))}\n\n{how}')
+    print('\n\n'.join([text_table(score_rows(scores)), how.replace('; ', '\n')]))
     if out: write_json(out, dict(how=how, scores=scores))
 
 # %% ../nbs/18b_cli.ipynb #0d95ff6d
