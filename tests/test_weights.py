@@ -211,7 +211,12 @@ def test_what_is_replaced(saved, tmp_path):
     one_line(lambda: save_pretrained(build(), folder/'thesis.tex'), 'no folder', error=ConfigError)
     one_line(lambda: save_pretrained(build(), folder/'thesis.tex'/'x'), 'cannot write', error=ConfigError)
     assert torch.equal(features(from_pretrained(folder)), features(build(seed=2)))
-    assert os.listdir(tmp_path) == ['copy'] and oct(folder.stat().st_mode)[-3:] != '700'
+    assert os.listdir(tmp_path) == ['copy']
+
+def test_others_may_read_it(saved, tmp_path):
+    (tmp_path/'mine').touch()
+    assert {o.stat().st_mode & 0o777 for o in saved.iterdir()} == {(tmp_path/'mine').stat().st_mode & 0o777}
+    assert saved.stat().st_mode & 0o077
 
 KILLED = """
 import sys, torch

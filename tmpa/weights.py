@@ -101,6 +101,12 @@ def _plain(card, path):
     return card
 
 # %% ../nbs/12c_weights.ipynb #4099e12d
+def _in_words(scores):
+    "Scores in one line; of those of a run the usual three."
+    if not scores or not all(isinstance(v, dict) for v in scores.values()): return scores and json.dumps(scores)
+    named = {k: {n: v[n] for n in ('R1', 'rank1', 'mAP', 'mINP') if n in v} or v for k,v in scores.items()}
+    return '; '.join(f"{k}: {', '.join(f'{n} {v:.4g}' for n,v in o.items())}" for k,o in named.items())
+
 def _readme(card):
     "A page about weights, as the hub shows it."
     size = 'not stated' if card['size'] is None else '{} x {}'.format(*card['size'])
@@ -109,7 +115,7 @@ def _readme(card):
     net = None if card['architecture'] == 'TMPANet' else card['architecture']
     rows = {'Network': describe({**card['arguments'], 'net': net}), 'Images': f'{size} (height x width)',
             'Feature': f"{card['dim']} numbers, of length 1", 'Recipe': recipe, 'Data': card['data'],
-            'Scores': card['scores'] and json.dumps(card['scores']), 'Licence': card['licence']}
+            'Scores': _in_words(card['scores']), 'Licence': card['licence']}
     table = ''.join(f'| {k} | {"not stated" if v is None else v} |\n' for k,v in rows.items())
     return f"""---
 library_name: tmpa
@@ -146,6 +152,7 @@ def _put_in_place(tmp, folder):
     umask = os.umask(0)
     os.umask(umask)
     tmp.chmod(0o777 & ~umask)
+    for o in tmp.iterdir(): o.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
     old = folder.with_name(f'{folder.name}.old')
     if folder.exists():
         if old.exists():
