@@ -396,7 +396,8 @@ def _after_kill(w, d, old, new):
     if w.old_or_new:
         end = outcome(lambda: w.look(d), lambda r: r in (old, new))
         if end[0] != 'fine': return 'lost', end[1]
-    begun = [place for place in (d, d/'run') if place == d or any(place.glob('*.json'))]  # others are no run
+    marks = 'config.json', 'setup.json', 'runs'
+    begun = [d, *(d/'run' for o in marks if (d/'run'/o).exists())]  # a folder of yours alone is no run, and refused
     places = [place/name for place in begun for name in MINE]
     for f in places: f.write_text('mine')
     def again():
