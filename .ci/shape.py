@@ -4,7 +4,7 @@ A notebook's cell is example and test at once: `test_eq(parse_size('96x48'), (96
 and the results that are printed or drawn. So the statements that only test go into a folded box, whole, and what they are about stays."""
 import ast
 
-FOLD = '#| code-fold: true\n#| code-summary: "Tests"\n'
+FOLD = '#| code-fold: true\n#| code-summary: "{}"\n'
 CLOSE = dict(test_close='≈ ', test_eq='', is_close='≈ ', equals='')
 WIDTH = 100                                                   # of an example with its result
 
@@ -93,6 +93,13 @@ def shape(source, has_output):
     return shown, body
 
 
+def is_imports(source):
+    "Whether a cell is a list of imports, too long to read past."
+    try: stmts = ast.parse(source).body
+    except SyntaxError: return False
+    return len(stmts) > 4 and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in stmts)
+
+
 def shape_cells(nb):
     "Shape all code cells of a notebook that a page shows."
     cells = []
@@ -101,9 +108,12 @@ def shape_cells(nb):
         if cell['cell_type'] != 'code' or '#| echo: false' in source or '#| code-fold' in source:
             cells.append(cell)
             continue
+        if is_imports(source):
+            cells.append({**cell, 'source': FOLD.format('Imports') + source})
+            continue
         shown, tests = shape(source, bool(cell.get('outputs')))
         if shown or not tests: cells.append({**cell, 'source': shown})
         elif cell.get('outputs'): cells.append({**cell, 'source': '#| echo: false\n' + source})
-        if tests: cells.append({**cell, 'source': FOLD + tests, 'outputs': [], 'id': f"{cell.get('id', 'cell')}-tests"})
+        if tests: cells.append({**cell, 'source': FOLD.format('Tests') + tests, 'outputs': [], 'id': f"{cell.get('id', 'cell')}-tests"})
     nb['cells'] = cells
     return nb

@@ -48,6 +48,12 @@ def test_bytes_and_characters():
     assert shape("test_eq(f('é'), 1); test_eq(g('×'), 'µ')  # both", False)[0] == "f('é')  # 1\ng('×')  # 'µ'"
 
 
+def test_long_imports_are_folded():
+    long = '\n'.join(f'import a{i}' for i in range(5))
+    cells = [dict(cell_type='code', source=o, outputs=[]) for o in (long, 'import a', long + '\nx = 1')]
+    assert [o['source'].startswith('#| code-fold') for o in shape_cells(dict(cells=cells))['cells']] == [True, False, False]
+
+
 def test_every_notebook():
     "What is left to show is Python without a test in it, and nothing is lost that had an output."
     for path in sorted((ROOT/'nbs').rglob('*.ipynb')):

@@ -17,7 +17,7 @@ SEARCHES = {
     'install': 'howto/install.html', 'how to train on SYSU-MM01': 'howto/sysu.html', 'RegDB': 'howto/regdb.html', 'custom loss': 'howto/own_loss.html',
     'own dataset csv': 'howto/own_data.html', 'export onnx': 'models.onnx.html', 'search a folder': 'tutorials/search.html', 'resume training': 'howto/resume.html',
     'several gpus': 'howto/several_gpus.html', 'half precision': 'howto/half_precision.html', 'mixing ratios': 'howto/ratios.html', 'what is mINP': 'howto/glossary.html',
-    'same person threshold': 'verify.html', 'score my features': 'howto/features.html', 'PedMix': 'callback.pedmix.html', 'wrt_loss': 'losses.html',
+    'same person threshold': 'explanations/threshold.html', 'score my features': 'howto/features.html', 'PedMix': 'callback.pedmix.html', 'wrt_loss': 'losses.html',
     't-SNE': 'vis.tsne.html', 'Grad-CAM': 'vis.gradcam.html'}
 
 # What a page says of itself once it has loaded. Its faults are [what, where] pairs.
