@@ -440,7 +440,7 @@ def search(self:Gallery,
     records:list|None=None, # ReIDImages of query features, for the rule and for pictures
     step:int=1024, # Queries at a time
     on_error:str='raise', # A query that cannot be read: 'raise', or 'skip' to leave it out
-    max_distance:float|None=None, # Only images up to this distance, such as `gallery.threshold.distance`
+    max_distance:float|None=None, # Only images up to this distance, such as `g.threshold.distance`
 ): # `Hits`, or a list of them for several queries
     "Find the nearest images, nearest first."
     limit = 2. if max_distance is None else max_distance
