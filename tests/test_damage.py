@@ -221,7 +221,7 @@ def test_a_gallery_of_fewer_rows_than_it_claims(tmp_path):
         with pytest.raises(DataError) as e: Gallery.load(tmp_path/'bad.npz')
         assert 'bad.npz is damaged or no gallery' in line(e)
 
-BAD_META = dict(n_classes=10**9, arch=5, net=[1], attention={'a': 1}, lams='x', heads='two', pool_p=[], mfe=[1], version=3)
+BAD_META = dict(n_classes=10**9, mft=99, arch=5, net=[1], attention={'a': 1}, lams='x', heads='two', pool_p=[], mfe=[1], version=3)
 
 @pytest.mark.parametrize('key', BAD_META)
 def test_metadata_of_another_kind(tmp_path, key):
@@ -230,6 +230,13 @@ def test_metadata_of_another_kind(tmp_path, key):
     file['meta'][key] = BAD_META[key]
     torch.save(file, tmp_path/'w.pth')
     assert 'w.pth' in within(10, lambda: load_tmpa(tmp_path/'w.pth'))
+
+def test_metadata_of_a_billion_extractors(tmp_path):
+    save_weights(TMPANet(5, micro_resnet, pretrained=False), tmp_path/'w.pth')
+    file = torch.load(tmp_path/'w.pth', weights_only=True)
+    for value in (10**9, 99):
+        torch.save({**file, 'meta': {**file['meta'], 'mfe': value}}, tmp_path/'w.pth')
+        assert f'mfe={value}' in within(5, lambda: load_tmpa(tmp_path/'w.pth'))
 
 @pytest.mark.parametrize('key, value', [('n_ids', 10**9), ('size', 5), ('size', [10**6, 10]), ('data', 'mine'), ('data_seed', 'x'), ('trial', {})])
 def test_metadata_that_scoring_asks_for(tmp_path, key, value):

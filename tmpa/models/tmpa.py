@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torchvision.models import resnet50
-from ..core import ConfigError, check_modality, plain, slots
+from ..core import ConfigError, check_modality, plain, shortened, slots
 from ..processes import refuse_data_parallel
 from ..layers import BNNeck, Classifier, GeM, SpecificClassifier, avg_pool
 from .attention import get_attention
@@ -36,6 +36,8 @@ def _specific_extractors(extractor, tail, arch, mfe, mft, copies):
     return out
 
 def _check(n_classes, mfe, mft, part, attention):
+    for k, v in dict(mfe=mfe, mft=mft).items():
+        if v not in (True, False): raise ConfigError(f'{k}={shortened(repr(v)[:200])}: give True or False')
     if mft and not mfe: raise ConfigError('mft=True needs mfe=True: for the baseline pass mfe=False, mft=False')
     if part == 'specific' and not mfe:
         raise ConfigError("part='specific' needs mfe=True: one trunk has no specific features")
