@@ -102,3 +102,9 @@ def test_whatever_takes_more_checks_it():
         code = inspect.getsource(f)
         if not ('check_names' in code or '_check_a' in code or name in ('tiny_resnet', 'micro_resnet', 'ReIDDL.new', 'ReIDDataLoaders.test_dl')): missing[name] = kw
     assert not missing
+
+
+@pytest.mark.parametrize('model', [dict(pool_p='abc'), dict(heads='abc')])
+def test_types_of_a_recipes_network(model):
+    from tmpa.recipes import get_recipe
+    with pytest.raises(ConfigError, match=next(iter(model))): get_recipe('TMPA').but(model=model).check()

@@ -320,3 +320,37 @@ def test_killed_and_gone_on_with(tmp_path, monkeypatch, suffix):
     import faults, index_kills
     rows = list(index_kills.index_kills(tmp_path, 2, seed=7, images=60, suffix=suffix))
     assert len(rows) >= 2 and not [r for r in rows if r[1] in faults.BAD], rows
+
+
+def test_folders_by_date_are_nobody():
+    from tmpa.data.folder import name_labels
+    assert name_labels('visible/20240101/a.jpg') == (-1, 0)
+    assert name_labels('Visible/30/a.jpg') == (30, 1) and name_labels('cam2/0001/a.jpg') == (1, 2)
+
+
+def test_names_that_are_not_utf8_in_matlab_files(tmp_path):
+    from tmpa.features import save_features
+    save_features(tmp_path/'f.mat', torch.ones(2, 3), [1, 2], names=['a\udcff.png', 'b.png'])
+    assert load_features(tmp_path/'f.mat').pids.tolist() == [1, 2]
+
+
+def test_the_verdict_beside_a_hit_is_of_that_hit():
+    "A threshold across modalities says nothing of two visible images, though it may say who another hit is."
+    from tmpa.core import ReIDImage
+    x = torch.eye(3)
+    g = Gallery(made_by='somebody')
+    g.threshold = threshold(np.r_[.1, .2, 1.2, np.linspace(1.3, 1.4, 200)], np.arange(203) < 3, cross=True)
+    g.add([ReIDImage(Path(f'{i}.jpg'), -1, 0, i) for i in (0, 1)], feats=torch.stack([x[0], .95*x[0] + .31*x[1]]))
+    hits = g.search(x[:1], k=2, records=[ReIDImage(Path('q.jpg'), -1, 0, 0)])
+    assert use._of_nearest(hits[0]) is None and hits[0].verdict() is not None
+    assert 'match' not in use._nearest_lines(hits)
+
+
+def test_a_sheet_of_names_that_the_font_lacks(tmp_path, recwarn):
+    from tmpa.vis.hits import save_figure
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots()
+    ax.set_title('王小明')
+    save_figure(tmp_path/'s.png', fig)
+    plt.close(fig)
+    assert not [o for o in recwarn if 'Glyph' in str(o.message)]

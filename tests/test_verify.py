@@ -63,3 +63,10 @@ def test_a_run_leaves_a_threshold_of_its_held_out_people(tmp_path, device, n_ids
     assert Gallery.from_weights(tmp_path/'run'/'last.pth').threshold == t
     items = held_out_split(cfg, read_data(spec)[0])[1]
     assert abs(threshold_of(load_tmpa(tmp_path/'run'/'last.pth'), items, spec.size).distance - t.distance) < 1e-3
+
+
+def test_a_share_of_nearly_all():
+    "Rounding must not count one pair more than there are."
+    d = torch.rand(3000, generator=torch.Generator().manual_seed(0))
+    same = torch.arange(3000) < 300
+    assert threshold(d, same, far=1-1e-13).distance <= float(d.max())

@@ -86,6 +86,10 @@ def load_features(
     return Features(feats, *(None if x is None else _numbers(x, k, path, len(feats)) for x,k in ((pids, 'identities'), (cams, 'cameras'), (modality, 'modalities'))))
 
 # %% ../nbs/13c_features.ipynb #0f6a50db
+def _letters(name):
+    "A name without bytes that are no letters, which MATLAB cannot hold."
+    return str(name).encode('utf8', 'backslashreplace').decode()
+
 def save_features(
     path,          # File to write, `.npz`, `.pt` or `.mat`
     feats, pids,   # (n, D) features and (n,) identities
@@ -105,5 +109,6 @@ def save_features(
         elif path.suffix in ('.pt', '.pth'): torch.save(tensors if names is None else {**tensors, 'names': d['names'].tolist()}, tmp)
         elif path.suffix == '.mat':
             from scipy.io import savemat
+            if names is not None: d['names'] = np.array([_letters(o) for o in d['names']])
             savemat(tmp, d, do_compression=True)  # which adds a checksum
         else: raise DataError(f"{path}: features are written to .npz, .pt and .mat files, not to '{path.suffix}'")

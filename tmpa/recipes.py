@@ -113,6 +113,7 @@ class Recipe:
         if self.mft and not self.mfe: raise ConfigError(f'recipe {self.name}: MFT needs the three extractors: pass mft=False as well')
         given = ['n_classes', 'arch', 'pretrained', *self.parts()]  # by the run, or by other fields
         check_names(self.model, [k for k in _defaults(cls) if k not in given], f'recipe {self.name}, model')
+        _check_args(_tuples(self.model), cls, f'recipe {self.name}, model')
         for what,part in (('mix', self._mix()), ('loss', self._loss())):
             if part: _check_args(part[1], part[0], f'recipe {self.name}, {what}')
         try: self.make_mix(); self.make_loss()

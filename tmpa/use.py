@@ -179,13 +179,17 @@ def tmpa_index(
     print(f'{len(g)-before:,} images are new, {len(g):,} images are in {out}')
 
 # %% ../nbs/23_use.ipynb #bd7cb26f
+def _of_nearest(hits):
+    "The verdict on the nearest hit, which stands beside it; of a query without hits its own."
+    return hits.verdict_of(hits[0]) if hits else hits.verdict()
+
 def _nearest_lines(found, n=None):
     "Each query with its nearest hit, as lines."
     from tmpa.report import text_table
     from tmpa.vis.hits import hit_name
     rows = [['query', 'distance', *(['verdict'] if found[0].threshold is not None else []), 'nearest']]
     for h in found[:n]:
-        best = [f'{h[0].distance:.3f}' if h else '-', *([h.verdict() or ''] if h.threshold is not None else []), hit_name(h[0].item) if h else 'no hits']
+        best = [f'{h[0].distance:.3f}' if h else '-', *([_of_nearest(h) or ''] if h.threshold is not None else []), hit_name(h[0].item) if h else 'no hits']
         rows.append([hit_name(h.query), *best])
     more = f'\n... and {len(found)-n:,} more' if n is not None and len(found) > n else ''
     return text_table(rows) + more

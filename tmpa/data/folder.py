@@ -177,6 +177,7 @@ def find_records(
 # %% ../../nbs/01c_data.folder.ipynb #f1ee71ec
 _FILE = re.compile(r'(-1|\d+)_c(\d+)(?:s\d+)?(?:_|$)')
 _CAM = re.compile(r'cam(\d+)$')
+_PERSON = re.compile(r'\d{1,5}')  # longer numbers are dates
 
 def name_labels(
     path:Path, # Of an image
@@ -184,7 +185,7 @@ def name_labels(
     "Identity and camera by the names that data sets give."
     path = Path(path)
     if m := _FILE.match(path.stem): words = m[1], m[2]
-    elif len(path.parts) < 3 or not path.parent.name.isdecimal(): return UNKNOWN, 0
+    elif len(path.parts) < 3 or not _PERSON.fullmatch(path.parent.name): return UNKNOWN, 0
     elif m := _CAM.match(path.parts[-3]): words = path.parent.name, m[1]
     elif (side := path.parts[-3].lower()) in ('visible', 'thermal'): words = path.parent.name, 1 + (side == 'thermal')
     else: return UNKNOWN, 0

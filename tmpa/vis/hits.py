@@ -6,7 +6,7 @@
 __all__ = ['thumbnail', 'hit_name', 'plot_hits', 'save_figure', 'hits_page', 'save_page']
 
 # %% ../../nbs/22a_vis.hits.ipynb #26d4a599
-import base64, html, io, os
+import base64, html, io, os, warnings
 import matplotlib.pyplot as plt, numpy as np
 from matplotlib.patches import Rectangle
 from pathlib import Path
@@ -105,7 +105,9 @@ def save_figure(
     path = user_path(path)
     kinds = fig.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds: raise ConfigError(f'{path}: figures are written to .png, .pdf, .svg or .jpg files')
-    with atomic_write(path) as tmp: fig.savefig(tmp)
+    with atomic_write(path) as tmp, warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # one for each letter of a name that the font lacks
+        fig.savefig(tmp)
 
 # %% ../../nbs/22a_vis.hits.ipynb #1a3a26ce
 _STYLE = '''body{font:15px/1.4 system-ui,sans-serif;margin:1.5rem;color:#222;background:#fff}section{border-top:1px solid #ccc;padding:.7rem 0}
