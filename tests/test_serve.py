@@ -78,6 +78,23 @@ def test_says_the_verdict(page, gallery, people, monkeypatch):
     assert 'verdict match big' in page.post('/like/5').text
 
 
+def test_numbers_and_names_in_requests(gallery):
+    from starlette.testclient import TestClient
+    page = TestClient(serve.make_app(gallery, ['MyHost']), base_url='http://127.0.0.1', raise_server_exceptions=False)
+    name = re.search('data-query="([^"]+)"', page.post('/like/0').text)[1]
+    for n in ('0'*5000, '9'*5000, '0'*12 + '9999', '41', '\u0663'):
+        for key in ('page', 'cam') if n != '41' else ['page']:
+            r = page.get('/hits', params={'q': name, key: n})
+            assert r.status_code == 400 and '\n' not in r.text and len(r.text) < 200, (key, n)
+    assert page.get('/hits', params=dict(q=name, page='000002')).status_code == 200
+    for n in ('9'*5000, '0'*5000, str(len(gallery)), '\u0663', '1.5'):
+        assert page.get(f'/image/{n}').status_code == 404 and page.post(f'/like/{n}').status_code == 404, n
+    assert page.get(f'/image/{len(gallery)-1}').status_code == 200
+    for origin in ('http://[bad', 'http://[', ''): assert page.get('/', headers={'origin': origin}).status_code == 403
+    for host in ('MyHost:8000', 'myhost', 'MYHOST:1'): assert page.get('/', headers={'host': host}).status_code == 200
+    assert page.get('/', headers={'host': 'myhost.evil.example'}).status_code == 403
+
+
 @pytest.mark.parametrize('name', ['bomb', 'pixels', 'svg', 'cut', 'empty', 'text', 'exe'])
 def test_what_is_no_picture(page, people, name):
     data = dict(bomb=lambda: as_file(Image.new('1', (30_000, 30_000))), pixels=lambda: as_file(Image.new('L', (10_000, 6_000))),

@@ -145,10 +145,15 @@ def _own_name(host, names):
     "Whether a Host header names this machine: by number, as localhost, or as it was told to."
     try: name = urlsplit(f'//{host}').hostname or ''
     except ValueError: return False
-    if name in ('localhost', *names): return True
+    if name in ('localhost', *(o.lower() for o in names)): return True  # urlsplit makes it lower case
     try: ipaddress.ip_address(name)
     except ValueError: return False
     return True
+
+def _is_foreign(origin, host):
+    "Whether an Origin header names another page than this one, or nothing that can be read."
+    try: return urlsplit(origin).netloc != host
+    except ValueError: return True
 
 class Guard:
     "Refuse requests that other pages send, and send every answer with headers that keep the page to itself."
@@ -163,7 +168,7 @@ class Guard:
                 heads = [(k.encode(), v.encode()) for k, v in _HEADERS.items()]
                 message['headers'] = [*message.get('headers', ()), *heads]
             await send(message)
-        refused = not _own_name(host, self.names) or origin is not None and urlsplit(origin).netloc != host
+        refused = not _own_name(host, self.names) or origin is not None and _is_foreign(origin, host)
         app = _text(_REFUSED, 403) if refused else self.app
         await app(scope, receive, guarded)
 
@@ -335,7 +340,7 @@ async def _body(request):
 def _number(text, most, name):
     "A whole number from an address; None where there is none."
     if not text: return None
-    if not (text.isascii() and text.isdigit() and int(text[:12]) <= most):
+    if not (text.isascii() and text.isdigit() and len(text) <= 12 and int(text) <= most):
         raise ConfigError(f'{name}={text[:40]}: give a number from 0 to {most}')
     return int(text)
 
@@ -368,6 +373,11 @@ def make_app(
 
     def camera(request): return asked(request, 'cam', 10**9)
 
+    def place_in(request):
+        "Place of an image, from the path of an address; None where there is no such image."
+        try: return _number(request.path_params['place'], len(gallery) - 1, 'place')
+        except ConfigError: return None
+
     async def home(request): return await answer(lambda: to_xml(_home(desk)))
 
     async def ask(request):
@@ -383,8 +393,8 @@ def make_app(
             return await answer(lambda: shown(desk.ask(data, m), cam=cam))
 
     async def like(request):
-        place = request.path_params['place']
-        if place >= len(gallery): return _text(f'there is no image {place}', 404)
+        place = place_in(request)
+        if place is None: return _text('there is no such image', 404)
         return await answer(lambda: shown(desk.ask_like(place), cam=camera(request)))
 
     async def hits(request):
@@ -393,8 +403,8 @@ def make_app(
         return await answer(lambda: shown(name, asked(request, 'page', _PAGES) or 1, camera(request)))
 
     async def image(request):
-        place = request.path_params['place']
-        if place >= len(gallery): return _text(f'there is no image {place}', 404)
+        place = place_in(request)
+        if place is None: return _text('there is no such image', 404)
         async with readers: data = await run_in_threadpool(desk.picture, place)
         if data is None: return _text('this image cannot be read any more', 404)
         return Response(data, media_type='image/jpeg')
@@ -402,8 +412,8 @@ def make_app(
     async def css(request): return Response(_CSS, media_type='text/css')
     async def js(request): return Response(_JS, media_type='text/javascript')
 
-    routes = (('/', home, 'GET'), ('/ask', ask, 'POST'), ('/like/{place:int}', like, 'POST'), ('/hits', hits, 'GET'),
-              ('/image/{place:int}', image, 'GET'), ('/page.css', css, 'GET'), ('/page.js', js, 'GET'))
+    routes = (('/', home, 'GET'), ('/ask', ask, 'POST'), ('/like/{place}', like, 'POST'), ('/hits', hits, 'GET'),
+              ('/image/{place}', image, 'GET'), ('/page.css', css, 'GET'), ('/page.js', js, 'GET'))
     for path, f, method in routes: app.add_route(Route(path, f, methods=[method]))
     return app
 
