@@ -14,6 +14,7 @@ from tmpa.data.synthetic import make_sysu
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet
 from tmpa.search import Gallery
+from tmpa.verify import threshold
 from browser import Browser, find_browser
 
 pytest.importorskip('fasthtml')
@@ -76,6 +77,55 @@ def test_says_the_verdict(page, gallery, people, monkeypatch):
     assert 'verdict' not in page.post('/like/5').text
     monkeypatch.setattr(gallery, 'threshold', Third(), raising=False)
     assert 'verdict match big' in page.post('/like/5').text
+
+
+def verdicts_of(text):
+    "The large verdict, and that of each image, None where there is none."
+    big = re.search('verdict (\\w+) big', text)
+    some = [re.search('verdict (\\w+)"', o) for o in text.split('<figure')[1:]]
+    return big and big[1], [o and o[1] for o in some]
+
+def test_the_same_verdicts_as_a_search(page, gallery, people, monkeypatch):
+    "A threshold for a visible and an infrared image says nothing of two visible ones."
+    q = people[3]
+    d = gallery.search(q, k=1, only=1-q.modality)[0].distance
+    for cross in (True, False):  # only the image itself is near enough for a match
+        t = threshold([d/9, d/9, d/3, d/2, d*2], [1, 1, 0, 0, 0], far=.34, cross=cross)
+        monkeypatch.setattr(gallery, 'threshold', t)
+        want = gallery.search(Image.open(q.path), k=25, modality=q.modality)
+        same = [h.item.modality == q.modality for h in want[:24]]
+        assert any(same) and not all(same)
+        got = verdicts_of(page.post(f'/ask?modality={q.modality}', content=q.path.read_bytes()).text)
+        assert got == (want.verdict(), [want.verdict_of(h) for h in want[:24]])
+        assert [v is None for v in got[1]] == [cross and o for o in same]
+        want = gallery.search(gallery.rows([3]).float(), k=25, records=[gallery.items[3]])[0]
+        assert want[0].pos == 3 and (want.verdict() == 'match') is not cross
+        assert verdicts_of(page.post('/like/3').text) == (want.verdict(), [want.verdict_of(h) for h in want[:24]])
+
+
+def small_gallery(seed, people):
+    torch.manual_seed(seed)
+    g = Gallery(TMPANet(4, micro_resnet, pretrained=False, mfe=False, mft=False).eval(), (96, 48), num_workers=0)
+    g.add(people[:4])
+    return g
+
+def test_a_gallery_that_was_replaced_by_one_of_another_model(people, tmp_path):
+    from starlette.testclient import TestClient
+    first, second = small_gallery(0, people), small_gallery(1, people)
+    first.save(tmp_path/'people')
+    opened = [Gallery.load(tmp_path/'people', first.model, num_workers=0), Gallery.load(tmp_path/'people')]
+    model, features = [TestClient(serve.make_app(g), base_url='http://127.0.0.1') for g in opened]
+    data = people[0].path.read_bytes()
+    kept = [(model, model.post('/ask?modality=0', content=data)), (model, model.post('/like/0')), (features, features.post('/like/0'))]
+    assert all(r.status_code == 200 for _, r in kept)
+    again = Gallery.load(tmp_path/'people', first.model, num_workers=0)
+    again.add(people[4:6])  # of the same model: its images are found
+    assert len(hits_of(model.post('/ask?modality=0', content=data).text)) == 6
+    second.save(tmp_path/'people')
+    refused = [model.post('/ask?modality=0', content=data), model.post('/like/0')]
+    refused += [page.get('/hits', params=dict(q=re.search('data-query="([^"]+)"', r.text)[1])) for page, r in kept]
+    for r in refused + [model.post('/ask?modality=0', content=data)]:
+        assert r.status_code == 400 and r.text == 'the gallery was replaced by one of other weights: start tmpa_serve again'
 
 
 def test_numbers_and_names_in_requests(gallery):

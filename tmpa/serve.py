@@ -9,12 +9,13 @@ __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'open_picture', 'Desk', 'Guard', 'make_app
 import asyncio, base64, io, ipaddress, secrets, socket, threading, warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 import torch
 from PIL import Image
 from fastcore.script import call_parse
 from .console import one_line_errors
-from .core import ConfigError, DataError, Modality, TMPAError, known
+from .core import CheckpointError, ConfigError, DataError, Modality, ReIDImage, TMPAError, known
 from .data.folder import find_records
 from .data.image import FORMATS
 from .search import Gallery, Hit
@@ -65,10 +66,14 @@ class _Recent:
             if key in self.values: self.values.move_to_end(key)
             return self.values.get(key)
 
-class _Asked:
+class _Asked(NamedTuple):
     "A question: a feature, and what is shown of its picture."
-    def __init__(self, feat, shown, what, notes=()):
-        self.feat, self.shown, self.what, self.notes = feat, shown, what, list(notes)
+    feat:torch.Tensor # (D,)
+    record:ReIDImage # Of the picture: some verdicts depend on its modality
+    made_by:str|None # The model of the feature
+    shown:str # Address of a small copy
+    what:str
+    notes:list = []
 
 def _jpeg(im):
     f = io.BytesIO()
@@ -93,19 +98,31 @@ class Desk:
                 raise ConfigError('this gallery has no weights: to search with pictures, start tmpa_serve with --weights')
             im = open_picture(data)
             records = find_records([im], modality, g.ir_range).items
+            g.refresh()
+            self._check_model(g.made_by)
             g._own()
             feat = g._read(records)[0][0]
-            shown = _data_url(thumbnail(records[0], g.ir_range, (256, 256)))
-        kind = Modality(records[0].modality).name.lower()
+            small, made_by = thumbnail(records[0], g.ir_range, (256, 256)), g.made_by
+        record = records[0]._replace(path=small)  # many questions are kept, their large pictures are not
+        kind = Modality(record.modality).name.lower()
         notes = [f'taken for {kind} by its pixels: choose the camera if that is wrong'] if modality is None else []
         notes += [str(o.message) for o in said if modality is not None and issubclass(o.category, UserWarning)]
-        return self._keep(_Asked(feat, shown, f'{kind} picture, {im.width} x {im.height}', notes))
+        what = f'{kind} picture, {im.width} x {im.height}'
+        return self._keep(_Asked(feat, record, made_by, _data_url(small), what, notes))
 
     def ask_like(self, place):
         "An image of the gallery as the question."
         with self.lock:
-            feat, o = self.gallery.rows([place])[0].float(), self.gallery.items[place]
-        return self._keep(_Asked(feat, f'image/{place}', f'image {place} of the gallery, {_name(o)}'))
+            g = self.gallery
+            feat, o, made_by = g.rows([place])[0].float(), g.items[place], g.made_by
+        what = f'image {place} of the gallery, {_name(o)}'
+        return self._keep(_Asked(feat, o, made_by, f'image/{place}', what))
+
+    def _check_model(self, made_by):
+        "Refuse a feature of another model than the one that made the folder as it is now."
+        g = self.gallery
+        if g.store is not None and len(g) and g.store.head['made_by'] != made_by:
+            raise CheckpointError('the gallery was replaced by one of other weights: start tmpa_serve again')
 
     def _keep(self, asked):
         name = secrets.token_urlsafe(12)
@@ -116,7 +133,8 @@ class Desk:
         "Hits of a page, and whether there are more."
         with self.lock:
             self.gallery.refresh()
-            hits = self.gallery.search(asked.feat, k=_PAGE*page + 1, cams=cam)
+            self._check_model(asked.made_by)
+            hits = self.gallery.search(asked.feat[None], _PAGE*page + 1, cams=cam, records=[asked.record])[0]
         return hits, len(hits) > _PAGE*page
 
     def cameras(self):
@@ -181,12 +199,12 @@ def _verdict(v, how=''):
     from fasthtml.components import Span
     return Span(v, cls=f'verdict {v}{how}')
 
-def _figure(h, threshold, n=None):
-    "A hit, or an image of the gallery."
+def _figure(h, n=None, verdict=None):
+    "A hit with its rank, or an image of the gallery."
     from fasthtml.components import Button, Div, Figcaption, Figure, Img, Span
     o, said = h.item, []
     if n is not None: said.append(Div(Span(f'{n}.'), Span(f'{h.distance:.3f}', cls='d')))
-    if n is not None and threshold is not None: said.append(_verdict(threshold.verdict(h.distance)))
+    if verdict is not None: said.append(_verdict(verdict))
     where = [f'camera {o.cam}'] if o.cam else []
     if known(o.pid): where.append(f'id {o.pid}')
     said.append(Div(', '.join([*where, Modality(o.modality).name.lower()])))
@@ -198,11 +216,11 @@ def _results(desk, name, asked, page, cam):
     "A question and a page of its hits."
     from fasthtml.components import Button, Div, H2, Img, P, Section, Span
     hits, more = desk.find(asked, page, cam)
-    threshold, here = desk.gallery.threshold, hits[_PAGE*(page-1):_PAGE*page]
+    verdict, here = hits.verdict(), hits[_PAGE*(page-1):_PAGE*page]
     about = [H2('Nearest images'), P(asked.what), *(P(o, cls='note') for o in asked.notes)]
-    if threshold is not None: about.insert(1, P(_verdict(hits.verdict(), ' big')))
+    if verdict is not None: about.insert(1, P(_verdict(verdict, ' big')))
     if not here: about.append(P('No more images.'))
-    figures = [_figure(h, threshold, _PAGE*(page-1) + i) for i, h in enumerate(here, 1)]
+    figures = [_figure(h, n, hits.verdict_of(h)) for n, h in enumerate(here, _PAGE*(page-1) + 1)]
     turn = [Button('Back', data_page=page-1, disabled=page == 1), Span(f'page {page}'),
             Button('On', data_page=page+1, disabled=not more or page >= _PAGES)]
     return Section(Div(Img(src=asked.shown, alt='the query'), Div(*about), cls='asked'), Div(*figures, cls='hits'),
@@ -213,7 +231,7 @@ def _home(desk, page=1):
     "The page before anything was asked."
     from fasthtml.components import Body, Div, H1, Head, Html, Link, Main, Meta, P, Script, Title
     g = desk.gallery
-    some = [_figure(Hit(0., g.items[i], i), None) for i in range(min(len(g), 12))]
+    some = [_figure(Hit(0., g.items[i], i)) for i in range(min(len(g), 12))]
     said = f'{len(g):,} images'
     if g.model is None: said += '; opened without weights: search with images of the gallery'
     view = Meta(name='viewport', content='width=device-width, initial-scale=1')
