@@ -111,6 +111,18 @@ def test_follows(tmp_path, seed, folder):
     assert not list((tmp_path/'g').glob('index*'))
 
 
+def test_who_removes_after_others_did(tmp_path):
+    items, x = people(1200)
+    a = Gallery.open(tmp_path/'g', made_by='t', index='faiss')
+    a.add(items, feats=x)
+    a.index.probes = 1000  # every list
+    a.search(x[0])
+    Gallery.open(tmp_path/'g').remove([0, 1, 2])
+    assert a.refresh() and a.remove([5]) == 1
+    exact = Gallery.load(tmp_path/'g')
+    for q in x[600:620]: assert places(a.search(q)) == places(exact.search(q))
+
+
 def test_without_faiss(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'faiss', None)
     with pytest.raises(ConfigError, match=r'tmpa\[search\]'): Gallery(index='faiss')

@@ -1,5 +1,5 @@
 """`Gallery`: the ranking against a stable sort, its life on disk, and what it refuses."""
-import os
+import json, os
 
 import numpy as np
 import pytest
@@ -322,3 +322,22 @@ def test_what_add_passes_over(tmp_path, monkeypatch, seed):
     assert g.add(ReIDImage(Path('0.jpg'), 0, 1, 0), feats=coarse(1)) == 1 - here
     g.items = list(g.items)
     assert g.add(g.items[-1], feats=coarse(1)) == 0
+
+
+def test_hits_are_json_whatever_the_labels_are():
+    g = Gallery(made_by='test')
+    odd = ReIDImage(Path('a.jpg'), np.int64(3), np.int32(2), np.int64(1)), ReIDImage(Path('b.jpg'), np.int64(-1), np.int64(0), 0)
+    g.add(list(odd), feats=coarse(2))
+    q = ReIDImage(Path('q.jpg'), np.int64(4), np.uint8(5), np.int8(0))
+    d = json.loads(json.dumps(g.search(coarse(2)[:1], records=[q])[0].to_dict()))
+    said = {o['path']: (o['identity'], o['camera'], o['modality']) for o in [d['query'], *d['hits']]}
+    assert said == {'q.jpg': (4, 5, 'visible'), 'a.jpg': (3, 2, 'infrared'), 'b.jpg': (None, None, 'visible')}
+
+
+def test_one_query_that_cannot_be_read(model, people, tmp_path):
+    (tmp_path/'bad.png').touch()
+    g = Gallery(model, (48, 24))
+    g.add(people[:3])
+    with pytest.warns(UserWarning, match='1 of 1'): hits = g.search(tmp_path/'bad.png', modality=0, on_error='skip')
+    assert hits == [] and list(g.skipped) == [tmp_path/'bad.png']
+    with pytest.raises(DataError, match='bad.png'): g.search(tmp_path/'bad.png', modality=0)

@@ -92,6 +92,85 @@ def test_two_who_add(tmp_path):
     with pytest.raises(CheckpointError, match='another model'): d.add(items[1], feats=x[:1])
 
 
+def test_a_refused_removal_stays_refused(tmp_path):
+    "Until the gallery was looked at again its places are those of other images."
+    x, items = feats(6), records(6)
+    a = Gallery.open(tmp_path/'g', made_by='t')
+    a.add(items[:4], feats=x[:4])
+    b = Gallery.open(tmp_path/'g')
+    b.add(items[4], feats=x[4:5])
+    for _ in range(2):
+        with pytest.raises(ConfigError, match='refresh'): a.remove([0])
+        assert list(Gallery.load(tmp_path/'g').items) == items[:5]
+    assert a.refresh() and a.remove([0]) == 1 and list(Gallery.load(tmp_path/'g').items) == items[1:5]
+
+
+def test_features_and_records_stay_together(tmp_path):
+    "Whatever makes a gallery look at its folder, also where it is refused afterwards."
+    x, items = feats(6), records(6)
+    a = Gallery.open(tmp_path/'g', made_by='t')
+    a.add(items[:4], feats=x[:4])
+    b = Gallery.open(tmp_path/'g')
+    b.remove([0])
+    a.save(tmp_path/'g')
+    same(a, b)
+    assert a.search(x[1], 1)[0].item == items[1] and not a.refresh()
+    b.remove([0])
+    a.store.refresh()
+    assert a.refresh() and a.search(x[2], 1)[0].item == items[2]
+    b.remove([0, 1])
+    b = Gallery.open(tmp_path/'g', made_by='u')
+    b.add(items[5], feats=x[5:])
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match='another model'): a.add(items[0], feats=x[:1])
+        with pytest.raises(CheckpointError, match='another model'): a.save(tmp_path/'g')
+        same(a, b)
+    assert a.search(x[5], 1)[0].item == items[5]
+    assert a.remove([0]) == 1 and Gallery.load(tmp_path/'g').made_by == 'u'
+
+
+def test_saving_does_not_say_who_made_the_features_of_others(tmp_path):
+    a, b, c = (Gallery.open(tmp_path/'g', made_by=name) for name in (None, 'u', 't'))
+    b.add(records(3), feats=feats(3))
+    a.save(tmp_path/'g')
+    same(a, b)
+    assert Gallery.load(tmp_path/'g').made_by == 'u' and a.refresh() and a.made_by == 'u' and not a.refresh()
+    with pytest.raises(CheckpointError, match='another model'): c.save(tmp_path/'g')
+    assert Gallery.load(tmp_path/'g').made_by == 'u'
+
+
+def test_names_after_somebody_elses_removal(tmp_path):
+    "As many images as before, but others: none comes in twice."
+    x, items = feats(8), records(8)
+    a = Gallery.open(tmp_path/'g', made_by='t')
+    a.add(items[:4], feats=x[:4])
+    assert a.add(items[3], feats=x[3:4]) == 0
+    s = Store(tmp_path/'g')
+    known = StoredNames(s)
+    assert os.path.abspath(items[0].path) in known
+    b = Gallery.open(tmp_path/'g')
+    b.remove([0])
+    b.add(items[5], feats=x[5:6])
+    s.refresh()
+    assert [os.path.abspath(items[i].path) in known for i in (0, 1, 5)] == [False, True, True]
+    assert a.add(items[5], feats=x[5:6]) == 0 and a.add(items[0], feats=x[:1]) == 1
+    assert list(Gallery.load(tmp_path/'g').items) == [*items[1:4], items[5], items[0]]
+
+
+def test_somebody_adds_between_two_portions(tmp_path):
+    "What a later portion holds was looked for before the first one met the other process."
+    many, x = records(300), feats(300)
+    a, b = (Gallery.open(tmp_path/'g', made_by='t') for _ in range(2))
+    seen = a._known
+    def known():
+        monkey = seen()
+        b.add(many[200:210], feats=x[200:210])
+        return monkey
+    a._known = known
+    assert a.add(many, feats=x) == 290
+    assert len(a) == len({o.path for o in a.items}) == 300
+
+
 def test_a_threshold_is_everybodys(tmp_path):
     "Who opened the folder before it was said neither forgets it nor takes it back."
     from tmpa.verify import threshold
@@ -111,6 +190,21 @@ def test_a_threshold_is_everybodys(tmp_path):
     c.threshold = None
     c.save(tmp_path/'g')
     assert a.refresh() and a.threshold is None
+
+
+def test_a_threshold_comes_after_anything(tmp_path):
+    "It is neither missed by who has added since, nor lost where somebody saves who never saw it."
+    from tmpa.verify import threshold
+    a, b, c = (Gallery.open(tmp_path/'g', made_by='t') for _ in range(3))
+    a.add(records(9), feats=feats(9))
+    a.threshold = threshold(np.linspace(0, 1, 400), np.arange(400) < 200, far=.1)
+    a.save(tmp_path/'g')
+    b.add(records(3, 1), feats=feats(3, 1))
+    assert b.refresh() and b.threshold == a.threshold and not b.refresh()
+    c.save(tmp_path/'g')
+    assert Gallery.load(tmp_path/'g').threshold == a.threshold
+    c.remove([0])
+    assert Gallery.load(tmp_path/'g').threshold == a.threshold and c.refresh() and c.threshold == a.threshold
 
 
 @pytest.mark.parametrize('seed', range(5))

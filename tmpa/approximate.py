@@ -59,9 +59,10 @@ class FaissIndex:
 
     def remove(self,
         places, # That the gallery has just taken out
+        was=None, # Its generation before; None: a gallery in memory
     ):
-        "Follow a removal: the others keep their order."
-        if self.inner is None: return
+        "Follow a removal: the others keep their order. What another process had removed before is left to `follow`."
+        if self.inner is None or self.of != was: return
         gone = np.zeros(len(self.ids), bool)
         gone[[p for p in places if p < len(gone)]] = True
         self.inner.remove_ids(self.ids[gone])

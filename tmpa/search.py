@@ -75,7 +75,8 @@ def _plain_record(o):
     "A record as JSON takes it; None stands for what nobody knows, or for a picture that has no path."
     path = None if isinstance(o.path, Image.Image) else str(o.path)
     track = {} if o.track is None else dict(track=o.track)
-    return dict(path=path, camera=o.cam or None, identity=o.pid if known(o.pid) else None, modality=Modality(o.modality).name.lower(), **track)
+    who = dict(camera=int(o.cam) or None, identity=int(o.pid) if known(o.pid) else None)
+    return dict(path=path, **who, modality=Modality(o.modality).name.lower(), **track)
 
 @patch
 def verdict_of(self:Hits,
@@ -111,6 +112,7 @@ class Gallery:
     store = None # The folder that this gallery is in, see `open`
     weights = None # Where the weights of the model are, if it is known
     threshold = None # Of tmpa.verify: what says match, maybe or nobody
+    _said = None # The threshold in the folder of this gallery, as it was looked at last
     skipped = {} # Path -> why it could not be read, of the last `add` or `search` that left images out
     def __init__(self,
         model=None, # A network with `model(images, modality) -> features`; None: features are brought along
@@ -159,7 +161,7 @@ def use_weights(self:Gallery,
     if len(self) and fingerprint(model) != self._made_by:
         raise CheckpointError(f'{where} is not the model that made the features of this gallery: name its weights, or index the images again')
     self.model,self.weights = model.to(self.device),_as_named(where)
-    said = _threshold(card, where)
+    said = _threshold_for(self, card, where)
     if said is not None and (not gone or self.threshold is None): self.threshold = said  # weights that are named count
     return self
 
@@ -170,6 +172,12 @@ def _as_named(where):
 def _threshold(card, where):
     "The threshold in a card of weights or in a gallery, if there is one."
     return None if card.get('threshold') is None else Threshold.from_dict(card['threshold'], where)
+
+def _threshold_for(g, card, where):
+    "The threshold in a card of weights, where the gallery reads images as the card says: others have other distances."
+    size,ir_range = (card[k] and tuple(card[k]) for k in ('size', 'ir_range'))
+    same = g.size in (None, size) and (ir_range is None or ir_range == tuple(g.ir_range or ()))
+    return _threshold(card, where) if same else None
 
 @patch(cls_method=True)
 def from_weights(cls:Gallery,
@@ -183,7 +191,7 @@ def from_weights(cls:Gallery,
     model,card = open_weights(where)
     size = image_size(card, kwargs.pop('size', None))
     g = cls(model if device is None else model.to(device), size, **{'ir_range': card['ir_range'] and tuple(card['ir_range']), **kwargs})
-    g.weights,g.threshold = _as_named(where),_threshold(card, where)
+    g.weights,g.threshold = _as_named(where),_threshold_for(g, card, where)
     return g
 
 # %% ../nbs/22_search.ipynb #80425c27
@@ -274,6 +282,9 @@ def add(self:Gallery,
     found = find_records(images, modality, self.ir_range, on_error)
     items,self.skipped = found.items,dict(found.broken)
     if any(isinstance(o.path, Image.Image) for o in items): raise ConfigError('a gallery keeps paths, not pictures: write the pictures to files first')
+    if self.store is not None:  # by the names that are there now
+        with _following(self): self.store.refresh()
+        self.store.others = False
     if self.model is not None or feats is None: self._own()
     if feats is not None: feats = self._features(feats, len(items))
     there,new = self._known(),{}
@@ -299,9 +310,8 @@ def add(self:Gallery,
 def _append(self:Gallery, x, items, keys):
     "Take in checked rows and their images."
     if self.store is not None:
-        n = self.store.append(x.to('cpu', self.dtype).numpy(), items, self._meta(), self._there)
-        self._follow()
-        return n
+        x = x.to('cpu', self.dtype).numpy()
+        with _following(self): return self.store.append(x, items, self._meta(), self._there)
     self._put(len(self), x)
     self.items += items
     self._there[0].update(keys)
@@ -469,7 +479,7 @@ def search(self:Gallery,
         for r,*o in zip(part, d.tolist(), i.tolist()):
             near = [Hit(x, self.items[p], p) for x,p in zip(*o) if x < torch.inf and (max_distance is None or x <= max_distance)]
             hits.append(Hits(near, r, self.ir_range, self.threshold, max_distance))
-    return hits[0] if one else hits
+    return hits[0] if one and hits else hits
 
 # %% ../nbs/22_search.ipynb #13993d55
 @patch
@@ -486,9 +496,9 @@ def remove(self:Gallery,
     if bad := [i for i in gone if not 0 <= i < len(self)]: raise ConfigError(f'place {bad[0]} is not in a gallery of {len(self)} images: give places from 0 to {len(self)-1}')
     keep = [i for i in range(len(self)) if i not in gone]
     if self.store is not None:
-        self.store.keep(keep, self._meta())
-        self._follow()
-        if self.index is not None: self.index.remove(gone)
+        was = self.store.head['generation']
+        with _following(self): self.store.keep(keep)
+        if self.index is not None: self.index.remove(gone, was)
         return len(gone)
     for s in range(0, len(keep), BLOCK): self._put(s, self.rows(keep[s:s+BLOCK]))  # a row only ever moves up, so none is overwritten before it is read
     self.items,self.blocks,self._labels = [self.items[i] for i in keep],self.blocks[:-(-len(keep)//BLOCK)],None
@@ -604,7 +614,7 @@ def _of_store(cls:Gallery, store, model, **kwargs):
     g = cls._as_told(store.head, store.folder, model, kwargs)
     if str(g.dtype) != f"torch.{store.head['dtype']}":
         raise ConfigError(f"{store.folder} keeps features in {store.head['dtype']}: leave dtype out, or save the gallery to another folder")
-    g.store = store
+    g.store,g._said = store,store.head.get('threshold')
     g._follow()
     return g
 
@@ -617,20 +627,49 @@ def _follow(self:Gallery):
     self.items,self.dim = StoredItems(store),store.head['dim']
     if store.n: self._made_by = store.head['made_by']
 
+@contextmanager
+def _following(g):
+    "Show what the store has looked at, also where it refuses; without a model the name of one stays until `refresh`."
+    mine = g._made_by
+    try: yield
+    finally:
+        g._follow()
+        if g.model is None: g._made_by = mine  # or what was refused would be taken the second time
+
+@patch
+def _behind(self:Gallery):
+    "Whether the store shows something else."
+    head = self.store.head
+    other = head['n'] > 0 and self._made_by != head['made_by']
+    return other or len(self.items) != head['n'] or self.blocks.generation != head['generation']
+
 @patch
 def refresh(self:Gallery)->bool: # Whether anything has changed
     "Look at the folder again: other processes may have added and removed images."
     if self.store is None: return False
-    said,new = self.store.head.get('threshold'),self.store.refresh()
+    new = self.store.refresh() or self._behind()
     if new: self._follow()
-    if self.store.head.get('threshold') != said: self.threshold = _threshold(self.store.head, self.store.folder)
-    return new
+    said = self.store.head.get('threshold')
+    if said == self._said: return new
+    self._said,self.threshold = said,_threshold(self.store.head, self.store.folder)
+    return True
+
+@patch
+def _changed(self:Gallery):
+    "What to say in one's own folder: no threshold that was only read there, since another process may have a new one."
+    meta = dict(self._meta(), made_by=self._made_by if self.model is None else self.made_by)
+    if meta['threshold'] == self._said: del meta['threshold']
+    return meta
 
 @patch
 def _save_folder(self:Gallery, folder):
     "Write everything to a folder; to one's own what is stored beside the images."
     own = self.store is not None and folder.exists() and os.path.samefile(folder, self.store.folder)
-    if own: return self.store.say(self._meta())
+    if own:
+        meta = self._changed()
+        with _following(self): self.store.say(meta)
+        if 'threshold' in meta: self._said = self.store.head['threshold']
+        return
     def parts():
         for s in range(0, len(self), BLOCK):
             idx = range(s, min(s+BLOCK, len(self)))

@@ -164,6 +164,7 @@ class Store:
         folder, # With `head.json`
     ):
         self.folder, self.head = user_path(folder), None
+        self.others = False  # whether another process has added or removed since this was last set back
         self.refresh()
 
     @property
@@ -309,6 +310,7 @@ class StoredNames:
     def __init__(self, store):
         self.store, self.n, self.sorted, self.later = store, 0, 0, {}
         self.keys, self.order = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        self.generation = store.head['generation']
 
     def update(self, keys): "Nothing to do: the store knows."
 
@@ -329,6 +331,7 @@ class StoredNames:
         return self.order[i:j].tolist() + self.later.get(key, [])
 
     def __contains__(self, path):
+        if self.generation != self.store.head['generation']: self.__init__(self.store)  # a removal moves places
         if self.n != self.store.n: self._look()
         items, here = StoredItems(self.store), os.path.dirname(os.path.abspath('x'))
         for key in map(_hash, _spellings(path, here)):
@@ -345,6 +348,9 @@ def _commit(folder, head):
         if f.name not in kept and _ours.fullmatch(f.name) and f.name[0] != '.': _remove(f)
     return head
 
+def _others_model(folder):
+    return CheckpointError(f'{folder} holds features of another model by now: make another gallery for these')
+
 def _remove(f):
     try: f.unlink(missing_ok=True)
     except OSError: pass  # Windows, while somebody reads it
@@ -358,12 +364,13 @@ def append(self:Store,
 )->int: # How many were added
     "Add images; those that another process has added since are passed over."
     with _writing(self.folder):
-        if self.refresh():
+        self.others = self.refresh() or self.others
+        if self.others:
             keep = [i for i, o in enumerate(items) if os.path.abspath(user_path(o.path)) not in known]
             x, items = x[keep], [items[i] for i in keep]
         if not items: return 0
         if self.n and (self.head['made_by'], self.head['dim']) != (meta['made_by'], x.shape[1]):
-            raise CheckpointError(f'{self.folder} holds features of another model by now: make another gallery for these')
+            raise _others_model(self.folder)
         head = self.head if self.n else {**self.head, **meta}  # or what another process has said would be forgotten
         self._open(_commit(self.folder, _write(self.folder, head, x, *as_records(items))))
         return len(items)
@@ -403,19 +410,21 @@ def _parts(self:Store, keep=None):
 @patch
 def keep(self:Store,
     places:list, # Of the images that stay
-    meta:dict, # As in append
+    meta:dict={}, # What the head is to say anew
 ):
     "Take all other images out."
     with _writing(self.folder):
-        if self.refresh():
-            raise ConfigError(f'{self.folder} was changed by another process: look at it again, and then remove')
-        head = _new_head(meta)
+        if read_head(self.folder) != self.head:  # places of now are those of other images
+            raise ConfigError(f'{self.folder} was changed by another process: refresh the gallery, and then remove')
+        head = {**self.head, **meta, **_new_head({})}
         for part in self._parts(places): head = _write(self.folder, head, *part)
         self._open(_commit(self.folder, head))
 
 @patch
 def say(self:Store, meta:dict):
-    "Change what the head says beside numbers."
+    "Change what the head says beside numbers; how features were made stays as long as there are some."
     with _writing(self.folder):
         self.refresh()
-        self._open(_commit(self.folder, {**self.head, **meta}))
+        if self.n and meta['made_by'] not in (None, self.head['made_by']): raise _others_model(self.folder)
+        made = {k: self.head[k] for k in ('made_by', 'size', 'ir_range', 'dtype') if self.n}
+        self._open(_commit(self.folder, {**self.head, **meta, **made}))
