@@ -16,7 +16,7 @@ from tmpa.features import load_features
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, load_tmpa, save_weights
 from tmpa.search import Gallery
-from tmpa.verify import threshold
+from tmpa.verify import store_threshold, threshold
 
 SIZE = 48, 24
 PHOTOGRAPHS = Path(__file__).resolve().parents[2]/'shared'/'data'/'pku_reid_50'/'images'
@@ -77,6 +77,28 @@ def test_weights_that_are_gone_or_others(weights, pictures, tmp_path):
     save_weights(TMPANet(4, micro_resnet, pretrained=False), mine)
     with pytest.raises(ConfigError, match='size='): Gallery.from_weights(mine)
     assert Gallery.from_weights(mine, size=(96, 48)).size == (96, 48)
+
+
+def a_threshold(**fields):
+    t = threshold(np.r_[.1, .2, .3, .9, 1., 1.1], np.r_[[True]*3, [False]*3], far=.34)
+    return dataclasses.replace(t, **fields)
+
+@pytest.fixture
+def judged(weights, tmp_path):
+    "Weights with a threshold."
+    f = Path(shutil.copy(weights, tmp_path/'judged.pth'))
+    store_threshold(f, a_threshold())
+    return f
+
+
+def test_a_threshold_is_for_one_size(judged, pictures, tmp_path):
+    assert Gallery.from_weights(judged).threshold == Gallery.from_weights(judged, size=SIZE).threshold == a_threshold()
+    other = Gallery.from_weights(judged, size=(64, 32))
+    assert other.threshold is None and other.use_weights(judged).threshold is None
+    assert Gallery.from_weights(judged, ir_range=(0, 9)).threshold == a_threshold()  # the weights say nothing of it
+    load_tmpa(judged).save_pretrained(tmp_path/'ranged', size=SIZE, ir_range=(0, 99), threshold=a_threshold())
+    assert Gallery.from_weights(tmp_path/'ranged').threshold == a_threshold()
+    assert Gallery.from_weights(tmp_path/'ranged', ir_range=(0, 9)).threshold is None
 
 
 def test_broken_pictures(weights, pictures, tmp_path):
@@ -249,6 +271,73 @@ def test_what_cannot_be_is_one_line(run, weights, pictures, tmp_path):
     try: one_line(run('tmpa_search', g, pictures), weights, '--weights')
     finally: moved.rename(weights)
     assert sorted(o.name for o in tmp_path.iterdir()) == ['broken', 'empty', 'g.npz', 'other.pth', 'pictures', 'texts']
+
+
+def test_a_threshold_of_another_size_is_left_out(run, judged, pictures, tmp_path):
+    from tmpa.export import tmpa_export
+    from tmpa.weights import open_weights
+    for size, there in (('48x24', True), ('64x32', False)):
+        g, f = tmp_path/f'{size}.npz', tmp_path/f'w{size}'
+        assert run('tmpa_index', pictures, '--weights', judged, '--size', size, '--out', g, '--quiet')[0] == 0
+        read = Gallery.load(g)
+        assert (read.threshold is not None) == (read.use_weights(judged).threshold is not None) == there
+        tmpa_export.__wrapped__(str(judged), folder=str(f), size=size)
+        assert (open_weights(f)[1]['threshold'] is not None) == there
+
+
+def test_two_begin_a_folder_with_other_weights(weights, judged, pictures, tmp_path):
+    "Who comes second is refused, and says nothing of its own weights in the gallery of the first."
+    torch.manual_seed(1)
+    other = tmp_path/'other.pth'
+    save_weights(TMPANet(4, micro_resnet, pretrained=False), other, size=SIZE)
+    a, b = (use._gallery_for(tmp_path/'g', f, None, None)[0] for f in (judged, other))
+    b.add(pictures/'visible')
+    b.save(tmp_path/'g')
+    for _ in range(2):
+        with pytest.raises(CheckpointError): a.add(pictures)
+        with pytest.raises(CheckpointError, match='another model'): a.save(tmp_path/'g')
+        with pytest.raises(CheckpointError): a.search(pictures/'visible')
+    g = Gallery.load(tmp_path/'g')
+    assert (g.weights, g.threshold, len(g)) == (str(other), None, 6) and g.use_weights()
+
+
+@pytest.mark.parametrize('out', ['g.npz', 'g'])
+def test_a_threshold_that_came_later(run, judged, pictures, tmp_path, out):
+    "It is stored with the gallery also where no image is new."
+    index = ('tmpa_index', pictures, '--weights', judged, '--out', tmp_path/out, '--quiet')
+    assert run(*index)[0] == 0 and Gallery.load(tmp_path/out).threshold == a_threshold()
+    new = a_threshold(distance=.25, maybe=.5)
+    store_threshold(judged, new)
+    assert run(*index)[1].splitlines() == [f'0 images are new, 12 images are in {tmp_path/out}']
+    assert Gallery.load(tmp_path/out).threshold == new
+    moved = judged.rename(tmp_path/'moved.pth')
+    assert run(*index[:3], moved, *index[4:])[0] == 0 and Gallery.load(tmp_path/out).weights == str(moved)
+
+
+def test_a_folder_that_is_empty_is_a_new_gallery(run, weights, pictures, tmp_path):
+    g = tmp_path/'g'
+    index = ('tmpa_index', pictures, '--weights', weights, '--out', g, '--quiet')
+    for left in ((), ('.head-ab_c.tmpa.json',), ('letter.txt',), ('features-00000000.f32',)):
+        g.mkdir()
+        for name in left: (g/name).touch()
+        if left and left[0][0] != '.':
+            one_line(run(*index), g)
+            assert [o.name for o in g.iterdir()] == list(left)
+        else: assert run(*index)[0] == 0 and len(Gallery.load(g)) == 12
+        shutil.rmtree(g)
+
+
+@pytest.mark.parametrize('out', ['g.npz', 'g'])
+def test_without_images_a_gallery_is_free_for_other_weights(run, judged, pictures, tmp_path, out):
+    g = Gallery.from_weights(judged, dtype=torch.float16)
+    g.save(tmp_path/out)
+    torch.manual_seed(1)
+    other = tmp_path/'other.pth'
+    save_weights(TMPANet(4, micro_resnet, pretrained=False), other, size=(64, 32), ir_range=(0, 99))
+    status, _, err = run('tmpa_index', pictures, '--weights', other, '--out', tmp_path/out, '--quiet')
+    g = Gallery.load(tmp_path/out)
+    assert status == 0 and (g.size, g.ir_range, g.weights, g.threshold) == ((64, 32), (0, 99), str(other), None), err
+    assert len(g) == 12 and g.dtype == torch.float16 and len(g.use_weights().search(pictures/'visible')) == 6
 
 
 def test_only_one_writes_a_file(run, weights, pictures, tmp_path):

@@ -1,5 +1,5 @@
 """`tmpa.verify`: what its notebook leaves out."""
-import subprocess, sys
+import json, subprocess, sys
 
 import numpy as np
 import pytest
@@ -26,6 +26,16 @@ def test_takes_tensors():
     assert roc(d, same).eer == roc(d.numpy(), same.numpy()).eer
     q, g = torch.arange(20), torch.arange(20)
     assert open_set(d.view(20, 20), q, g//2).n_other == open_set(d.view(20, 20).numpy(), q.numpy(), g.numpy()//2).n_other == 10
+
+
+@pytest.mark.parametrize('cross', [None, True, False])
+def test_is_json_with_numbers_of_numpy(cross):
+    d, same = np.linspace(0, 1, 40), np.arange(40) < 20
+    given = cross if cross is None else np.bool_(cross)
+    who = np.arange(40)%7
+    groups = np.stack([who, np.where(same, who, 8)], 1)
+    t = threshold(d, same, np.float32(.25), np.float64(.9), groups, np.int64(50), np.float32(.9), cross=given)
+    assert t.cross is cross and Threshold.from_dict(json.loads(json.dumps(t.to_dict()))) == t
 
 
 def test_order_of_pairs_does_not_matter():

@@ -43,7 +43,10 @@ def tmpa_export(
     if not (onnx or folder): raise ConfigError('nothing to write: pass --onnx FILE or --folder FOLDER')
     model, card = open_weights(weights)
     known = run_scores(weights)
-    card = {**card, 'size': image_size(card, size and parse_size(size)), 'licence': licence or card['licence'],
+    wanted = list(image_size(card, size and parse_size(size)))
+    same = wanted == list(card['size'] or ())  # distances of another size are others
+    card = {**card, 'size': wanted, 'threshold': card['threshold'] if same else None,
+            'licence': licence or card['licence'],
             'scores': known.pop('scores', card['scores']), 'run': {**card['run'], **known}}
     if folder:
         made = save_pretrained(model, folder, torch.float16 if half else torch.float32, not features_only, **card)

@@ -6,7 +6,7 @@
 __all__ = ['SAVE_EVERY', 'tmpa_index', 'tmpa_search', 'tmpa_features']
 
 # %% ../nbs/23_use.ipynb #b8e44493
-import hashlib, sys, time, warnings
+import hashlib, re, sys, time, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from fastcore.script import call_parse, Param, store_true
 from .console import load_fastai, one_line_errors, parse_ints, parse_range, parse_size
@@ -85,21 +85,23 @@ SAVE_EVERY = 2 # Seconds, at least
 
 class _Saver:
     "Called after each portion of images: moves the bar, and saves now and then."
-    def __init__(self, g, out, n, quiet):
+    def __init__(self, g, out, n, quiet, changed=False):
         from fastprogress import progress_bar
         self.g, self.out, self.saved, self.cost, self.last = g, out, len(g), 0, time.monotonic()
+        self.changed = changed  # something beside the images, which is to be saved too
         self.bar = None if quiet or not n else progress_bar(range(n), leave=False)
         if self.bar is not None: self.bar.update(0)
     def __call__(self, n):
         if self.bar is not None: self.bar.update(n)
         if time.monotonic() - self.last >= max(SAVE_EVERY, 20*self.cost): self.save()
     def save(self):
-        if self.out is None or len(self.g) == self.saved: return
+        more = len(self.g) != self.saved
+        if self.out is None or not (more or self.changed): return
         start = time.monotonic()
         self.g.save(self.out)
-        self.saved, self.last = len(self.g), time.monotonic()
+        self.saved, self.changed, self.last = len(self.g), False, time.monotonic()
         self.cost = self.last - start
-        print(f'{self.saved:,} images are in {self.out}', flush=True)
+        if more: print(f'{self.saved:,} images are in {self.out}', flush=True)
 
 @contextmanager
 def _alone(out):
@@ -115,27 +117,39 @@ def _alone(out):
         except OSError: pass  # no place for locks
         yield
 
+def _is_blank(out):
+    "A folder with nothing in it, or with no more than an interrupted start leaves."
+    return out.is_dir() and all(re.fullmatch(r'\.head-[a-z0-9_-]+\.tmpa\.json', f.name) for f in out.iterdir())
+
+def _gone_on_with(g, out, weights, size, ir_range):
+    "A gallery with its model; and whether its file says something else beside the images."
+    from tmpa.core import ConfigError
+    was = g.weights, g.threshold
+    g.use_weights(weights)
+    if size in (None, g.size) and ir_range in (None, g.ir_range): return g, was != (g.weights, g.threshold)
+    made = 'x'.join(map(str, g.size)) if g.size else 'unknown'
+    raise ConfigError(f'{out} was made at size {made}, ir_range {g.ir_range}: leave --size and --ir_range out')
+
 def _gallery_for(out, weights, size, ir_range, **kwargs):
-    "The gallery that is there, or a new one."
+    "The gallery that is there, or a new one; and whether its file says something else beside the images."
     from tmpa.core import ConfigError
     from tmpa.search import Gallery
-    if out is not None and out.exists():
-        g = Gallery.load(out, **kwargs).use_weights(weights)
-        if size not in (None, g.size) or ir_range not in (None, g.ir_range):
-            raise ConfigError(f'{out} was made at size {g.size[0]}x{g.size[1]}, ir_range {g.ir_range}: leave --size and --ir_range out')
-        return g
+    if out is not None and out.exists() and not _is_blank(out):
+        g = Gallery.load(out, **kwargs)
+        if len(g) or weights is None: return _gone_on_with(g, out, weights, size, ir_range)
+        kwargs['dtype'] = g.dtype  # without images it is free for any weights
     if weights is None: raise ConfigError('pass --weights FILE, a file that tmpa_train wrote or a folder of save_pretrained')
     given = {k: v for k, v in dict(size=size, ir_range=ir_range).items() if v is not None}
     g = Gallery.from_weights(weights, **given, **kwargs)
-    if out is None or out.suffix: return g
+    if out is None or out.suffix: return g, False
     stored = Gallery.open(out, g.model, size=g.size, ir_range=g.ir_range, **kwargs)
     stored.weights, stored.threshold = g.weights, g.threshold
-    return stored
+    return stored, False
 
-def _add(g, found, out, quiet):
+def _add(g, found, out, quiet, changed=False):
     "Add images, and save what is there also where something ends it; paths that cannot be read, and why."
     from tmpa.core import TMPAError
-    saver = _Saver(g, out, len(found.items), quiet)
+    saver = _Saver(g, out, len(found.items), quiet, changed)
     try: g.add(found.items, on_error='skip', each=saver)
     except (KeyboardInterrupt, TMPAError):
         saver.save()
@@ -168,11 +182,11 @@ def tmpa_index(
     if bs < 1: raise ConfigError(f'bs={bs}: give 1 or more')
     check_ranges(num_workers=workers)
     with _notes('tmpa_index'), _alone(out) if out.suffix else nullcontext():
-        g = _gallery_for(out, weights, size, ir_range, device=_device(device), bs=bs, num_workers=workers)
+        g, changed = _gallery_for(out, weights, size, ir_range, device=_device(device), bs=bs, num_workers=workers)
         found = _images_of(folder, _modality(modality), g.ir_range, split)
         _say_found('tmpa_index', found, folder)
         before = len(g)
-        broken = _add(g, found, out, quiet)
+        broken = _add(g, found, out, quiet, changed)
     n = len(found.items) + len(found.broken)
     _say_broken('tmpa_index', broken, n)
     if not len(g): raise DataError(f'none of the {n} images of {folder} can be read: restore them')
@@ -291,7 +305,7 @@ def tmpa_features(
     check_ranges(num_workers=workers)
     out = _new_file(out, ('.npz', '.pt', '.mat'))
     with _notes('tmpa_features'):
-        g = _gallery_for(None, weights, size, ir_range, device=_device(device), bs=bs, num_workers=workers)
+        g, _ = _gallery_for(None, weights, size, ir_range, device=_device(device), bs=bs, num_workers=workers)
         found = _images_of(folder, _modality(modality), g.ir_range, split)
         _say_found('tmpa_features', found, folder)
         broken = _add(g, found, None, quiet)

@@ -267,6 +267,7 @@ def threshold(
         if not own: raise ConfigError('same and groups: Pairs have their own, leave them out')
         same, groups, cross, distances = distances.same, distances.groups, distances.cross, distances.distances
     for name, v in (('far', far), ('keep', keep), ('level', level)): _check_share(name, v)
+    cross = None if cross is None else bool(cross)
     if not (isinstance(n, (int, np.integer)) and n > 0): raise ConfigError(f'n={n!r}: give 1 or more draws')
     d, s = _checked(distances, same)
     mine, other = np.sort(d[s]), np.sort(d[~s])
