@@ -328,3 +328,13 @@ def test_on_a_device(tmp_path, device):
     for s in range(3):
         for o in (g, here): o.add(records(40, s), feats=feats(40, s))
         assert g.search(feats(3, 9), k=9) == here.search(feats(3, 9), k=9) and g.rows([5]).device.type == g.device.type
+
+
+def test_a_folder_that_lost_its_head(tmp_path):
+    "Its features may be all that somebody has."
+    g = Gallery.open(tmp_path/'g', made_by='somebody')
+    g.add([ReIDImage(Path('a.jpg'), 0, 0, 0)], feats=torch.ones(1, 4))
+    (tmp_path/'g'/'head.json').unlink()
+    before = sorted(o.name for o in (tmp_path/'g').iterdir())
+    with pytest.raises(DataError, match='but no head.json'): Gallery.open(tmp_path/'g', made_by='somebody')
+    assert sorted(o.name for o in (tmp_path/'g').iterdir()) == before
