@@ -261,7 +261,7 @@ def test_a_run_whose_loss_runs_away(run, regdb, tmp_path, device):
     args = ('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'wild', '--lr', 1e25, *SMALL)
     one_line(run(*args), 'in epoch 1 of 1, batch', 'is nan', 'lower lr')
     files = sorted(p.name for p in (tmp_path/'wild').iterdir())
-    assert files == ['config.json', 'environment.json', 'history.csv', 'ran_away.json']
+    assert files == ['config.json', 'environment.json', 'history.csv', 'image_files.csv', 'ran_away.json']
     for _ in range(2): one_line(run(*args, '--resume'), 'ran_away.json', 'choose another --out with a lower --lr', '--precision fp32')
     assert sorted(p.name for p in (tmp_path/'wild').iterdir()) == files
 

@@ -219,9 +219,10 @@ def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_f
         raise (told(again) if is_told(e) else again) from None
     limit = _held_out_threshold(cfg, learn, how)
     def scored():
-        if limit is not None: store_threshold(out/'last.pth', limit)
+        said = read_meta(out/'last.pth').get('threshold')  # one that is there stays: these weights may be in use
+        if limit is not None and said is None: store_threshold(out/'last.pth', limit)
         notes = dict(also_trained=also, images_changed=_changed(out, images, train, test, how['cache']))
-        if limit is not None: notes['threshold'] = limit.to_dict()
+        if limit is not None: notes['threshold'] = said or limit.to_dict()
         return _scored(cfg, learn, feats, test, settings, notes, seconds, budget, going.resumed, rank_figure)
     return on_rank0(scored)
 

@@ -56,10 +56,10 @@ class ReIDNet(nn.Module):
         super().__setstate__({**self.earlier, **state})
 
     @classmethod
-    def from_pretrained(cls, where, **kwargs):
+    def from_pretrained(cls, where, arch=None, attention=None, revision=None):
         "A trained network of this class, see `tmpa.weights.from_pretrained`."
         from tmpa.weights import from_pretrained
-        return from_pretrained(where, kind=cls, **kwargs)
+        return from_pretrained(where, kind=cls, arch=arch, attention=attention, revision=revision)
 
     def save_pretrained(self, folder, **card):
         "Write a folder that `from_pretrained` reads, see `tmpa.weights.save_pretrained`."
