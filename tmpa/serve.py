@@ -5,6 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'open_picture', 'Desk', 'Guard', 'make_app', 'serve', 'tmpa_serve']
 
+# %% ../nbs/22b_serve.ipynb #b2038d73
+from .console import load_fastai, one_line_errors
+
+# %% ../nbs/22b_serve.ipynb #64a51190
+load_fastai()
+
 # %% ../nbs/22b_serve.ipynb #a9142cc0
 import asyncio, base64, io, ipaddress, secrets, socket, threading, warnings
 from collections import OrderedDict
@@ -14,7 +20,6 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 from fastcore.script import call_parse
-from .console import one_line_errors
 from .core import CheckpointError, ConfigError, DataError, Modality, ReIDImage, TMPAError, known
 from .data.folder import find_records
 from .data.image import FORMATS
