@@ -394,8 +394,9 @@ def write_store(
         raise ConfigError(f'{folder} holds {strange}, which is no part of a gallery: choose a folder of its own')
     with _writing(folder):
         if not replace and (folder/HEAD).exists(): return
-        left = None if replace else next((f.name for f in folder.iterdir() if f.name[0] != '.' and f.stat().st_size), None)
-        if left: raise DataError(f'{folder} holds {left} but no {HEAD}: copy the gallery again, or choose another folder')
+        data = [f.name for f in folder.iterdir() if f.name[0] != '.' and f.stat().st_size]
+        if data and not replace:
+            raise DataError(f'{folder} holds {data[0]} but no {HEAD}: copy the gallery again, or choose another folder')
         head = _new_head(meta)
         for x, names, records in parts: head = _write(folder, head, x, names, records)
         _commit(folder, head)

@@ -106,7 +106,9 @@ def _check_share(name, x):
     if isinstance(x, (int, float, np.number)) and 0 < x < 1: return
     raise ConfigError(f'{name}={x!r}: give a share above 0 and below 1')
 
-def _count(share, n): return min(floor(share*n*(1 + 1e-12)), n - 1)  # so that 0.07 of 100 are 7, and of a share below 1 never all
+def _count(share, n):
+    "How many of `n` a share below 1 is: 7 for 0.07 of 100, and never all."
+    return min(floor(share*n*(1 + 1e-12)), n - 1)
 
 def _check_seen(far, n, what='pairs of different people'):
     "Refuse a rate that so many cannot show."
