@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXES', 'beta_lambdas', 'SlotMixup', 'box_mask', 'SlotCutMix', 'to_pixels', 'patch_mask', 'PatchMix',
-           'attention_scores', 'top_patches', 'AttentiveCutMix', 'make_mix', 'show_mixes']
+           'attention_scores', 'top_patches', 'AttentiveCutMix', 'show_mixes']
 
 # %% ../../nbs/06_callback.mix.ipynb #e0148ccc
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import CheckpointError, ConfigError, arg_names, check_names, plain, rand_on, slots
+from ..core import CheckpointError, ConfigError, plain, rand_on, slots
 from ..regions import grid_size
 from .pedmix import PedMix, SlotMix, _mixed, _shown, pedmix
 from ..models.backbone import Extractor, make_resnet
@@ -217,15 +217,6 @@ def mix(self:AttentiveCutMix,
 
 # %% ../../nbs/06_callback.mix.ipynb #2fe84de6
 MIXES = dict(pedmix=PedMix, mixup=SlotMixup, cutmix=SlotCutMix, patchmix=PatchMix, attentive_cutmix=AttentiveCutMix)
-
-def make_mix(
-    kind:str='pedmix', # A key of `MIXES`
-    **kwargs           # Arguments of that class
-)->SlotMix:
-    "The mix callback of that name."
-    if kind not in MIXES: raise ConfigError(f'mix {kind!r} is not known: use one of {", ".join(MIXES)}')
-    check_names(kwargs, arg_names(MIXES[kind]), f'mix {kind!r}')
-    return MIXES[kind](**kwargs)
 
 # %% ../../nbs/06_callback.mix.ipynb #8505bf81
 def show_mixes(
