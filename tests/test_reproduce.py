@@ -2,16 +2,18 @@
 import json, os, re, runpy, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import tmpa.all as rp
+import tmpa.all, tmpa.callback.loop, tmpa.demo, tmpa.run, tmpa.setup, tmpa.tables
 from tmpa.cli import parse_ints
 from tmpa.core import ConfigError
 from tmpa.experiment import train_run
 from tmpa.recipes import RECIPES, TABLES, Recipe, RecipeTable, TableRow, content, get_recipe, published_methods, short_hash
 
+rp = SimpleNamespace(**{k: v for m in (tmpa.callback.loop, tmpa.demo, tmpa.run, tmpa.setup, tmpa.tables, tmpa.all) for k, v in vars(m).items()})
 TOY = dict(ids=16, epochs=1, seeds=1, size=(48, 24), arch='tiny_resnet', P=4, K=2)
 
 

@@ -436,10 +436,10 @@ def test_the_verdict_beside_a_hit_is_of_that_hit():
 
 
 def test_a_sheet_of_names_that_the_font_lacks(tmp_path, recwarn):
-    from tmpa.vis.hits import save_figure
+    from tmpa.vis.hits import save_sheet
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots()
     ax.set_title('王小明')
-    save_figure(tmp_path/'s.png', fig)
+    save_sheet(tmp_path/'s.png', fig)
     plt.close(fig)
     assert not [o for o in recwarn if 'Glyph' in str(o.message)]

@@ -8,67 +8,74 @@ __all__ = []
 # %% ../nbs/24_all.ipynb #d7467565
 from fastai.vision.all import *
 from fastai.callback.fp16 import *
-from .core import *
-from .processes import *
-from .data.image import *
-from .files import *
-from .data.external import *
-from .data.synthetic import *
-from .data.folder import *
-from .data.cache import *
-from .data.transforms import *
-from .data.load import *
-from .regions import *
-from .callback.pedmix import *
-from .callback.mix import *
-from .layers import *
-from .models.backbone import *
-from .models.mfe import *
-from .models.mft import *
-from .models.attention import *
-from .models.net import *
-from .models.tmpa import *
-from .models.agw import *
-from .weights import *
-from .models.onnx import *
-from .losses import *
-from .ranking import *
-from .rerank import *
-from .features import *
-from .confidence import *
-from .verify import *
-from .evaluation import *
-from .tracks import *
-from .metrics import *
-from .learner import *
-from .robust import *
-from .dart import *
-from .callback.loop import *
-from .callback.distributed import *
-from .guard import *
-from .callback.resume import *
-from .recipes import *
-from .interpret import *
-from .vis.architecture import *
-from .vis.tsne import *
-from .vis.gradcam import *
-from .report import *
-from .scoring import *
-from .provenance import *
-from .check import *
-from .run import *
-from .experiment import *
-from .demo import *
-from .store import *
-from .approximate import *
-from .published import *
-from .search import *
-from .serve import *
-from .vis.hits import *
-from .export import *
-from .setup import *
-from .tables import *
-from .reproduce import *
-from .console import *
-from .use import *
+
+# %% ../nbs/24_all.ipynb #8c2a7c95
+from .core import (CheckpointError, ConfigError, DataError, Modality, ProtocolError, PublishedImage, ReIDImage,
+                       TMPAError, TrackedImage, slots)
+from .data.image import read_image
+from .data.external import (csv_items, llcm_items, llcm_settings, regdb_items, regdb_settings, sysu_items,
+                                sysu_settings)
+from .data.synthetic import make_llcm, make_regdb, make_sysu, render_person, show_gallery
+from .data.folder import find_records
+from .data.cache import image_cache
+from .data.transforms import ReIDAug, training_tfms
+from .data.load import ReIDDataLoaders, split_by_pid
+
+# %% ../nbs/24_all.ipynb #3e9309cc
+from .regions import region_map, region_mask
+from .callback.pedmix import PedMix, SlotMix, pedmix
+from .callback.mix import MIXES, AttentiveCutMix, PatchMix, SlotCutMix, SlotMixup, show_mixes
+from .layers import BNNeck, Classifier, GeM
+from .models.backbone import make_resnet, micro_resnet, split_resnet, tiny_resnet
+from .models.mfe import MFE
+from .models.mft import MFT, complete_feature, cross_attention
+from .models.attention import CBAM, SE, STN
+from .models.net import (NETS, ReIDNet, build_net, load_tmpa, load_weights, n_flops, n_params, save_weights,
+                             set_switches, show_size)
+from .models.tmpa import TMPANet
+from .models.agw import AGWNet, TwoStems
+from .weights import from_pretrained, open_weights, save_pretrained
+from .models.onnx import export_onnx
+from .losses import BetaWarmup, TMPALoss, id_loss, mft_loss, msi_loss, mss_loss, wrt_loss
+
+# %% ../nbs/24_all.ipynb #405f7ea1
+from .ranking import EvalResult, Rule, cmc_map
+from .rerank import rerank
+from .features import load_features, save_features
+from .confidence import bootstrap, compare_runs, detectable, difference
+from .verify import Threshold, open_set, pairs, plot_curves, plot_pairs, roc, threshold
+from .evaluation import compare_protocols, evaluate, evaluate_features, evaluate_settings
+from .tracks import track_features
+
+# %% ../nbs/24_all.ipynb #708b141f
+from .metrics import LossTerms, ReIDMetrics
+from .learner import extract_features, reid_learner, tmpa_learner
+from .robust import noisy_items
+from .dart import DART, DARTLoss, TwinNet, dart_learner
+from .callback.loop import StopRunaway
+from .callback.distributed import SyncNorm
+from .guard import ReIDLearner
+from .callback.resume import ResumeFit
+
+# %% ../nbs/24_all.ipynb #ed121e19
+from .recipes import RECIPES, TABLES, Recipe, RecipeTable, TableRow, field_values, get_recipe, get_table, with_fields
+from .scoring import DataSpec
+from .run import RunConfig
+from .experiment import evaluate_run, train_run, train_runs
+from .check import check_data
+from .setup import make_setup
+from .reproduce import pick_tables, reproduce, sweep
+from .report import markdown_table, plot_log, score_rows, text_table, write_report
+
+# %% ../nbs/24_all.ipynb #ea2bc66d
+from .interpret import ReIDInterpretation, plot_ranks, top_matches
+from .vis.architecture import plot_architecture
+from .vis.tsne import plot_tsne
+from .vis.gradcam import plot_attention, plot_gradcam
+from .vis.hits import plot_hits, save_page, save_sheet
+from .published import load_published
+from .search import Gallery, Hits
+from .serve import serve
+
+# %% ../nbs/24_all.ipynb #edb2a117
 __all__ = [o for o in globals() if not o.startswith('_')]

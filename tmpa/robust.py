@@ -12,8 +12,8 @@ import numpy as np, torch, torch.nn.functional as F
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from .core import ConfigError, Modality, arg_names, check_names, known, plain, rand_on, slots
-from .layers import full_precision
-from .losses import _full, pair_distances
+from .layers import full_precision, to_full
+from .losses import row_distances
 
 # %% ../nbs/16a_robust.ipynb #9c4eb8fd
 def clean_confidence(
@@ -82,7 +82,7 @@ def soft_id_loss(
     "Mean over the rows with a label of confidence times cross entropy (equation 9)."
     with full_precision(logits):
         labels = plain(labels)
-        each = F.cross_entropy(_full(logits), labels.clamp(min=-1), reduction='none', ignore_index=-1, label_smoothing=label_smoothing)
+        each = F.cross_entropy(to_full(logits), labels.clamp(min=-1), reduction='none', ignore_index=-1, label_smoothing=label_smoothing)
         return (plain(conf)*each).sum()/(labels >= 0).sum().clamp(min=1)
 
 # %% ../nbs/16a_robust.ipynb #a456d0c6
@@ -105,9 +105,9 @@ def quadruplet_loss(
     generator:torch.Generator|None=None # Source of randomness
 )->Tensor: # Scalar
     "Adaptive quadruplet loss (equations 10 to 16): mean over trusted anchors."
-    if not len(feats): return _full(feats).sum()
+    if not len(feats): return to_full(feats).sum()
     with full_precision(feats):
-        d,y,clean = pair_distances(_full(feats)),plain(labels),plain(conf) > threshold
+        d,y,clean = row_distances(to_full(feats)),plain(labels),plain(conf) > threshold
         kind = pair_division(y, conf, predicted, threshold, match)
         pos,neg = (y == y[:, None]).fill_diagonal_(False),y != y[:, None]
         j,k = _random(pos, generator),_nearest(d, neg)

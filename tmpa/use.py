@@ -272,12 +272,12 @@ def tmpa_search(
 def _write(files, g, gallery, found, broken, k, rows):
     "The files that were asked for, whole or not at all."
     from tmpa.run import write_json
-    from tmpa.vis.hits import hits_page, plot_hits, save_figure, save_page
+    from tmpa.vis.hits import hits_page, plot_hits, save_sheet, save_page
     for kind, path in files.items():
         _new_file(path)
         if kind == 'json': write_json(path, _answer(g, gallery, found, broken, k))
         if kind == 'html': save_page(path, hits_page(found, f'Search in {gallery}', f'{len(found):,} queries in {len(g):,} images', k))
-        if kind == 'sheet': save_figure(path, plot_hits(found, k, rows))
+        if kind == 'sheet': save_sheet(path, plot_hits(found, k, rows))
         print(f'{kind}: {path}')
 
 # %% ../nbs/23_use.ipynb #ca5cbb5e

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core import CheckpointError, ConfigError, plain, rand_on, slots
 from ..regions import grid_size
-from .pedmix import PedMix, SlotMix, _mixed, _shown, pedmix
+from .pedmix import PedMix, SlotMix, mixed_as_trained, batch_to_show, pedmix
 from ..models.backbone import Extractor, make_resnet
 
 # %% ../../nbs/06_callback.mix.ipynb #3e603bfc
@@ -232,14 +232,14 @@ def show_mixes(
     dpi:int=72       # Dots per inch
 ):
     "Draw the visible and the infrared image of the first `n` slots, then the visible one after each mix (figure 3); returns the figure."
-    if not isinstance(images, Tensor): images,modality,labels = _shown(images)
+    if not isinstance(images, Tensor): images,modality,labels = batch_to_show(images)
     if mixes is None:
         mixes = {'Mixup': SlotMixup(), 'CutMix': SlotCutMix(), 'PatchMix': PatchMix(patch), 'Attentive CutMix': AttentiveCutMix(scorer=scorer), 'PedMix': PedMix(patch)}
     vis,ir = (o[:n] for o in slots(modality, labels))
     cols = {'visible': images[vis], 'infrared': images[ir]}
     for name,cb in mixes.items():
         cb.rng = torch.Generator().manual_seed(seed)
-        cols[name] = _mixed(cb, images, modality, labels)[vis]
+        cols[name] = mixed_as_trained(cb, images, modality, labels)[vis]
     (h,w),k = images.shape[-2:],len(vis)
     fig,axs = plt.subplots(k, len(cols), figsize=figsize or (.9*len(cols), .9*k*h/w + .4), dpi=dpi, squeeze=False)
     for j,(name,col) in enumerate(cols.items()):

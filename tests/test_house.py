@@ -1,0 +1,92 @@
+"How the code reads, counted: each number may only fall. Who lowers one lowers its ceiling here."
+import ast, importlib, re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent/'tmpa'
+FILES = sorted(f for f in ROOT.rglob('*.py') if f.name not in ('_modidx.py', '__init__.py'))
+
+CEILINGS = {
+    'lines over 120 columns': 779,
+    'modules over 250 lines': 21,
+    'export cells over 30 lines': 150,
+    'functions with 8 parameters or more': 46,
+    'own names in tmpa.all': 152,
+}
+
+def name(f): return str(f.relative_to(ROOT))
+def module(f): return '.'.join(('tmpa', *f.relative_to(ROOT).with_suffix('').parts))
+
+def cells(f):
+    "The export cells of a module: the texts between the marks that nbdev writes."
+    return re.split(r'^# %% .*\n', f.read_text(), flags=re.M)[1:]
+
+def functions(f):
+    "The functions of a module, those of classes and of functions among them."
+    return [o for o in ast.walk(ast.parse(f.read_text())) if isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+def n_parameters(f):
+    "How many parameters a function has, without the object that it belongs to."
+    named = [o.arg for o in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
+    return len([o for o in named if o not in ('self', 'cls')])
+
+def imports(f):
+    "(module of ours, name) for everything that a module imports from another one."
+    package = ('tmpa', *f.relative_to(ROOT).parent.parts)
+    for o in ast.walk(ast.parse(f.read_text())):
+        if not isinstance(o, ast.ImportFrom): continue
+        base = package[:len(package)-o.level+1] if o.level else ()
+        module = '.'.join((*base, *filter(None, [o.module])))
+        if module.split('.')[0] == 'tmpa': yield from ((module, a.name) for a in o.names)
+
+def long_lines():
+    return [f'{name(f)}:{n}' for f in FILES for n, line in enumerate(f.read_text().splitlines(), 1) if len(line) > 120]
+
+def long_modules():
+    return [name(f) for f in FILES if len(f.read_text().splitlines()) > 250]
+
+def long_cells():
+    return [f'{name(f)}: {c.splitlines()[0]}' for f in FILES for c in cells(f) if len(c.strip().splitlines()) > 30]
+
+def wide_functions():
+    return [f'{name(f)}: {o.name}' for f in FILES for o in functions(f) if n_parameters(o) >= 8]
+
+def own_names():
+    return [n for _, n in imports(ROOT/'all.py')]
+
+COUNTS = {
+    'lines over 120 columns': long_lines,
+    'modules over 250 lines': long_modules,
+    'export cells over 30 lines': long_cells,
+    'functions with 8 parameters or more': wide_functions,
+    'own names in tmpa.all': own_names,
+}
+
+@pytest.mark.parametrize('what', COUNTS)
+def test_no_more_than_before(what):
+    found = COUNTS[what]()
+    assert len(found) <= CEILINGS[what], f'{len(found)} {what}, there were {CEILINGS[what]}: {found}'
+
+def test_no_private_name_crosses_a_module():
+    crossing = [f'{name(f)}: {other}.{n}' for f in FILES for other, n in imports(f) if n.startswith('_') and not n.startswith('__')]
+    assert crossing == []
+
+def test_no_name_hides_another():
+    "Two modules have one name for the same thing only; in a session every name has its one meaning."
+    modules = [importlib.import_module(module(f)) for f in FILES if f.name != 'all.py']
+    first, hidden = {}, []
+    for m in modules:
+        for n in m.__all__:
+            there = first.setdefault(n, (m, getattr(m, n)))
+            if there[1] is not getattr(m, n): hidden.append(f'{there[0].__name__}.{n} and {m.__name__}.{n}')
+    assert hidden == []
+    everything = importlib.import_module('tmpa.all')
+    twice = [n for n in set(own_names()) if own_names().count(n) > 1]
+    assert twice == [] and all(n in everything.__all__ for n in own_names())
+
+def test_no_name_hides_one_of_fastai():
+    import fastai.vision.all as fastai
+    modules = [importlib.import_module(module(f)) for f in FILES if f.name != 'all.py']
+    ours = [(m, n) for m in modules for n in m.__all__]
+    assert [f'{m.__name__}.{n}' for m, n in ours if getattr(fastai, n, getattr(m, n)) is not getattr(m, n)] == []
