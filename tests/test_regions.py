@@ -185,7 +185,7 @@ def test_pedmix_says_what_it_exchanges_and_what_it_cannot():
 
 
 def test_figure_4_names_the_shares(tmp_path):
-    from tmpa.recipes import TABLES
+    from tmpa.paper import TABLES
     from tmpa.setup import make_setup
     from tmpa.tables import cells, fill, markdown
     small, fine, paper = make_setup('small'), make_setup('small', patch=4), make_setup('paper', 'regdb', 'x')

@@ -1,6 +1,7 @@
 """Tables of the paper over seeds: shared rows, budgets, kills, other settings, and runs that are equal bit for bit."""
 import json, os, re, runpy, signal, subprocess, sys, time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ import tmpa.all, tmpa.callback.loop, tmpa.demo, tmpa.run, tmpa.setup, tmpa.table
 from tmpa.cli import parse_ints
 from tmpa.core import ConfigError
 from tmpa.experiment import train_run
-from tmpa.recipes import RECIPES, TABLES, Recipe, RecipeTable, TableRow, content, get_recipe, published_methods, short_hash
+from tmpa.paper import TABLES, RecipeTable, TableRow, published_methods
+from tmpa.recipes import RECIPES, Recipe, get_recipe, recipe_key, short_hash
 
 rp = SimpleNamespace(**{k: v for m in (tmpa.callback.loop, tmpa.demo, tmpa.run, tmpa.setup, tmpa.tables, tmpa.all) for k, v in vars(m).items()})
 TOY = dict(ids=16, epochs=1, seeds=1, size=(48, 24), arch='tiny_resnet', P=4, K=2)
@@ -279,24 +281,43 @@ def test_recipes_of_all_tables():
         for r in t.rows:
             if r.recipe: assert Recipe.from_dict(json.loads(json.dumps(get_recipe(r.recipe).asdict()))).name
     assert len(published_methods()) == 20
-    assert short_hash(content(RECIPES['b+ca'])) == rp.row_key(TABLES['table7'].rows[0]) == rp.row_key(TABLES['table3'].rows[0])
+    assert recipe_key('B+CA') == rp.row_key(TABLES['table7'].rows[0]) == rp.row_key(TABLES['table3'].rows[0])
 
 
 def test_methods_are_told_apart():
-    "By what they do: the code of functions and classes, a chance of 1 from the default, and not by defaults that are spelled out."
-    key = lambda r, **kw: short_hash(content(get_recipe(r).but(**kw)))
+    "By what they do: names and versions of functions and classes, a chance of 1 from the default, and not by defaults that are spelled out."
+    key = lambda r, **kw: recipe_key(get_recipe(r).but(**kw))
     ca = [key('B+CA', channel_exchange=c) for c in (True, .75, 1., 1, .25, False, 0)]
     assert ca[0] == ca[1] and ca[2] == ca[3] and len(set(ca)) == 4 and ca[5] == ca[6] == key('B')
-    att = [key('B', model=dict(attention=a)) for a in (lambda c: rp.SE(c, 2), lambda c: rp.CBAM(c, 2), lambda c: rp.SE(c, 2), rp.SE)]
-    assert len(set(att)) == 3 and att[0] == att[2]
-    def mix(share, doc=''):
+    def two(c): return rp.SE(c, 2)
+    att = [key('B', model=dict(attention=a)) for a in (partial(rp.SE, reduction=2), partial(rp.CBAM, reduction=2), two, partial(rp.SE, reduction=2), rp.SE)]
+    assert len(set(att)) == 4 and att[0] == att[3]
+    def mix(share, doc='', number=None):
         class Mine(rp.SlotMix):
-            __doc__ = doc
+            __doc__, version = doc, number
             def __init__(self, stripes=8, **kwargs): super().__init__(**kwargs); self.stripes = stripes
             def masks(self, n, size, device=None): return torch.full((n, 1, *size), share)
         return Mine
-    mine = [key('B', mix=dict(kind=k, **kw)) for k,kw in ((mix(0.), {}), (mix(1.), {}), (mix(0., 'x'), dict(stripes=8, p=1.)))]
+    mine = [key('B', mix=dict(kind=k, **kw)) for k,kw in ((mix(0.), {}), (mix(1., number=2), {}), (mix(0., 'x'), dict(stripes=8, p=1.)))]
     assert mine[0] == mine[2] != mine[1]
+    class Net(rp.TMPANet, method='net_of_a_test'): pass
+    own = []
+    for number in (None, 2, 'two'):
+        Net.version = number
+        own.append(key('B', net='net_of_a_test'))
+    del rp.NETS['net_of_a_test']
+    assert len(set(own)) == 3 and own[0] == short_hash(dict(channel_exchange=False, mfe=False, mft=False, mix=None, net='net_of_a_test'))
+
+
+def test_a_lambda_is_refused_before_anything_is_trained(toy, tmp_path):
+    "Two of them have one name."
+    row = TableRow('mine', Recipe('mine', mfe=False, mft=False, model=dict(attention=lambda c: rp.SE(c, 2))))
+    with pytest.raises(ConfigError, match='a lambda has no name.*functools.partial'): rp.reproduce(dict(mine=RecipeTable('Mine', [row])), toy, tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+
+def test_numbers_that_versions_before_wrote_are_still_those_of_their_recipes():
+    key = lambda r, **kw: recipe_key(get_recipe(r).but(**kw))
     # runs of before 0.7, when AGW and DART were something else, belong to the recipes that say so
     before = {'AGW alpha=0.8': '9b018064', 'DART one trunk': 'b54a6cca', 'DART+PedMix one trunk': '9863d27c'}
     assert {r: key(r) for r in before} == before and not {key(r) for r in ('AGW', 'DART', 'DART+PedMix')} & {*before.values()}
@@ -320,7 +341,7 @@ def test_sweep(toy, tmp_path):
     a = rp.sweep('B+CA+PedMix', {'mix.patch': [4, 8]}, toy, tmp_path, quiet=True)
     assert [f.row.label for f in a] == ['mix.patch 4', 'mix.patch 8'] and [f.n for f in a] == [1, 1]
     assert sorted(json.loads(f.read_text())['recipe']['mix']['patch'] for f in tmp_path.glob('runs/*/config.json')) == [[4, 4], [8, 8]]
-    b = rp.sweep('B', {'model.attention': [lambda c: rp.SE(c, 2), lambda c: rp.SE(c, 4)]}, toy, tmp_path, quiet=True)
+    b = rp.sweep('B', {'model.attention': [partial(rp.SE, reduction=k) for k in (2, 4)]}, toy, tmp_path, quiet=True)
     assert [f.n for f in b] == [1, 1] and len({f.row.label for f in b}) == 2 and len(list(tmp_path.glob('runs/*'))) == 4
     assert len(list(tmp_path.glob('sweep-*.md'))) == 2
     for grid,words in (({'mix.patch': [7]}, '7'), ({'mix.patch': [None]}, 'patch'), ({'mix.p': .5}, 'list'), ({'mix.p': []}, 'list'), ({'loss.alfa': [1]}, 'alfa')):

@@ -58,7 +58,8 @@ from .guard import ReIDLearner
 from .callback.resume import ResumeFit
 
 # %% ../nbs/24_all.ipynb #ed121e19
-from .recipes import RECIPES, TABLES, Recipe, RecipeTable, TableRow, field_values, get_recipe, get_table, with_fields
+from .recipes import RECIPES, Recipe, field_values, get_recipe, with_fields
+from .paper import TABLES, RecipeTable, TableRow, get_table
 from .scoring import DataSpec
 from .run import RunConfig
 from .experiment import evaluate_run, train_run, train_runs

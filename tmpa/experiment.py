@@ -33,7 +33,7 @@ from .models.net import load_tmpa, load_weights, read_meta, save_weights, set_sw
 from .dart import dart_learner
 from .guard import tensorboard_scalars
 from .learner import extract_features, reid_learner
-from .recipes import content, short_hash
+from .recipes import recipe_key
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
 from .provenance import Changed, changed_images, image_files, read_images, save_images
@@ -120,7 +120,7 @@ def _learner(cfg, dls, mix):
     how = dict(mix=mix, precision=cfg.precision, eval_every=cfg.eval_every, compile=cfg.compile)
     if r.method == 'dart':
         return dart_learner(dls, arch, cfg.pretrained, loss_func=r.make_loss(),
-                            model_kw={**r.parts(), **r.model}, seed=cfg.seed, **how)
+                            model_kw={**r.net_parts()[1], **r.model}, seed=cfg.seed, **how)
     return reid_learner(dls, r.make_net(dls.c, arch, cfg.pretrained), r.make_loss(), **how)
 
 # %% ../nbs/18_experiment.ipynb #0bbaf9ba
@@ -165,7 +165,7 @@ def _begin(cfg, images, held):
 def _first_files(cfg, images, loggers, done):
     out = Path(cfg.out)
     if not done: loggers += _log_cbs(cfg.log, out)
-    write_json(out/'config.json', {**cfg.asdict(), 'recipe_key': short_hash(content(cfg.recipe)), 'images': images.key})
+    write_json(out/'config.json', {**cfg.asdict(), 'recipe_key': recipe_key(cfg.recipe), 'images': images.key})
     if cfg.spec.data != 'synthetic' and not (out/'image_files.csv').exists():
         save_images(out/'image_files.csv', images.files)
     save_environment(out/'environment.json')

@@ -13,7 +13,8 @@ from .callback.loop import RunawayError
 from .core import ConfigError, TMPAError, check_names, regular_file, remove_all_dead, user_path, check_ranges
 from .experiment import OverBudget, evaluate_run, train_runs
 from .run import OtherImages, alone, earlier_run, new_folder, run_images, write_json
-from .recipes import TABLES, RecipeTable, TableRow, get_recipe, get_table, short_hash, short_value, with_fields
+from .paper import TABLES, RecipeTable, TableRow, get_table
+from .recipes import get_recipe, short_hash, short_value, with_fields
 from .report import COLUMNS
 from .scoring import read_data
 from .demo import Row, read_lines

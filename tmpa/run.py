@@ -27,7 +27,7 @@ from .files import first_wrong, is_a, whole
 from .models.backbone import get_arch, micro_resnet, tiny_resnet
 from .models.tmpa import read_meta
 from .provenance import changed_images, image_files, read_images
-from .recipes import Recipe, content, named, short_hash
+from .recipes import Recipe, plain_name, recipe_content, recipe_key
 from .scoring import DataSpec
 
 # %% ../nbs/17d_run.ipynb #d0f10006
@@ -242,7 +242,7 @@ class RunConfig:
         if len(r) != 2 or not -inf < r[0] < r[1] < inf:
             raise ConfigError(f'ir_range={r!r}: give the lowest and the highest raw value, for instance (0, 65535)')
 
-    def asdict(self): "As plain data for JSON."; return json.loads(json.dumps({**asdict(self), 'recipe': self.recipe.asdict()}, default=named))
+    def asdict(self): "As plain data for JSON."; return json.loads(json.dumps({**asdict(self), 'recipe': self.recipe.asdict()}, default=plain_name))
 
 # %% ../nbs/17d_run.ipynb #d0f1000f
 def new_folder(out):
@@ -291,7 +291,7 @@ def run_images(
     return RunImages(images_key(spec, train, test), image_files(train, test))
 
 def _plain_config(d): # what counts of `config.json`, and of a RunConfig as such
-    r = json.loads(json.dumps(content(Recipe.from_dict(d['recipe'])), default=named))
+    r = json.loads(json.dumps(recipe_content(Recipe.from_dict(d['recipe'])), default=plain_name))
     defaults = {f.name: f.default for f in fields(RunConfig)}
     here = {'path'} if d['spec'].get('data') == 'synthetic' else {'path','n_ids','seed'}  # the renderer's arguments mean nothing to other data
     return {**defaults, **d, 'recipe': r, 'spec': {k: v for k,v in d['spec'].items() if k not in here}}
@@ -327,7 +327,7 @@ def earlier_run(
     stored,now = read_json(out/'config.json', recipe=dict, spec=dict),_plain_config(cfg.asdict())
     try: was = _plain_config(stored)
     except (TypeError, ValueError, AttributeError, KeyError) as e: raise damaged(out/'config.json', f'recipe: {e}') from None
-    if stored.get('recipe_key') == short_hash(content(cfg.recipe)): was['recipe'] = now['recipe']  # a class of your own, with or without its defaults
+    if stored.get('recipe_key') == recipe_key(cfg.recipe): was['recipe'] = now['recipe']  # a class of your own, with or without its defaults
     other = next((k for k in now if k not in _how and was[k] != now[k]), None)
     if other: raise ConfigError(f'{out} was begun with another {other} ({was[other]}, now {now[other]}): choose another --out, or the old settings')
     if images: _same_images(cfg, stored.get('images', getattr(images, 'key', images)), images)

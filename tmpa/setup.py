@@ -16,7 +16,8 @@ from .data.synthetic import GENERATOR_VERSION
 from .demo import Row, demo_patch, write_lines
 from .regions import grid_size
 from .run import RunConfig, damaged, read_json, read_metrics, wrong_scores
-from .recipes import Recipe, TableRow, content, get_recipe, short_hash
+from .paper import TableRow
+from .recipes import Recipe, get_recipe, recipe_content, recipe_key, short_hash
 from .report import COLUMNS
 from .scoring import DataSpec, check_given
 
@@ -74,14 +75,14 @@ class Setup:
     def config(self, recipe, spec, seed, out):
         "A run; its folder is found by recipe, setup, trial and seed, under whatever name the recipe was first run."
         r,runs = get_recipe(recipe),user_path(out)/'runs'
-        end = f'{short_hash(content(r))}-{self.key}-trial{spec.trial}-seed{seed}'
+        end = f'{recipe_key(r)}-{self.key}-trial{spec.trial}-seed{seed}'
         folder = next(runs.glob(f'*-{end}'), runs/f'{Row(r.name, r, 0).slug[:60]}-{end}')
         return RunConfig(scaled(r, spec.size, self.run.get('patch')), spec, str(folder), seed=seed, **self.run)
     def configs(self, row, out): return [self.config(row.recipe, s, seed, out) for seed in self.seeds for s in self.specs]
 
 def row_key(row:TableRow)->str:
     "Equal for rows that share runs and scoring."
-    return short_hash({**content(get_recipe(row.recipe)), **({'score': row.score} if row.score else {})})
+    return short_hash({**recipe_content(get_recipe(row.recipe)), **({'score': row.score} if row.score else {})})
 
 # %% ../nbs/18aa_setup.ipynb #ab5de726
 def _trials(data, trial):

@@ -16,7 +16,8 @@ from .core import ConfigError, Modality, atomic_write, csv_cell, user_path
 from .callback.pedmix import pedmix
 from .data.image import how_read, load_resized
 from .models.tmpa import n_flops, n_params
-from .recipes import RECIPES, TABLE1_SETTINGS, TABLES, RecipeTable, TableRow, content, get_recipe, published_methods, short_hash
+from .paper import TABLE1_SETTINGS, TABLES, RecipeTable, TableRow, published_methods
+from .recipes import get_recipe, recipe_key
 from .regions import realised_shares, region_mask
 from .report import COLUMNS, markdown_table, mean_std
 from .setup import SCALES, Setup, row_key, scaled
@@ -52,7 +53,7 @@ def fill(table:RecipeTable, lines:list, setup:Setup, setting:str)->list: # Fille
         if not shown: row = replace(row, paper={k: v for k,v in row.paper.items() if k == 'params'})  # RegDB's numbers do not belong beside those of other data, or of the other direction
         if row.recipe is None: out.append(FilledRow(row, {}, 0, 0, label=label)); continue
         ls = [l for l in mine if l['recipe_key'] == row_key(row)]
-        base = [l for l in mine if l['recipe_key'] == short_hash(content(get_recipe(row.recipe)))]
+        base = [l for l in mine if l['recipe_key'] == recipe_key(row.recipe)]
         done = [l for l in ls if l['status'] == 'done' and l.get(f'mAP_{setting}') not in (None, '')]
         over,failed = ([l for l in base if l['status'] == s] for s in ('over budget','failed'))
         wanted = len(trials)*len(seeds)
@@ -68,7 +69,7 @@ def _differences(table, filled): # The metric, and label -> Difference
     metric = 'mAP' if 'mAP' in table.metrics else table.metrics[0]
     base = next((f for f in filled if table.base_row and f.row.label == table.base_row.label), None)
     if base is None or not base.n: return metric, {}
-    same = lambda f: content(get_recipe(f.row.recipe)) == content(get_recipe(base.row.recipe))
+    same = lambda f: recipe_key(f.row.recipe) == recipe_key(base.row.recipe)
     others = [f for f in filled if f.n and not same(f)]
     return metric, {f.row.label: difference(f.values[metric], base.values[metric]) for f in others}
 
@@ -152,7 +153,7 @@ def table1(lines:list)->list: # Header row and rows, as text
     ms = 'rank1','rank10','mAP'
     head = ['method', 'venue', *[f'{COLUMNS[m]}, {n}' for n in TABLE1_SETTINGS.values() for m in ms]]
     rows = [[o['method'], o['venue'], *[f"{o['scores'][s][m]:.2f}" if m in o['scores'].get(s, {}) else '' for s in TABLE1_SETTINGS for m in ms]] for o in published_methods()]
-    tmpa = [l for l in lines if l['recipe_key'] == short_hash(content(RECIPES['tmpa'])) and l['status'] == 'done' and l['data'] in ('sysu','regdb','synthetic')]
+    tmpa = [l for l in lines if l['recipe_key'] == recipe_key('TMPA') and l['status'] == 'done' and l['data'] in ('sysu','regdb','synthetic')]
     group = lambda l: (l['setup'], str(l['trial']) if l['data'] == 'sysu' else '')  # SYSU-MM01's trial is a gallery, not a split
     for k in dict.fromkeys(map(group, tmpa)):
         ls = [l for l in tmpa if group(l) == k]
