@@ -10,12 +10,13 @@ from pathlib import Path
 from latex2mathml.converter import convert
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
-from nbdev.processors import FilterDefaults
 from nbdev.serve_drv import exec_nb
 from smalldocs.config import load
 from smalldocs.site import Site
 
-from shape import shape_cells
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # entries are of the package beside, not of another that is installed
+from reference import Procs  # noqa: E402
+from shape import shape_cells  # noqa: E402
 
 NUMBER = r'\d+[a-z]*_'                                       # before a notebook's name; no part of its page's
 NOTEBOOK_LINK = re.compile(rf'(\]\((?:[\w.]+/)*|^ *- +(?:[\w.]+/)*){NUMBER}([\w.]+\.ipynb)', re.M)
@@ -37,7 +38,7 @@ def prepare(nbs, work):
         dest = work/src.relative_to(nbs)
         dest = dest.with_name(re.sub(f'^{NUMBER}', '', dest.name))
         dest.parent.mkdir(parents=True, exist_ok=True)
-        if src.suffix == '.ipynb': exec_nb(src, dest, FilterDefaults)
+        if src.suffix == '.ipynb': exec_nb(src, dest, Procs)
         else: shutil.copyfile(src, dest)
         if src.suffix == '.ipynb': shape_page(dest)
         if dest.suffix in ('.ipynb', '.yml'): dest.write_text(NOTEBOOK_LINK.sub(r'\1\2', dest.read_text(encoding='utf8')), encoding='utf8')

@@ -37,7 +37,8 @@ def example(stmt):
     if isinstance(stmt, ast.Expr) and called(stmt.value) in CLOSE and len(stmt.value.args) >= 2: (a, b), sign = stmt.value.args[:2], CLOSE[called(stmt.value)]
     elif isinstance(stmt, ast.Assert) and isinstance(o := stmt.test, ast.Compare) and len(o.ops) == 1 and isinstance(o.ops[0], ast.Eq): a, b, sign = o.left, o.comparators[0], ''
     else: return None
-    return (a, sign, b) if plain(b) and not plain(a) and not isinstance(a, ast.Name) else None
+    private = any(o.startswith('_') and not o.startswith('__') for o in names(a, ast.Load))  # is of no use to a reader
+    return (a, sign, b) if plain(b) and not plain(a) and not isinstance(a, ast.Name) and not private else None
 
 
 def names(node, kind):

@@ -217,7 +217,7 @@ class DART(Callback):
     def after_fit(self): self.loss_func.conf = self.rows = None
 
 # %% ../nbs/16b_dart.ipynb #f32d2ca4
-@delegates(Learner.__init__)
+@delegates(reid_learner, but=['terms'])
 def dart_learner(dls, # ReIDDataLoaders
     arch=resnet50, # ResNet builder of torchvision, a name (also of timm), or a function that returns a ResNet
     pretrained:bool=True, # ImageNet weights from torchvision

@@ -136,6 +136,10 @@ def reid_learner(dls, # ReIDDataLoaders
     eval_every:int=1, # Score the validation identities every so many epochs
     cbs=None, # More callbacks
     compile:bool=False, # Compile the network with `torch.compile` at its first batch
+    opt_func=sgd, # The paper's: SGD with Nesterov momentum 0.9 and weight decay 5e-4
+    splitter=split_params, # The trunk is a group of its own where its weights are pretrained
+    wd_bn_bias:bool=True, # Weight decay of norms and biases too, as the paper has it
+    lr:float=defaults.lr, # Rate of fastai's own fits where they name none; `fit_tmpa` has the paper's, 0.1
     **kwargs,
 )->Learner:
     "A fastai `Learner` for any network and loss: the paper's optimiser, a mix, loss terms and scores as columns."
@@ -148,11 +152,11 @@ def reid_learner(dls, # ReIDDataLoaders
     own += [ChannelsLast()]  # nearly twice as fast on a CPU
     own += ([] if mix is None else [mix]) + _precision_cbs(precision, getattr(dls, 'device', None))
     if compile: model.compile()  # one graph, for each of training, evaluation and their sizes: past eight of them eager, not an end
-    kwargs = {'opt_func': sgd, 'splitter': split_params, 'wd_bn_bias': True, **kwargs}
-    return ReIDLearner(dls, model, loss_func=loss_func, cbs=own + list(L(cbs)), **kwargs)
+    return ReIDLearner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=own + list(L(cbs)),
+                       wd_bn_bias=wd_bn_bias, **kwargs)
 
 # %% ../nbs/16_learner.ipynb #d272b964
-@delegates(Learner.__init__)
+@delegates(reid_learner, but=['terms'])
 def tmpa_learner(dls, # ReIDDataLoaders
     arch=resnet50, # ResNet builder of torchvision, a name (also of timm), or a function that returns a ResNet
     pretrained:bool=True, # ImageNet weights from torchvision
