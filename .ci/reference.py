@@ -291,7 +291,8 @@ def methods(cls):
     "The public methods and properties in the body of a class that say what they do."
     _, node = source_of(cls)
     names = [o.name for o in node.body if isinstance(o, DEFS[:2])] if node else []
-    return {n: vars(cls)[n] for n in names if n[0] != '_' and n in vars(cls) and own_doc(vars(cls)[n])}
+    found = {n: vars(cls)[n] for n in names if n[0] != '_' and n in vars(cls)}
+    return {n: o for n, o in found.items() if own_doc(o) and is_ours(maker(o))}
 
 
 def own_doc(obj):
