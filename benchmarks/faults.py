@@ -29,7 +29,8 @@ from tmpa.models.tmpa import TMPANet, load_tmpa, save_weights
 from tmpa.recipes import get_recipe
 from tmpa.report import score_rows, text_table
 from tmpa.reproduce import pick_tables, reproduce
-from tmpa.run import RunConfig, write_json
+from tmpa.run import RunConfig
+from tmpa.run_files import write_json
 from tmpa.scoring import DataSpec
 from tmpa.search import Gallery
 from tmpa.setup import make_setup

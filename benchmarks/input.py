@@ -22,7 +22,7 @@ from tmpa.data.cache import image_cache
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import render_person
 from tmpa.data.transforms import ReIDAug
-from tmpa.run import cpu_name
+from tmpa.provenance import cpu_name
 
 MEAN, STD = [.485, .456, .406], [.229, .224, .225]
 

@@ -36,7 +36,9 @@ from tmpa.learner import extract_features
 from tmpa.models.backbone import get_arch
 from tmpa.models.net import set_switches
 from tmpa.recipes import get_recipe
-from tmpa.run import RunConfig, alone, environment
+from tmpa.provenance import environment
+from tmpa.run import RunConfig
+from tmpa.run_files import folder_lock
 from tmpa.scoring import DataSpec, read_data, score_feats
 
 TABLE2 = 'TMPA', 'B', 'B+CA', 'B+CA+PedMix'  # the row that decides most first
@@ -315,7 +317,7 @@ def run(out, minutes, scale=Scale(), seeds=3, photographs=None, compiled=(), dev
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     card, worked = card_name(device), False
     Path(out).mkdir(parents=True, exist_ok=True)
-    with alone(out):
+    with folder_lock(out):
         records, queries = read_results(out, scale)
         real, done = real_people(photographs), {r['name'] for r in records}
         for start, row, seed, longer in plan(seeds):

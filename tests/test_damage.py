@@ -21,7 +21,7 @@ from tmpa.learner import tmpa_learner
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, load_tmpa, read_meta, save_weights
 from tmpa.report import read_log
-from tmpa.run import read_json
+from tmpa.run_files import read_json
 from tmpa.scoring import save_queries
 from tmpa.search import Gallery
 

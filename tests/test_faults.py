@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tmpa import run as folders
 from tmpa.callback.loop import RunawayError
 from tmpa.callback.resume import ResumeFit
 from tmpa.cli import trials_folder
@@ -20,8 +19,10 @@ from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
 from tmpa.report import read_log
 from tmpa.recipes import get_recipe
+from tmpa.provenance import save_environment
 from tmpa.reproduce import pick_tables, reproduce
-from tmpa.run import RunConfig, alone, clear_run, earlier_run, remove_leftovers, write_json
+from tmpa.run import RunConfig, earlier_run
+from tmpa.run_files import RUN_FILES, clear_run, folder_lock, remove_leftovers, write_json
 from tmpa.data.load import ReIDDL
 from tmpa.scoring import DataSpec, read_data
 from tmpa.setup import make_setup
@@ -125,7 +126,7 @@ def test_logs_of_a_run_that_begins_again(begun):
 def test_every_file_of_a_run_is_known_by_name(cfg):
     "`clear_run` would leave others behind."
     train_run(cfg, quiet=True)
-    assert {p.name for p in Path(cfg.out).iterdir()} <= set(folders.RUN_FILES)
+    assert {p.name for p in Path(cfg.out).iterdir()} <= set(RUN_FILES)
     remove_leftovers(cfg.out)
     assert (Path(cfg.out)/'metrics.json').exists()
 
@@ -206,8 +207,8 @@ def started(code, *args):
 
 
 HOLDS = """import os, sys, time
-from tmpa.run import alone
-with alone(sys.argv[1]):
+from tmpa.run_files import folder_lock
+with folder_lock(sys.argv[1]):
     child = os.fork()
     if child: print(child, flush=True)
     time.sleep(60)
@@ -218,11 +219,11 @@ with alone(sys.argv[1]):
 def test_a_lock_ends_with_its_process(tmp_path):
     p, child = started(HOLDS, tmp_path)
     try:
-        with pytest.raises(ConfigError, match='in use'): alone(tmp_path).__enter__()
+        with pytest.raises(ConfigError, match='in use'): folder_lock(tmp_path).__enter__()
         p.kill()
         p.wait()
         assert alive(child)
-        with alone(tmp_path): pass
+        with folder_lock(tmp_path): pass
     finally: os.kill(child, signal.SIGKILL)
 
 
@@ -277,10 +278,10 @@ def test_damaged_files_of_a_run(cfg, begun, name, text):
 def test_a_damaged_environment_of_a_trained_run(begun, text):
     f = begun/'environment.json'
     f.write_text(text)
-    with pytest.raises(ConfigError, match='environment.json cannot be read .* or move it elsewhere'): folders.save_environment(f)
+    with pytest.raises(ConfigError, match='environment.json cannot be read .* or move it elsewhere'): save_environment(f)
     assert f.read_text() == text
     f.rename(begun/'elsewhere')
-    folders.save_environment(f)
+    save_environment(f)
     assert json.loads(f.read_text())['python']
 
 

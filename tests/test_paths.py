@@ -21,7 +21,9 @@ from tmpa.models.backbone import make_resnet, tiny_resnet
 from tmpa.models.tmpa import TMPANet, load_tmpa, load_weights, read_meta, save_weights
 from tmpa.recipes import Recipe
 from tmpa.report import read_log, write_report
-from tmpa.run import RunConfig, earlier_run, new_folder, read_json, save_environment, write_json
+from tmpa.provenance import save_environment
+from tmpa.run import RunConfig, earlier_run
+from tmpa.run_files import new_folder, read_json, write_json
 from tmpa.scoring import DataSpec, read_data
 from tmpa.search import Gallery
 from tmpa.setup import run_state

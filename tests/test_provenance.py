@@ -9,9 +9,9 @@ from PIL import Image
 from tmpa.core import ConfigError
 from tmpa.data.synthetic import make_regdb
 from tmpa.experiment import Watch, evaluate_run, train_run
-from tmpa.provenance import read_images
+from tmpa.provenance import git_state, read_images
 from tmpa.recipes import get_recipe
-from tmpa.run import OtherImages, RunConfig, earlier_run, git_state, run_images
+from tmpa.run import OtherImages, RunConfig, earlier_run, run_images
 from tmpa.scoring import DataSpec, read_data
 
 

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import tmpa.all, tmpa.callback.loop, tmpa.demo, tmpa.run, tmpa.setup, tmpa.tables
+import tmpa.all, tmpa.callback.loop, tmpa.demo, tmpa.run, tmpa.run_files, tmpa.setup, tmpa.tables
 from tmpa.cli import parse_ints
 from tmpa.core import ConfigError
 from tmpa.experiment import train_run
 from tmpa.paper import TABLES, RecipeTable, TableRow, published_methods
 from tmpa.recipes import RECIPES, Recipe, get_recipe, recipe_key, short_hash
 
-rp = SimpleNamespace(**{k: v for m in (tmpa.callback.loop, tmpa.demo, tmpa.run, tmpa.setup, tmpa.tables, tmpa.all) for k, v in vars(m).items()})
+rp = SimpleNamespace(**{k: v for m in (tmpa.callback.loop, tmpa.demo, tmpa.run, tmpa.run_files, tmpa.setup, tmpa.tables, tmpa.all) for k, v in vars(m).items()})
 TOY = dict(ids=16, epochs=1, seeds=1, size=(48, 24), arch='tiny_resnet', P=4, K=2)
 
 
@@ -109,7 +109,7 @@ def test_other_settings_are_kept_apart(toy, people, tmp_path):
 
 
 def test_one_command_at_a_time(toy, tmp_path):
-    with rp.alone(tmp_path), pytest.raises(ConfigError, match='in use'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path, quiet=True)
+    with rp.folder_lock(tmp_path), pytest.raises(ConfigError, match='in use'): rp.reproduce(rp.pick_tables('table2'), toy, tmp_path, quiet=True)
 
 
 @pytest.mark.cpu(reason='the files of runs are the same on every device')
@@ -382,7 +382,8 @@ def test_table1_says_what_is_missing(toy, tmp_path):
 
 
 def test_a_line_says_which_instruction_sets_made_the_run(toy, tmp_path):
-    from tmpa.run import environment, save_environment, write_json
+    from tmpa.provenance import environment, save_environment
+    from tmpa.run_files import write_json
     cfg = toy.config('B', toy.specs[0], 0, tmp_path)
     out = Path(cfg.out)
     out.mkdir(parents=True)
@@ -399,7 +400,8 @@ def test_a_line_says_which_instruction_sets_made_the_run(toy, tmp_path):
 
 
 def test_real_data_has_no_number_of_rendered_people(toy, tmp_path):
-    from tmpa.run import earlier_run, write_json
+    from tmpa.run import earlier_run
+    from tmpa.run_files import write_json
     cfg = toy.config('B', replace(toy.specs[0], data='regdb', path='RegDB'), 0, tmp_path)
     Path(cfg.out).mkdir(parents=True)
     write_json(Path(cfg.out)/'config.json', cfg.asdict()); write_json(Path(cfg.out)/'metrics.json', dict(scores={}))

@@ -20,7 +20,8 @@ from .core import ConfigError, user_path
 from .processes import agreed, on_rank0, this_process
 from .demo import compare, demo_patch, demo_rows, summarise
 from .experiment import evaluate_run, train_run
-from .run import RunConfig, check_arch, new_folder, read_json, write_json
+from .run import RunConfig, check_arch
+from .run_files import new_folder, read_json, write_json
 from .scoring import DATA, DataSpec, also_trained_note, as_scores, check_given
 from .check import check_data, check_text
 from .recipes import field_values, with_fields

@@ -15,7 +15,9 @@ from .core import ConfigError, arg_names, atomic_write, check_names, csv_cell, c
 from .core import remove_all_dead
 from .data.synthetic import GENERATOR_VERSION
 from .experiment import mean_map, train_runs
-from .run import ARCHS, RunConfig, alone, earlier_run, environment, new_folder, read_json, run_images, write_json
+from .provenance import environment
+from .run import ARCHS, RunConfig, earlier_run, run_images
+from .run_files import folder_lock, new_folder, read_json, write_json
 from .recipes import Recipe, get_recipe
 from .report import difference_rows, markdown_table, mean_std, write_report
 from .scoring import DataSpec, read_data
@@ -167,7 +169,7 @@ def compare(
     _own_summary(out)
     train,test,_ = read_data(spec)  # renders, once, before processes start
     what = _setup(out, dict(data=spec.data, n_ids=spec.n_ids, size=list(spec.size), data_seed=spec.seed, generator=GENERATOR_VERSION, **kwargs), resume)
-    with alone(out):
+    with folder_lock(out):
         remove_all_dead(out)
         return _compare(rows, out, spec, seeds, quiet, workers, what, run_images(spec, train, test), kwargs)
 

@@ -36,9 +36,10 @@ from .learner import extract_features, reid_learner
 from .recipes import recipe_key
 from .interpret import plot_ranks
 from .report import plot_log, read_log, score_rows, write_report
-from .provenance import Changed, changed_images, image_files, read_images, save_images
+from .provenance import Changed, changed_images, image_files, read_images, save_environment, save_images
 from .verify import pairs, store_threshold, threshold
-from .run import ARCHS, RunConfig, alone, clear_run, earlier_run, new_folder, read_json, remove_leftovers, run_images, save_environment, trained, write_json
+from .run import ARCHS, RunConfig, earlier_run, is_trained, run_images
+from .run_files import clear_run, folder_lock, new_folder, read_json, remove_leftovers, write_json
 from .scoring import (DATA, DataSpec, also_trained, also_trained_note, check_given, read_data, read_test, save_queries, score_feats,
                           score_model, training_part)
 
@@ -156,10 +157,10 @@ def _refuse(cfg, resume, budget):
 def _begin(cfg, images, held):
     "Whether a run goes on, and the metrics of one that is finished; its folder is there now, and held."
     out = Path(cfg.out)
-    if out.is_dir(): held.enter_context(alone(out))
+    if out.is_dir(): held.enter_context(folder_lock(out))
     if before := earlier_run(cfg, images): return True, before
     going_on = out.exists()
-    if not going_on: held.enter_context(alone(new_folder(out)))
+    if not going_on: held.enter_context(folder_lock(new_folder(out)))
     return going_on, None
 
 def _first_files(cfg, images, loggers, done):
@@ -176,7 +177,7 @@ def _check_log(f):
 
 def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_figure, watch, budget):
     out,spec = Path(cfg.out),cfg.spec
-    done = on_rank0(lambda: going_on and trained(cfg))  # but not scored
+    done = on_rank0(lambda: going_on and is_trained(cfg))  # but not scored
     on_rank0(lambda: remove_leftovers(out))
     on_rank0(lambda: _check_log(out/'history.csv'))
     loggers = []

@@ -15,7 +15,7 @@ def run_scores(
 )->dict:    # Of the card: scores, and how they were made; empty where none are known
     "The scores of the run that a file of weights is the end of."
     from tmpa.core import user_path
-    from tmpa.run import read_json
+    from tmpa.run_files import read_json
     path = user_path(weights)
     metrics = path.parent/'metrics.json'
     if path.name != 'last.pth' or not metrics.is_file(): return {}  # scores are of the last epoch

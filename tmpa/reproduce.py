@@ -12,7 +12,8 @@ from pathlib import Path
 from .callback.loop import RunawayError
 from .core import ConfigError, TMPAError, check_names, regular_file, remove_all_dead, user_path, check_ranges
 from .experiment import OverBudget, evaluate_run, train_runs
-from .run import OtherImages, alone, earlier_run, new_folder, run_images, write_json
+from .run import OtherImages, earlier_run, run_images
+from .run_files import folder_lock, new_folder, write_json
 from .paper import TABLES, RecipeTable, TableRow, get_table
 from .recipes import get_recipe, short_hash, short_value, with_fields
 from .report import COLUMNS
@@ -96,7 +97,7 @@ def reproduce(
     if direction and direction not in settings: raise ConfigError(f"direction {direction!r}: {setup.specs[0].data} has {', '.join(settings)}")
     if not out.is_dir(): new_folder(out)
     _own_results(out/'results.csv')
-    with alone(out):
+    with folder_lock(out):
         remove_all_dead(out)
         cfgs = _distinct(itertools.chain(*zip(*[setup.configs(r, out) for r in rows])))  # a seed of every row before the next seed
         todo = [] if show else _todo(cfgs, setup.budget, {s.trial: run_images(s, d[0], d[1]) for s,d in zip(setup.specs, data)})

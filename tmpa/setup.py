@@ -15,7 +15,8 @@ from .core import ConfigError, arg_names, check_names, shortened, user_path, che
 from .data.synthetic import GENERATOR_VERSION
 from .demo import Row, demo_patch, write_lines
 from .regions import grid_size
-from .run import RunConfig, damaged, read_json, read_metrics, wrong_scores
+from .run import RunConfig
+from .run_files import damaged_file, read_json, read_metrics, wrong_scores
 from .paper import TableRow
 from .recipes import Recipe, get_recipe, recipe_content, recipe_key, short_hash
 from .report import COLUMNS
@@ -132,13 +133,13 @@ def _over(f):
     "What is known of a run that was over its budget."
     d = read_json(f)
     minutes = d.get('budget')
-    if not (type(minutes) in (int, float) and 0 < minutes < 10**9): raise damaged(f, f'budget is {str(minutes)[:40]}')
+    if not (type(minutes) in (int, float) and 0 < minutes < 10**9): raise damaged_file(f, f'budget is {str(minutes)[:40]}')
     return d
 
 def _failed(f):
     "What is known of a run that failed."
     d = read_json(f, config=dict)
-    if not isinstance(d.get('error'), str): raise damaged(f, f"error is {str(d.get('error'))[:40]}")
+    if not isinstance(d.get('error'), str): raise damaged_file(f, f"error is {str(d.get('error'))[:40]}")
     return d
 
 _states = dict(metrics=('done', read_metrics), over_budget=('over budget', _over), failed=('failed', _failed))
@@ -159,14 +160,14 @@ def _check_config(cfg, f):
         if not isinstance(run.recipe.name, str): raise ValueError(f'name is {run.recipe.name}')
         which = f'-trial{spec.trial}-seed{run.seed}'
         if not f.parent.name.endswith(which): raise ValueError(f'it is of another run: {which}')
-    except (ValueError, TypeError, KeyError, AttributeError) as e: raise damaged(f, shortened(e)) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as e: raise damaged_file(f, shortened(e)) from None
 
 def _check_environment(env, f):
     "Refuse versions and instruction sets that are no text."
     sets = [env, *(env.get('resumed_with') or [])]
     texts = lambda e: isinstance(e, dict) and isinstance(e.get('versions', {}), dict) and all(
         isinstance(o, str|None) for o in (e.get('instructions'), e.get('versions', {}).get('tmpa')))
-    if not all(map(texts, sets)): raise damaged(f, 'versions or instructions are none')
+    if not all(map(texts, sets)): raise damaged_file(f, 'versions or instructions are none')
 
 def run_lines(folder)->list: # None of a run that was cut off; more than one where its network was scored in several ways
     "A run folder as flat records."
@@ -186,7 +187,7 @@ def run_lines(folder)->list: # None of a run that was cut off; more than one whe
     lines = [{**first, **rest, **_flat(d.get('scores', {}))}]
     for f in sorted(folder.glob('scores-*.json')):
         e = _read(f, score=dict, scores=dict)
-        if wrong := wrong_scores(e['scores']): raise damaged(f, wrong)
+        if wrong := wrong_scores(e['scores']): raise damaged_file(f, wrong)
         how = ', '.join(f'{k}={v}' for k,v in e['score'].items())
         lines.append({**first, **rest, 'recipe': f"{first['recipe']} ({how})", 'recipe_key': f.stem.removeprefix('scores-'), **_flat(e['scores'])})
     return lines

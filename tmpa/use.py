@@ -271,7 +271,7 @@ def tmpa_search(
 
 def _write(files, g, gallery, found, broken, k, rows):
     "The files that were asked for, whole or not at all."
-    from tmpa.run import write_json
+    from tmpa.run_files import write_json
     from tmpa.vis.hits import hits_page, plot_hits, save_sheet, save_page
     for kind, path in files.items():
         _new_file(path)
