@@ -19,7 +19,7 @@ from tmpa.core import ReIDImage, TMPAError, leftovers
 from tmpa.data.cache import image_cache
 from tmpa.data.external import csv_items, llcm_items, regdb_items, sysu_items
 from tmpa.data.synthetic import make_regdb
-from tmpa.demo import compare, demo_rows, summarise
+from tmpa.demo import compare, demo_rows, summary_table
 from tmpa.evaluation import cross_settings_of
 from tmpa.experiment import Watch, train_run
 from tmpa.features import load_features, save_features
@@ -27,7 +27,7 @@ from tmpa.files import load_torch
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, load_tmpa, save_weights
 from tmpa.recipes import get_recipe
-from tmpa.report import score_rows, text_table
+from tmpa.results import score_table
 from tmpa.reproduce import pick_tables, reproduce
 from tmpa.run import RunConfig
 from tmpa.run_files import write_json
@@ -362,7 +362,7 @@ def comparison(people, out):
     rows = demo_rows(['B'], 1, size=(48, 24))
     spec = DataSpec('synthetic', str(people), n_ids=16, size=(48, 24))
     kw = dict(arch='micro_resnet', pretrained=False, patch=8, P=4, K=2, lr=.03, num_workers=0)
-    return text_table(summarise(compare(rows, out, spec, resume=True, quiet=True, **kw)))
+    return str(summary_table(compare(rows, out, spec, resume=True, quiet=True, **kw)))
 
 def tables(people, out, show=False):
     "A table of one row, as its text and the lines of its runs without their seconds."
@@ -473,7 +473,7 @@ def states(folder):
     make_regdb(drawn, n_ids=16, size=(48, 24))
     def go_on(out):
         m = train_run(run_config(people, out), quiet=True, resume=True, rank_figure=False)
-        return text_table(score_rows(m['scores']))
+        return str(score_table(m['scores']))
     go_on(folder/'finished')
     _child(lambda: go_on(folder/'cut off'), setup=_cut_off)
     shutil.copytree(folder/'finished', folder/'not scored')

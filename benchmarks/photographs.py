@@ -12,9 +12,8 @@ import numpy as np
 from fastcore.script import call_parse
 from PIL import Image, ImageFilter
 
-from tmpa.demo import compare, demo_patch, demo_rows, summarise
+from tmpa.demo import compare, demo_patch, demo_rows, summary_table
 from tmpa.scoring import DataSpec
-from tmpa.report import text_table
 
 
 def simulated_infrared(img, rng):
@@ -63,4 +62,4 @@ def main(
         table = prepare(folder, Path(out)/'data', seed)
         lines += compare(rows, Path(out)/f'split{seed}', DataSpec('csv', str(table), size=size), (seed,), resume=True, quiet=True, workers=workers,
                          arch='micro_resnet', pretrained=False, patch=demo_patch(size), lr=.03, warmup=.3, decay=(.6, .85), cache=True)
-    print(text_table(summarise(lines)))
+    print(summary_table(lines))

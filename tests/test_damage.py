@@ -13,7 +13,7 @@ from tmpa.data.external import csv_items, load_perms, regdb_items, sysu_items
 from tmpa.data.image import read_image
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import make_regdb, make_sysu
-from tmpa.demo import read_lines, write_lines
+from tmpa.results import read_lines, write_lines
 from tmpa.evaluation import cmc_map, cross_settings_of, evaluate, evaluate_settings
 from tmpa.experiment import evaluate_run
 from tmpa.features import load_features

@@ -11,7 +11,7 @@ from fastai.callback.schedule import lr_find
 from fastai.vision.augment import aug_transforms
 from tmpa.core import ConfigError, DataError, ProtocolError, ReIDImage
 from tmpa.data.image import _bits, decoded, image_exts
-from tmpa.demo import read_lines
+from tmpa.results import read_lines
 from tmpa.report import write_report
 from tmpa.models.tmpa import TMPANet
 from tmpa.scoring import save_queries, score_feats, score_model

@@ -13,7 +13,7 @@ from tmpa.data.cache import image_cache
 from tmpa.data.external import csv_items, load_perms, read_image, regdb_items, sysu_settings
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import make_llcm, make_regdb, make_sysu
-from tmpa.demo import read_lines, write_lines
+from tmpa.results import read_lines, write_lines
 from tmpa.evaluation import evaluate_features
 from tmpa.experiment import SaveWeights
 from tmpa.features import load_features, save_features

@@ -187,11 +187,11 @@ def test_pedmix_says_what_it_exchanges_and_what_it_cannot():
 def test_figure_4_names_the_shares(tmp_path):
     from tmpa.paper import TABLES
     from tmpa.setup import make_setup
-    from tmpa.tables import cells, fill, markdown
+    from tmpa.tables import fill_rows, filled_table, table_markdown
     small, fine, paper = make_setup('small'), make_setup('small', patch=4), make_setup('paper', 'regdb', 'x')
-    rows = lambda setup: [r[0] for r in cells(TABLES['fig4'], fill(TABLES['fig4'], [], setup, 't2v'))[1:]]
+    rows = lambda setup: [r[0] for r in filled_table(TABLES['fig4'], fill_rows(TABLES['fig4'], [], setup, 't2v'))[1:]]
     assert rows(small)[2:] == ['A_C = 0.65 (0.75, 0.67, 0.75)', 'A_C = 0.75 (0.75, 0.83, 0.88)', 'A_C = 0.85 (0.75, 0.83, 1.00)']
     assert rows(fine) == rows(paper) and len({r.partition('(')[2] for r in rows(fine)}) == 5   # the paper's grid
     assert fine.key != small.key and make_setup('small', patch=16) == small and '--patch 4' in fine.args
-    text = markdown('fig4', TABLES['fig4'], fill(TABLES['fig4'], [], fine, 't2v'), fine, 't2v')
+    text = table_markdown('fig4', TABLES['fig4'], fill_rows(TABLES['fig4'], [], fine, 't2v'), fine, 't2v')
     assert 'patch 4 for 12' in text and 'whole patches give' in text

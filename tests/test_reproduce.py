@@ -104,8 +104,8 @@ def test_other_settings_are_kept_apart(toy, people, tmp_path):
     assert sorted(l['epochs'] for l in lines) == ['1', '2'] and len({l['setup'] for l in lines}) == 2
     for s in (toy, more):
         one, = (float(l['mAP_t2v']) for l in lines if l['setup'] == s.key)
-        assert rp.fill(TABLES['table2'], lines, s, 't2v')[0].values['mAP'] == [100*one]
-    assert rp.fill(TABLES['table2'], lines, replace(toy, seeds=(5,)), 't2v')[0].n == 0
+        assert rp.fill_rows(TABLES['table2'], lines, s, 't2v')[0].values['mAP'] == [100*one]
+    assert rp.fill_rows(TABLES['table2'], lines, replace(toy, seeds=(5,)), 't2v')[0].n == 0
 
 
 def test_one_command_at_a_time(toy, tmp_path):
@@ -222,7 +222,7 @@ def test_other_images_and_foreign_folders(toy, people, tmp_path, capsys):
 
 def test_the_papers_numbers_stand_beside_their_own_kind(toy):
     t = TABLES['table3']
-    papers = lambda setup, setting: [c for c in rp.cells(t, rp.fill(t, [], setup, setting))[0] if 'paper' in c]
+    papers = lambda setup, setting: [c for c in rp.filled_table(t, rp.fill_rows(t, [], setup, setting))[0] if 'paper' in c]
     assert papers(toy, 't2v') and not papers(toy, 'v2t')
     assert not papers(rp.make_setup('paper', 'sysu', 'x'), 'all_single')
     line = lambda trial, v: dict(recipe_key=short_hash({}), setup='a', status='done', data='sysu', arch='resnet50', epochs='80', trial=trial, rank1_all_single=v)
@@ -242,7 +242,7 @@ def test_workers_and_parts(toy, tmp_path):
     assert one == two
     lines = rp.read_lines(tmp_path/'two'/'results.csv')
     assert len(lines) == 5 and sum('part=' in l['recipe'] for l in lines) == 2
-    filled = rp.fill(TABLES['parts'], lines, toy, 't2v')
+    filled = rp.fill_rows(TABLES['parts'], lines, toy, 't2v')
     assert [f.n for f in filled] == [1]*4 and len({f.values['mAP'][0] for f in filled}) > 2
 
 
@@ -378,7 +378,7 @@ def test_table1_says_what_is_missing(toy, tmp_path):
     assert 'TMPA: not run yet. `tmpa_reproduce table1 --rows "TMPA" --scale small' in out[0].read_text()
     assert '--direction v2t --out' in out[1].read_text()
     row = RecipeTable('Mine', [TableRow('a|b', 'B')])
-    assert r'| a\|b |' in rp.markdown('mine', row, rp.fill(row, [], toy, 't2v'), toy, 't2v')
+    assert r'| a\|b |' in rp.table_markdown('mine', row, rp.fill_rows(row, [], toy, 't2v'), toy, 't2v')
 
 
 def test_a_line_says_which_instruction_sets_made_the_run(toy, tmp_path):

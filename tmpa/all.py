@@ -44,6 +44,7 @@ from .rerank import rerank
 from .features import load_features, save_features
 from .confidence import bootstrap, compare_runs, detectable, difference
 from .verify import Threshold, open_set, pairs, plot_curves, plot_pairs, roc, threshold
+from .results import TextTable, difference_table, read_lines, results_frame, row_scores, score_table
 from .evaluation import compare_protocols, evaluate, evaluate_features, evaluate_settings
 from .tracks import track_features
 
@@ -66,7 +67,7 @@ from .experiment import evaluate_run, train_run, train_runs
 from .check import check_data
 from .setup import make_setup
 from .reproduce import pick_tables, reproduce, sweep
-from .report import markdown_table, plot_log, score_rows, text_table, write_report
+from .report import plot_log, write_report
 
 # %% ../nbs/24_all.ipynb #ea2bc66d
 from .interpret import ReIDInterpretation, plot_ranks, top_matches

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .core import ConfigError, TMPAError, known
 from .data.image import check_range, how_read, read_image
 from .data.load import identity_batches
-from .report import text_table
+from .results import TextTable
 from .scoring import DataSpec, also_trained, read_test, read_train
 
 # %% ../nbs/17cb_check.ipynb #9c1ab8e1
@@ -119,7 +119,7 @@ def check_text(
 )->str:
     "The table, what its lines mean, and a sentence to end with."
     rows = [[c.what, c.found, c.published, c.state] for c in checks if c.found]
-    text = text_table([['', 'found', 'published', ''], *rows])
+    text = str(TextTable([['', 'found', 'published', ''], *rows]))
     notes = [f'{c.what}: {c.note}' for c in checks if c.note]
     states = [c.state for c in checks]
     if 'error' in states: end = 'This cannot be trained and scored as it is.'

@@ -18,14 +18,14 @@ from fastcore.basics import noop
 from fastcore.script import call_parse, Param, store_true
 from .core import ConfigError, user_path
 from .processes import agreed, on_rank0, this_process
-from .demo import compare, demo_patch, demo_rows, summarise
+from .demo import compare, demo_patch, demo_rows, summary_table
 from .experiment import evaluate_run, train_run
 from .run import RunConfig, check_arch
 from .run_files import new_folder, read_json, write_json
 from .scoring import DATA, DataSpec, also_trained_note, as_scores, check_given
 from .check import check_data, check_text
 from .recipes import field_values, with_fields
-from .report import score_rows, text_table
+from .results import score_table
 from .reproduce import pick_tables, reproduce
 from .setup import SCALES, make_setup
 
@@ -54,7 +54,7 @@ def tmpa_demo(
     spec = DataSpec('synthetic', path=data, n_ids=ids, size=size, seed=world)
     print(f'Rendering {ids} identities (once) ...', flush=True)
     lines = compare(rows, out, spec, seeds, resume=resume, quiet=quiet, workers=workers, arch='micro_resnet', pretrained=False, patch=demo_patch(size), select='held_out', lr=.03, warmup=.3, decay=(.6,.85), cache=True)
-    print('\nUnseen identities, per cent' + (', mean ± deviation over seeds' if len(seeds) > 1 else '') + ':\n' + text_table(summarise(lines)))
+    print('\nUnseen identities, per cent' + (', mean ± deviation over seeds' if len(seeds) > 1 else '') + f':\n{summary_table(lines)}')
     print(f'\nReport: {out/"report.html"}')
 
 # %% ../nbs/18b_cli.ipynb #6d898b80
@@ -140,7 +140,7 @@ def tmpa_train(
             patch=patch, select=select, eval_every=eval_every, precision=precision, compile=compile, sync_bn=sync_bn, beta_warmup=beta_warmup, num_workers=workers, ir_range=parse_range(ir_range), cache=decoded, log=log)
     if not (per_model and trial == 'all'):
         m = train_run(agreed(lambda: cfg(trial, out)), quiet=quiet, resume=resume)
-        say(f"\n{m['recipe']} on {data}, per cent:\n{text_table(score_rows(m['scores']))}\n\nReport: {user_path(out)/'report.html'}")
+        say(f"\n{m['recipe']} on {data}, per cent:\n{score_table(m['scores'])}\n\nReport: {user_path(out)/'report.html'}")
         if 'mix' in m: say(m['mix'].replace('; ', '\n'))
         if also := m.get('also_trained'): say(f'Warning: {also_trained_note(also)}')
         return
@@ -156,7 +156,7 @@ def tmpa_train(
             on_rank0(lambda: write_json(out/'metrics.json', mean))
     finally:
         if not this_process() and not any(out.iterdir()): out.rmdir()  # a mistake found at once leaves nothing behind
-    say(f"\n{method.name} on {data}, mean of ten trials, per cent:\n{text_table(score_rows(mean_scores(scores)))}\n\nReports: {out}/trial*/report.html")
+    say(f"\n{method.name} on {data}, mean of ten trials, per cent:\n{score_table(mean_scores(scores))}\n\nReports: {out}/trial*/report.html")
     for t,d in also.items(): say(f'Warning: {t}: {also_trained_note(d)}')
 
 # %% ../nbs/18b_cli.ipynb #512cbd9f
@@ -191,7 +191,7 @@ def tmpa_evaluate(
         if not weights: raise ConfigError('pass --weights FILE with --data and --path, or --features QUERIES GALLERY with --rule')
         if idle := given(rule=rule != 'regdb', metric=metric != 'cosine'): raise ConfigError(f"{', '.join(idle)}: for --features alone; weights are scored by their data set's protocol")
         scores,how = evaluate_run(weights, data, path, trial, complete=complete, flip=flip, rerank=rerank, num_workers=workers, ir_range=parse_range(ir_range), bs=bs)
-    print('\n\n'.join([text_table(score_rows(scores)), how.replace('; ', '\n')]))
+    print(score_table(scores), how.replace('; ', '\n'), sep='\n\n')
     if out: write_json(out, dict(how=how, scores=scores))
 
 # %% ../nbs/18b_cli.ipynb #0d95ff6d

@@ -11,12 +11,14 @@ import numpy as np, torch
 from dataclasses import dataclass
 from math import nan
 from fastcore.basics import patch
+from fastcore.xml import to_xml
 from .core import Modality, ProtocolError, ReIDImage, known
 from .features import load_features
 from .ranking import (IN_ITSELF, RULES, EvalResult, Rule, as_matrix, check_cameras, check_chunk, check_finite, check_label,
                           check_labels, check_nonzero, check_rank, cmc_map, cmc_map_slow, get_rule, refuse_own, run_rule,
                           same_rows)
 from .rerank import reranker
+from .results import TextTable, mean_text
 
 _all_ = ['cmc_map', 'cmc_map_slow', 'EvalResult', 'RULES', 'Rule']
 
@@ -231,19 +233,19 @@ def evaluate_features(
 # %% ../nbs/14_evaluation.ipynb #e8f0f982
 @dataclass
 class ProtocolTable:
-    "Rows of (setting, what differs from the reference, `SettingResult`)."
-    rows:list
-    def cells(self):
+    "The same features scored under several conventions; shows itself as a table."
+    rows:list # (setting, what differs from the reference, SettingResult)
+
+    def text_table(self)->TextTable:
+        "Per cent, with the deviation over trials."
+        rows = [['setting', 'convention', *self.rows[0][2].percent, 'queries', 'trials']]
         for name,change,r in self.rows:
-            yield [name, change, *(f'{v:.2f}' + ('' if np.isnan(r.std[k]) else f' ±{r.std[k]:.2f}') for k,v in r.percent.items()), f'{r.n_valid:g}/{r.n_queries}', str(len(r.trials))]
-    def head(self): return ['setting', 'convention', *self.rows[0][2].percent, 'queries', 'trials']
-    def __repr__(self):
-        t = [self.head(), *self.cells()]
-        w = [max(map(len, c)) for c in zip(*t)]
-        return '\n'.join('  '.join(x.ljust(n) if i < 2 else x.rjust(n) for i,(x,n) in enumerate(zip(r, w))) for r in t)
-    def _repr_html_(self):
-        tr = lambda t, r: '<tr>' + ''.join(f'<{t}>{x}</{t}>' for x in r) + '</tr>'
-        return '<table>' + tr('th', self.head()) + ''.join(tr('td', r) for r in self.cells()) + '</table>'
+            scores = [mean_text(v, r.std[k], 2) for k,v in r.percent.items()]
+            rows.append([name, change, *scores, f'{r.n_valid:g}/{r.n_queries}', len(r.trials)])
+        return TextTable(rows, left=2)
+
+    def __repr__(self): return repr(self.text_table())
+    def _repr_html_(self): return to_xml(self.text_table().html(), indent=False)
 
 # %% ../nbs/14_evaluation.ipynb #db06318e
 def _items(pids, cams, modality):

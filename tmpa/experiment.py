@@ -35,7 +35,8 @@ from .guard import tensorboard_scalars
 from .learner import extract_features, reid_learner
 from .recipes import recipe_key
 from .interpret import plot_ranks
-from .report import plot_log, read_log, score_rows, write_report
+from .report import plot_log, read_log, write_report
+from .results import score_table
 from .provenance import Changed, changed_images, image_files, read_images, save_environment, save_images
 from .verify import pairs, store_threshold, threshold
 from .run import ARCHS, RunConfig, earlier_run, is_trained, run_images
@@ -287,7 +288,7 @@ def save_report(out, cfg, learn, metrics, test, settings, feats=None):
     notes = [also_trained_note(metrics.get('also_trained'))]
     if changed := metrics.get('images_changed'): notes.append(str(Changed(**changed)))
     write_report(out/'report.html', f"{cfg.recipe.name} on {cfg.spec.data}",
-        [*(('Warning', o) for o in notes if o), ('Scores (per cent)', score_rows(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
+        [*(('Warning', o) for o in notes if o), ('Scores (per cent)', score_table(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
 
 # %% ../nbs/18_experiment.ipynb #e69931fe
 def _run(cfg, quiet, budget, resume, one_thread=False):

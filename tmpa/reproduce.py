@@ -16,11 +16,11 @@ from .run import OtherImages, earlier_run, run_images
 from .run_files import folder_lock, new_folder, write_json
 from .paper import TABLES, RecipeTable, TableRow, get_table
 from .recipes import get_recipe, short_hash, short_value, with_fields
-from .report import COLUMNS
+from .results import COLUMNS, read_lines
 from .scoring import read_data
-from .demo import Row, read_lines
-from .setup import Setup, collect, row_key, run_state
-from .tables import fill, ratio_strip, save_figure, save_table
+from .demo import Row
+from .setup import Setup, collect_runs, row_key, run_state
+from .tables import fill_rows, ratio_strip, save_figure, save_table
 
 # %% ../nbs/18ac_reproduce.ipynb #c8fa82cc
 def _own_results(path):
@@ -105,7 +105,7 @@ def reproduce(
         errors = _train(todo, out, setup, workers, quiet)
         for r in rows:
             for c in setup.configs(r, out) if r.score and not show else []: _score_again(r, c)
-        lines = collect(out)
+        lines = collect_runs(out)
         files = [save_table(out, name, t, lines, setup, shown[name]) for name,t in tables.items()]
         if 'fig4' in tables: save_figure(out/'fig4_strip.png', ratio_strip(data[0][0], setup.specs[0].size, setup.run.get('patch') or 12))
     if errors: raise errors[0] if len(errors) == len(todo) and isinstance(errors[0], TMPAError) else TMPAError(f'{len(errors)} of {len(todo)} runs failed, the first with {type(errors[0]).__name__}: {errors[0]}')
@@ -123,7 +123,7 @@ def _train(todo, out, setup, workers, quiet):
                 write_json(Path(cfg.out)/'failed.json', dict(error=' '.join(f'{type(result).__name__}: {result}'.split()), config=cfg.asdict()))
             said = ' '.join(str(result).split())
         else: said = ', '.join(f"mAP {100*s['mAP']:.1f} {k}" for k,s in result['scores'].items())
-        collect(out)
+        collect_runs(out)
         if not quiet: print(f'{i+1}/{len(todo)} {cfg.recipe.name}, trial {cfg.spec.trial}, seed {cfg.seed}: {said}', flush=True)
     return errors
 
@@ -156,7 +156,7 @@ def sweep(
     r = get_recipe(recipe)
     table,name = RecipeTable(f'{r.name}: {", ".join(grid)}', rows),name or '-'.join(['sweep', Row(' '.join([r.name, *grid]), r, 0).slug[:40], short_hash([row_key(o) for o in rows])])
     reproduce({name: table}, setup, out, **kwargs)
-    return fill(table, read_lines(Path(out)/'results.csv'), setup, _shown(table, [s.name for s in read_data(setup.specs[0])[2]], kwargs.get('direction')))
+    return fill_rows(table, read_lines(Path(out)/'results.csv'), setup, _shown(table, [s.name for s in read_data(setup.specs[0])[2]], kwargs.get('direction')))
 
 def _fits(recipe, setup):
     "Images that a mix cannot work on are better found before the first run."

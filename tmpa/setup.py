@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'RUN_FIELDS', 'fit_patch', 'scaled', 'setup_content', 'Setup', 'row_key', 'make_setup', 'run_state',
-           'run_lines', 'collect']
+           'run_lines', 'collect_runs']
 
 # %% ../nbs/18aa_setup.ipynb #5e700003
 import itertools, math, shlex
@@ -13,13 +13,13 @@ from pathlib import Path
 from warnings import warn
 from .core import ConfigError, arg_names, check_names, shortened, user_path, check_ranges
 from .data.synthetic import GENERATOR_VERSION
-from .demo import Row, demo_patch, write_lines
+from .demo import Row, demo_patch
 from .regions import grid_size
 from .run import RunConfig
 from .run_files import damaged_file, read_json, read_metrics, wrong_scores
 from .paper import TableRow
 from .recipes import Recipe, get_recipe, recipe_content, recipe_key, short_hash
-from .report import COLUMNS
+from .results import COLUMNS, write_lines
 from .scoring import DataSpec, check_given
 
 # %% ../nbs/18aa_setup.ipynb #c92472e6
@@ -195,7 +195,7 @@ def run_lines(folder)->list: # None of a run that was cut off; more than one whe
 def _flat(scores): return {f'{k}_{s}': round(v[k], 6) for s,v in scores.items() for k in COLUMNS}
 
 # %% ../nbs/18aa_setup.ipynb #e5053968
-def collect(out)->list:
+def collect_runs(out)->list:
     "The records of all runs in `out`, also written to `results.csv`; a damaged folder is passed over with a warning."
     lines = []
     for f in sorted((user_path(out)/'runs').glob('*-trial*-seed*')):

@@ -199,14 +199,14 @@ def _of_nearest(hits):
 
 def _nearest_lines(found, n=None):
     "Each query with its nearest hit, as lines."
-    from tmpa.report import text_table
+    from tmpa.results import TextTable
     from tmpa.vis.hits import hit_name
     rows = [['query', 'distance', *(['verdict'] if found[0].threshold is not None else []), 'nearest']]
     for h in found[:n]:
         best = [f'{h[0].distance:.3f}' if h else '-', *([_of_nearest(h) or ''] if h.threshold is not None else []), hit_name(h[0].item) if h else 'no hits']
         rows.append([hit_name(h.query), *best])
     more = f'\n... and {len(found)-n:,} more' if n is not None and len(found) > n else ''
-    return text_table(rows) + more
+    return f'{TextTable(rows)}{more}'
 
 def _limit(g, word):
     "A distance in words: a number, match or maybe."
