@@ -41,7 +41,8 @@ def imports(f):
         if module.split('.')[0] == 'tmpa': yield from ((module, a.name) for a in o.names)
 
 def long_lines():
-    return [f'{name(f)}:{n}' for f in FILES for n, line in enumerate(f.read_text().splitlines(), 1) if len(line) > 120]
+    return [f'{name(f)}:{n}' for f in FILES for n, line in enumerate(f.read_text().splitlines(), 1)
+            if len(line) > 120 and not line.startswith('__all__')]
 
 def long_modules():
     return [name(f) for f in FILES if len(f.read_text().splitlines()) > 250]

@@ -8,7 +8,7 @@ __all__ = ['UNKNOWN', 'RANGES', 'Modality', 'ReIDImage', 'PublishedImage', 'Trac
            'user_path', 'as_picture', 'whole_number', 'check_record', 'check_records', 'rand_on', 'check_modality',
            'slots', 'tmpa_home', 'keep_memory', 'OutOfMemory', 'LostLoader', 'memory_asked', 'enough_memory',
            'free_memory', 'in_memory', 'Range', 'check_ranges', 'shortened', 'regular_file', 'csv_cell', 'csv_text',
-           'leftovers', 'remove_dead', 'temp_folder', 'atomic_write', 'remove_all_dead', 'locked']
+           'leftovers', 'remove_dead', 'temp_folder', 'umask', 'atomic_write', 'remove_all_dead', 'locked']
 
 # %% ../nbs/00_core.ipynb #c73c5cfc
 import ctypes, errno, inspect, os, re, shutil, stat, tempfile, traceback
@@ -93,15 +93,17 @@ class TMPAError(ValueError):
     "Something that the user can put right; the message is one line that names the file or argument and the remedy."
     def __init__(self, msg:str):
         msg = str(msg).strip()
-        if 'Original Traceback (most recent call last):' in msg: msg = msg.splitlines()[-1].partition(': ')[2]  # raised in a loader process
+        if 'Original Traceback (most recent call last):' in msg:  # raised in a loader process
+            msg = msg.splitlines()[-1].partition(': ')[2]
         msg = msg.encode('utf8', 'backslashreplace').decode()  # a file name need not be UTF-8; a line can be printed
         msg = ' '.join(msg.split())
-        self.msg = msg if len(msg) <= 2000 else f'{msg[:1500]} ... {msg[-500:]}'  # what a file holds is repeated in some
+        if len(msg) > 2000: msg = f'{msg[:1500]} ... {msg[-500:]}'  # what a file holds is repeated in some
+        self.msg = msg
         super().__init__(self.msg)
     def __str__(self): return self.msg  # fastai rewrites `args` of what a callback raises into three lines
 
 class DataError(TMPAError): "A data set folder, index file or image that cannot be used."
-class ProtocolError(TMPAError): "An evaluation that would be meaningless: no valid query, wrong trial, unusable features."
+class ProtocolError(TMPAError): "An evaluation that would mean nothing: no valid query, wrong trial, unusable features."
 class CheckpointError(TMPAError): "Weights that are missing, damaged, or made for another model."
 class ConfigError(TMPAError): "Arguments that contradict each other or the data."
 
@@ -160,6 +162,7 @@ def whole_number(
     except (TypeError, ValueError, OverflowError): return None  # also for thousands of digits
     return n if -2**63 <= n < 2**63 else None
 
+# %% ../nbs/00_core.ipynb #37010da3
 def check_record(
     o, # A ReIDImage, a path or a picture
     modality:int|None=None, # Of a path or picture
@@ -173,15 +176,19 @@ def check_record(
         return ReIDImage(what, UNKNOWN, 0, int(modality))
     if not isinstance(o, ReIDImage): raise _no_image(o)
     if not (isinstance(o.pid, Integral) and isinstance(o.cam, Integral)):
-        raise ConfigError(f'{o.path}: pid={o.pid!r}, cam={o.cam!r}: both must be whole numbers, a pid of {UNKNOWN} is unknown')
+        raise ConfigError(f'{o.path}: pid={o.pid!r}, cam={o.cam!r}: both must be whole numbers, '
+                          f'a pid of {UNKNOWN} is unknown')
     if not (whole_number(int(o.pid)) is not None and whole_number(int(o.cam)) is not None):
-        raise ConfigError(f'{o.path}: pid={shortened(o.pid)}, cam={shortened(o.cam)}: numbers of more than 64 bits: give smaller ones')
-    if o.modality not in (0, 1): raise ConfigError(f'{o.path}: modality={o.modality!r}: give 0 (visible) or 1 (infrared)')
+        raise ConfigError(f'{o.path}: pid={shortened(o.pid)}, cam={shortened(o.cam)}: '
+                          'numbers of more than 64 bits: give smaller ones')
+    if o.modality not in (0, 1):
+        raise ConfigError(f'{o.path}: modality={o.modality!r}: give 0 (visible) or 1 (infrared)')
     if isinstance(o.path, (Path, Image.Image)): return o
     if not isinstance(o.path, (str, os.PathLike)):
         raise ConfigError(f'path={o.path!r}: a ReIDImage takes a path or a Pillow image')
     return o._replace(path=user_path(o.path))
 
+# %% ../nbs/00_core.ipynb #531bf9fb
 def check_records(
     items, # ReIDImages, paths or pictures, or one of them
     modality=None, # Of paths and pictures: one for all, or one for each
@@ -240,7 +247,7 @@ def slots(
     order, n = modality.argsort(stable=True), len(modality)//2
     vis, ir = order[:n], order[n:]
     if len(modality) != 2*n: _refuse(modality, labels, vis, ir)
-    ok = (modality[vis] == 0).all() & (modality[ir] == 1).all()  # plain numbers: a compiler does not compare with an Enum
+    ok = (modality[vis] == 0).all() & (modality[ir] == 1).all()  # plain numbers: no compiler compares with an Enum
     if labels is not None: ok = ok & (labels[vis] == labels[ir]).all()
     if modality.device.type == 'cpu' and not torch.compiler.is_compiling():
         if not ok: _refuse(modality, labels, vis, ir)
@@ -278,6 +285,7 @@ def memory_asked(
     if size is None: return ''
     return f'{float(size[1])/2**30:.2f} GiB' if size[2] == 'bytes' else f'{size[1]} {size[2]}'
 
+# %% ../nbs/00_core.ipynb #e0d26ce6
 @contextmanager
 def enough_memory(
     what, # What is done, with its sizes; or a function that says it when it is asked
@@ -337,6 +345,7 @@ class Range(NamedTuple):
         at = low if self.high == inf else f'from {self.low} to {self.high}'
         return f"a {'whole ' if self.whole else ''}number, {at}"
 
+# %% ../nbs/00_core.ipynb #f29ff6fd
 _seed = Range(0, high=2**32-1) # numpy's own
 RANGES = dict(epochs=Range(1), lr=Range(0, False, above=True), warmup=Range(0, False, optional=True),
               decay=Range(0, False, optional=True), beta_warmup=Range(0, False), P=Range(1), K=Range(1), seed=_seed,
@@ -427,6 +436,7 @@ def _made(make, path):
 def _close(fd):
     if fd is not None: os.close(fd)
 
+# %% ../nbs/00_core.ipynb #c706f3ff
 def leftovers(
     path:str|os.PathLike, # A file that `atomic_write` makes, or a folder that is made likewise
 )->list: # Paths
@@ -456,6 +466,7 @@ def remove_dead(
     if fcntl is None: return
     for f in leftovers(path): _remove_if_dead(f)
 
+# %% ../nbs/00_core.ipynb #5bef67e2
 @contextmanager
 def temp_folder(
     path:str|os.PathLike, # The folder to make
@@ -469,6 +480,13 @@ def temp_folder(
         shutil.rmtree(tmp, ignore_errors=True)
         _close(fd)
 
+def umask()->int:
+    "What the user takes from the permissions of new files."
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+# %% ../nbs/00_core.ipynb #9b027221
 @contextmanager
 def atomic_write(
     path:str|os.PathLike, # The file to make or replace
@@ -480,12 +498,12 @@ def atomic_write(
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_dead(path)
         fd, tmp = _made(tempfile.mkstemp, path)
-    except OSError as e: raise ConfigError(f'cannot write {shortened(path, 500)} ({e.strerror}): choose another place') from None
+    except OSError as e:
+        raise ConfigError(f'cannot write {shortened(path, 500)} ({e.strerror}): choose another place') from None
     try:
         yield tmp
-        umask = os.umask(0); os.umask(umask)
-        tmp.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())  # or a power cut could leave the new name and none of the content
+        tmp.chmod(0o666 & ~umask())  # mkstemp makes files that only their owner may read
+        with open(tmp, 'rb') as f: os.fsync(f.fileno())  # or a power cut could leave the new name without its content
         tmp.replace(path)
     except (OSError, RuntimeError) as e:  # a full disk says nothing about the file, and torch not even that it is full
         why = e if isinstance(e, OSError) else e.__context__

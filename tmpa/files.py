@@ -60,9 +60,12 @@ def so_many(
     none:bool=False, # Or None
 )->tuple: # As in first_wrong
     "So many numbers."
-    def fits(v): return none and v is None or isinstance(v, (list, tuple)) and len(v) == n and all(type(o) in kinds for o in v)
+    def fits(v):
+        if v is None: return none
+        return isinstance(v, (list, tuple)) and len(v) == n and all(type(o) in kinds for o in v)
     return fits, f'{n} numbers'
 
+# %% ../nbs/00c_files.ipynb #dc7eba4a
 def first_wrong(
     d:dict, # What a file holds
     fields:dict, # Name -> (a function that says whether a value fits, what it should be)
@@ -101,6 +104,7 @@ def _load(path, known):
             if unknown is None or unknown[1] in foreign: raise
             foreign[unknown[1]] = type(unknown[1].rpartition('.')[2], (Foreign,), {})
 
+# %% ../nbs/00c_files.ipynb #da07533f
 def read_torch(
     path # A file written by `torch.save`
 ):       # Its content, tensors on the CPU

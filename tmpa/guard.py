@@ -28,9 +28,10 @@ def check_loss(
     if not modules & {'fastai.losses', 'torch.nn.modules.loss', 'torch.nn.functional'}: return
     name = getattr(loss_func, '__name__', type(loss_func).__name__)
     raise ConfigError(f'loss_func={name}: takes one prediction and one target, and here a network gives a dictionary, '
-                      'and a batch label, identity and camera: use TMPALoss() (with w_wrt=0, one trunk has cross entropy '
-                      'alone), or a module of your own with forward(output, label, *others)')
+                      'and a batch label, identity and camera: use TMPALoss() (with w_wrt=0, one trunk has cross '
+                      'entropy alone), or a module of your own with forward(output, label, *others)')
 
+# %% ../nbs/15c_guard.ipynb #05b7936f
 def _takes_four(f):
     "Whether a function may be called with features, label, identity and camera."
     try: inspect.signature(f).bind(*range(4))
@@ -45,8 +46,8 @@ def check_metrics(
     for m in metrics:
         theirs = 'fastai.metrics' in (type(m).__module__, getattr(getattr(m, 'func', None), '__module__', ''))
         if isinstance(m, LossMetric) or not theirs and (type(m) is not AvgMetric or _takes_four(m.func)): continue
-        raise ConfigError(f'metrics={m.name}: compares a prediction with a label, and people in validation belong to no '
-                          'class: mAP and rank1 are columns already (ReIDMetrics); a function of yours is called with '
+        raise ConfigError(f'metrics={m.name}: compares a prediction with a label, and people in validation belong to '
+                          'no class: mAP and rank1 are columns already (ReIDMetrics); a function of yours is called with '
                           '(features, label, identity, camera)')
 
 def check_losses(
@@ -54,8 +55,8 @@ def check_losses(
 ):
     "Refuse to go on with losses where nobody has one."
     if len(losses) and losses.isnan().all():
-        raise ConfigError('with_loss=True, as in Interpretation.from_learner: a network gives features here, which have '
-                          'no loss: see ReIDInterpretation.from_learner(learn) and its plot_worst_queries')
+        raise ConfigError('with_loss=True, as in Interpretation.from_learner: a network gives features here, which '
+                          'have no loss: see ReIDInterpretation.from_learner(learn) and its plot_worst_queries')
 
 # %% ../nbs/15c_guard.ipynb #dff81aa9
 @cache

@@ -22,11 +22,13 @@ def conv1x1(
 def init_new(
     m:nn.Module, # Changed in place
 )->nn.Module:    # `m`
-    "Initialise layers that have no pretrained start: He normal convolutions, batch norms that do nothing, classifiers near zero."
+    "Start layers that are not pretrained: He normal convolutions, batch norms that do nothing, classifiers near zero."
     for o in m.modules():
         if isinstance(o, nn.Conv2d): nn.init.kaiming_normal_(o.weight, mode='fan_out', nonlinearity='relu')
         elif isinstance(o, nn.Linear): nn.init.normal_(o.weight, std=0.001)
-        elif isinstance(o, (nn.BatchNorm1d, nn.BatchNorm2d)): nn.init.ones_(o.weight); nn.init.zeros_(o.bias)
+        elif isinstance(o, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.ones_(o.weight)
+            nn.init.zeros_(o.bias)
         if isinstance(o, (nn.Conv2d, nn.Linear)) and o.bias is not None: nn.init.zeros_(o.bias)
     return m
 
@@ -66,8 +68,8 @@ class GeM(nn.Module):
     ):
         super().__init__()
         if p <= 0: raise ConfigError(f'GeM: p={p} is not positive: 3 is usual, 1 is the average')
-        self.p,self.eps = (nn.Parameter(torch.tensor(float(p))) if trainable else float(p)), eps
-        self.floor = floor
+        self.p = nn.Parameter(torch.tensor(float(p))) if trainable else float(p)
+        self.eps, self.floor = eps, floor
 
     def forward(self, x):
         return x.float().clamp(min=self.eps).pow(self.p).mean((-2, -1)).add(self.floor).pow(1/self.p)

@@ -80,6 +80,7 @@ class _Asked(NamedTuple):
     what:str
     notes:list = []
 
+# %% ../nbs/22b_serve.ipynb #30385986
 def _jpeg(im):
     f = io.BytesIO()
     im.convert('RGB').save(f, 'JPEG', quality=88)
@@ -100,7 +101,8 @@ class Desk:
         with self.lock, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
             if g.model is None:
-                raise ConfigError('this gallery has no weights: to search with pictures, start tmpa_serve with --weights')
+                raise ConfigError('this gallery has no weights: '
+                                  'to search with pictures, start tmpa_serve with --weights')
             im = open_picture(data)
             records = find_records([im], modality, g.ir_range).items
             g.refresh()
@@ -152,6 +154,7 @@ class Desk:
         im = thumbnail(o, self.gallery.ir_range, (256, 256))
         return None if im is None else self.thumbs.put(o.path, _jpeg(im))
 
+# %% ../nbs/22b_serve.ipynb #adcc1046
 def _name(o):
     "What an image is called, as text that can be sent."
     return str(o.path).encode('utf8', 'backslashreplace').decode()
@@ -178,6 +181,7 @@ def _is_foreign(origin, host):
     try: return urlsplit(origin).netloc != host
     except ValueError: return True
 
+# %% ../nbs/22b_serve.ipynb #54b9b83d
 class Guard:
     "Refuse requests that other pages send, and send every answer with headers that keep the page to itself."
     def __init__(self, app, names=()): self.app, self.names = app, names
@@ -456,6 +460,7 @@ def _listen(host, port):
 
 def _is_loopback(s): return ipaddress.ip_address(s.getsockname()[0]).is_loopback
 
+# %% ../nbs/22b_serve.ipynb #5cf96e2d
 def serve(
     gallery:Gallery, # As in make_app
     host:str='127.0.0.1', # Where to listen

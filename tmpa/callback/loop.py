@@ -52,7 +52,8 @@ class StayOnDevice(Callback):
     order = -90  # before the recorder
     def before_fit(self):
         rec = getattr(self.learn, 'recorder', None)
-        smooth,loss,bar = getattr(rec, 'smooth_loss', None),getattr(rec, 'loss', None),getattr(self.learn, 'progress', None)
+        smooth, loss = getattr(rec, 'smooth_loss', None), getattr(rec, 'loss', None)
+        bar = getattr(self.learn, 'progress', None)
         if type(smooth) is AvgSmoothLoss: rec.smooth_loss = DeviceSmoothLoss(smooth.beta)
         if type(loss) is AvgLoss: rec.loss = DeviceAvgLoss()
         # this very event is on its way to the bar itself, so that another cannot take its place

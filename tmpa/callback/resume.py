@@ -40,14 +40,19 @@ def outline(
         return [parts(v) for v in o] if isinstance(o, (list, tuple)) else repr(o)
     return f'{zlib.crc32(repr(parts(s)).encode()):08x}'
 
+# %% ../../nbs/16c_callback.resume.ipynb #1e143e03
 def random_state()->dict:
-    "The generators of Python, numpy and torch, those of all GPUs among them; with several processes that of their own GPU."
-    cuda = [] if not torch.cuda.is_available() else torch.cuda.get_rng_state_all() if n_processes() == 1 else [torch.cuda.get_rng_state()]
+    "The generators of Python, numpy, torch and all GPUs; with several processes that of their own GPU."
+    cuda = []
+    if torch.cuda.is_available():
+        cuda = torch.cuda.get_rng_state_all() if n_processes() == 1 else [torch.cuda.get_rng_state()]
     return _plain(dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), cuda=cuda))
 
 def set_random_state(s:dict):
     "Put the generators back to what `random_state` gave."
-    random.setstate(s['python']); np.random.set_state(s['numpy']); torch.set_rng_state(s['torch'])
+    random.setstate(s['python'])
+    np.random.set_state(s['numpy'])
+    torch.set_rng_state(s['torch'])
     if not torch.cuda.is_available() or not s['cuda']: return
     if n_processes() > 1: torch.cuda.set_rng_state(s['cuda'][0])
     elif len(s['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(s['cuda'])
@@ -55,12 +60,15 @@ def set_random_state(s:dict):
 # %% ../../nbs/16c_callback.resume.ipynb #c3a10009
 def data_key(dls)->str:
     "Eight digits that differ when the training images, their order or the batches do."
-    dl,items = dls.train,getattr(getattr(dls.train, 'dataset', None), 'items', None)
-    who = [(str(o.pid), str(o.cam), int(o.modality), Path(o.path).name) for o in items] if items and hasattr(items[0], 'pid') else len(dl.dataset)
-    how = [getattr(dl, k, None) for k in ('P','K','seed','bs')]
+    dl = dls.train
+    items = getattr(getattr(dl, 'dataset', None), 'items', None)
+    records = bool(items) and hasattr(items[0], 'pid')
+    who = [(str(o.pid), str(o.cam), int(o.modality), Path(o.path).name) for o in items] if records else len(dl.dataset)
+    how = [getattr(dl, k, None) for k in ('P', 'K', 'seed', 'bs')]
     if n_processes() > 1: how.append(n_processes())
     return hashlib.sha1(repr((who, how)).encode()).hexdigest()[:8]
 
+# %% ../../nbs/16c_callback.resume.ipynb #e17418c2
 class ResumeFit(Callback):
     "Write what a fit needs to go on, after every epoch; go on from there when the file exists."
     order = -100  # its state is that of the moment before anything of the next epoch has happened
@@ -68,7 +76,8 @@ class ResumeFit(Callback):
         file, # A .pth file; whole or not there, and gone when the fit is finished
         quiet:bool=False, # Do not say that a fit goes on
     ):
-        self.file,self.quiet,self.muted = user_path(file),quiet,{}
+        self.file, self.quiet = user_path(file), quiet
+        self.muted = {}
         self._reset()
 
     def _unmute(self):
@@ -77,38 +86,55 @@ class ResumeFit(Callback):
 
     def _reset(self):
         self._unmute()
-        self.start,self.state,self.resumed,self.inside,self.cut = None,None,[],False,False  # start: None until an epoch of training begins
+        self.start = None             # the first epoch that is trained; None until one begins
+        self.state = None             # what was read and is not given back yet
+        self.resumed = []             # the epochs that a fit went on with
+        self.inside = self.cut = False # within an epoch; stopped there
 
     def before_fit(self):
         self._reset()
         if hasattr(self, 'lr_finder'): return
-        if not hasattr(self.learn, 'recorder'): raise ConfigError('ResumeFit keeps what the Recorder has: leave that in the Learner')
-        if num_distrib() > 1 and n_processes() == 1: raise ConfigError('ResumeFit: several processes would write one file: put the fit into `with learn.distrib_ctx():`')
+        if not hasattr(self.learn, 'recorder'):
+            raise ConfigError('ResumeFit keeps what the Recorder has: leave that in the Learner')
+        if num_distrib() > 1 and n_processes() == 1:
+            raise ConfigError('ResumeFit: several processes would write one file: '
+                              'put the fit into `with learn.distrib_ctx():`')
 
     def before_epoch(self):
         if self.muted and self.epoch >= self.start: self._unmute()
 
-    def before_train(self):  # nothing but a fit comes here: no validation, no predictions
-        if hasattr(self, 'lr_finder'): return
-        if self.start is None: self._load()
-        if self.epoch < self.start: self._mute(); raise CancelEpochException
-        if self.state is not None: self._go_on()
-        elif self.epoch > self.start: self._save()
-        self.inside = True
-
     def after_epoch(self): self.inside = False
     def after_cancel_fit(self): self.cut = self.inside  # between epochs it is early stopping, and the fit is over
-    def after_fit(self):
-        if self.start is not None and not self.cut and this_process() == 0: self._leftovers(); self.file.unlink(missing_ok=True)
-        self.start = None
 
-    def _leftovers(self):
-        for f in leftovers(self.file): f.unlink(missing_ok=True)
+# %% ../../nbs/16c_callback.resume.ipynb #bd2f7436
+@patch
+def before_train(self:ResumeFit):  # nothing but a fit comes here: no validation, no predictions
+    if hasattr(self, 'lr_finder'): return
+    if self.start is None: self._load()
+    if self.epoch < self.start:
+        self._mute()
+        raise CancelEpochException
+    if self.state is not None: self._go_on()
+    elif self.epoch > self.start: self._save()
+    self.inside = True
+
+@patch
+def after_fit(self:ResumeFit):
+    if self.start is not None and not self.cut and this_process() == 0:
+        self._remove_leftovers()
+        self.file.unlink(missing_ok=True)
+    self.start = None
+
+@patch
+def _remove_leftovers(self:ResumeFit):
+    for f in leftovers(self.file): f.unlink(missing_ok=True)
 
 # %% ../../nbs/16c_callback.resume.ipynb #c3a10020
-_tensors = lambda v: isinstance(v, dict) and all(isinstance(o, torch.Tensor) for o in v.values()), 'a state dict'
-_FIELDS = dict(epoch=whole(1), n_epoch=whole(1), train_iter=whole(0), data=is_a(str), frozen=is_a(int, None), model=_tensors,
-               resumed=(lambda v: isinstance(v, list) and all(type(o) is int for o in v), 'a list of epochs'),
+def _state_dict(v): return isinstance(v, dict) and all(isinstance(o, torch.Tensor) for o in v.values())
+def _epochs(v): return isinstance(v, list) and all(type(o) is int for o in v)
+
+_FIELDS = dict(epoch=whole(1), n_epoch=whole(1), train_iter=whole(0), data=is_a(str), frozen=is_a(int, None),
+               model=(_state_dict, 'a state dict'), resumed=(_epochs, 'a list of epochs'),
                opt=is_a(dict), recorder=is_a(dict), scaler=is_a(dict, None), log=is_a(str, None), others=is_a(list),
                random=is_a(dict), loader=is_a(dict), callbacks=is_a(dict))
 
@@ -117,8 +143,23 @@ def _load(self:ResumeFit):
     self.start = 0
     s = on_rank0(self._read)
     if s is None: return
-    self.state,self.start = s,s['epoch']
+    self.state, self.start = s, s['epoch']
     self.resumed = [*s['resumed'], self.start]
+
+# %% ../../nbs/16c_callback.resume.ipynb #4060d0cf
+@patch
+def _no_state(self:ResumeFit, s):
+    "Why a file is not the state of this fit; None: it is."
+    if 'resumed' not in s: return 'not the state of a fit'
+    if wrong := first_wrong(s, _FIELDS): return f'damaged, or not the state of a fit: {wrong}'
+    if s.get('outline', outline(s)) != outline(s): return 'damaged: it is not what was written'
+    if s['n_epoch'] != self.n_epoch: return f"was begun as a fit of {s['n_epoch']} epochs, not {self.n_epoch}"
+    if s['epoch'] >= s['n_epoch']:
+        return f"damaged, or not the state of a fit: epoch is {s['epoch']} of {s['n_epoch']}"
+    bad = first_mismatch(get_model(self.learn.model).state_dict(), s['model'])
+    if bad: return f'the state of another network ({bad})'
+    if s['data'] != data_key(self.dls): return 'the state of a fit on other images, or in other batches'
+    if s['frozen'] != getattr(self.opt, 'frozen_idx', None): return 'the state of a fit with other layers frozen'
 
 @patch
 def _read(self:ResumeFit):
@@ -127,16 +168,9 @@ def _read(self:ResumeFit):
     again = 'remove it to begin again'
     try: s = load_torch(self.file)
     except CheckpointError: raise CheckpointError(f'{self.file}: damaged, or not the state of a fit: {again}') from None
-    no = lambda why: CheckpointError(f'{self.file}: {why}: choose another file, or {again}')
-    if 'resumed' not in s: raise no('not the state of a fit')
-    if wrong := first_wrong(s, _FIELDS): raise no(f'damaged, or not the state of a fit: {wrong}')
-    if s.get('outline', outline(s)) != outline(s): raise no('damaged: it is not what was written')
-    if s['n_epoch'] != self.n_epoch: raise no(f"was begun as a fit of {s['n_epoch']} epochs, not {self.n_epoch}")
-    if s['epoch'] >= s['n_epoch']: raise no(f"damaged, or not the state of a fit: epoch is {s['epoch']} of {s['n_epoch']}")
-    if bad := first_mismatch(get_model(self.learn.model).state_dict(), s['model']): raise no(f'the state of another network ({bad})')
-    if s['data'] != data_key(self.dls): raise no('the state of a fit on other images, or in other batches')
-    if s['frozen'] != getattr(self.opt, 'frozen_idx', None): raise no('the state of a fit with other layers frozen')
-    self._leftovers()
+    why = self._no_state(s)
+    if why: raise CheckpointError(f'{self.file}: {why}: choose another file, or {again}')
+    self._remove_leftovers()
     if not self.quiet: print(f"{self.file}: going on after epoch {s['epoch']} of {self.n_epoch}", flush=True)
     return s
 
@@ -148,25 +182,33 @@ def _mute(self:ResumeFit):
     for c in self.muted: c.run = False
 
 @patch
-def _log_file(self:ResumeFit): return next((c for c in self.learn.cbs if isinstance(c, CSVLogger) and this_process() == 0), None)
+def _log_file(self:ResumeFit):
+    "The callback that writes the log; None in other processes, and without one."
+    if this_process(): return None
+    return next((c for c in self.learn.cbs if isinstance(c, CSVLogger)), None)
 
-def _state_of(c): # `last_saved_path` and the like of fastai's trackers, or what a callback says
+def _state_of(c):
+    "What a callback says, or what fastai's trackers have to remember."
     if 'resume_state' in dir(type(c)): return c.resume_state()
-    return {k: vars(c)[k] for k in ('best','wait','last_saved_path') if k in vars(c)} if isinstance(c, TrackerCallback) else None
+    if not isinstance(c, TrackerCallback): return None
+    return {k: vars(c)[k] for k in ('best', 'wait', 'last_saved_path') if k in vars(c)}
 
 def _give_back(c, s):
+    "Give a callback what `_state_of` had of it."
     if 'set_resume_state' in dir(type(c)): c.set_resume_state(s)
     elif s:
-        for k,v in s.items(): setattr(c, k, Path(v) if k == 'last_saved_path' and v else v)
+        for k, v in s.items(): setattr(c, k, Path(v) if k == 'last_saved_path' and v else v)
 
-def _own(learn): # what no two processes share
+def _own_state(learn):
+    "What no two processes share."
     dl = learn.dls.train
-    return _plain(dict(random=random_state(), loader=dict(epoch=getattr(dl, 'epoch', None), rng=dl.rng.getstate() if hasattr(dl, 'rng') else None),
-                       callbacks={c.name: _state_of(c) for c in learn.cbs}))
+    loader = dict(epoch=getattr(dl, 'epoch', None), rng=dl.rng.getstate() if hasattr(dl, 'rng') else None)
+    return _plain(dict(random=random_state(), loader=loader, callbacks={c.name: _state_of(c) for c in learn.cbs}))
 
+# %% ../../nbs/16c_callback.resume.ipynb #c33f16e9
 @patch
 def _save(self:ResumeFit):
-    own,*others = in_order(_own(self.learn))
+    own, *others = in_order(_own_state(self.learn))
     on_rank0(lambda: self._write(own, others))
 
 @patch
@@ -174,18 +216,23 @@ def _write(self:ResumeFit, own, others):
     if bad := not_finite(get_model(self.learn.model)):
         why = f'{bad} is not finite after epoch {self.epoch}: {self.file} stays as it is'
         raise RunawayError(f'{why}; lower lr or warm up longer', epoch=self.epoch, batch=self.n_iter, terms=[bad])
-    rec,scaler,log = self.learn.recorder,getattr(self.learn, 'scaler', None),self._log_file()
-    s = dict(**own, others=others, epoch=self.epoch, n_epoch=self.n_epoch, resumed=self.resumed, train_iter=self.train_iter, data=data_key(self.dls), frozen=getattr(self.opt, 'frozen_idx', None),
+    rec, smooth = self.learn.recorder, self.learn.recorder.smooth_loss
+    scaler, log = getattr(self.learn, 'scaler', None), self._log_file()
+    s = dict(**own, others=others, epoch=self.epoch, n_epoch=self.n_epoch, resumed=self.resumed,
+             train_iter=self.train_iter, data=data_key(self.dls), frozen=getattr(self.opt, 'frozen_idx', None),
              model=get_model(self.learn.model).state_dict(), opt=self.opt.state_dict(),
-             recorder=dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=rec.values, count=rec.smooth_loss.count, val=rec.smooth_loss.val),
-             scaler=None if scaler is None else scaler.state_dict(), log=None if log is None else (log.path/log.fname).read_text(encoding='utf8'))
+             recorder=dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=rec.values,
+                           count=smooth.count, val=smooth.val),
+             scaler=None if scaler is None else scaler.state_dict(),
+             log=None if log is None else (log.path/log.fname).read_text(encoding='utf8'))
     s = _plain(s)
     with atomic_write(self.file) as t, open(t, 'wb') as f: torch.save({**s, 'outline': outline(s)}, f)
 
+# %% ../../nbs/16c_callback.resume.ipynb #0bde1ef1
 @patch
 def _go_on(self:ResumeFit):
     "Give back what was kept, or one line where a part of it is not what it should be."
-    s,self.state = self.state,None
+    s, self.state = self.state, None
     try: self._give_all(s)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         if memory_asked(e) is not None: raise
@@ -193,20 +240,37 @@ def _go_on(self:ResumeFit):
         raise CheckpointError(f'{self.file}: damaged, or not the state of this fit ({why}): choose another file, '
                               'or remove it to begin again') from None
 
+# %% ../../nbs/16c_callback.resume.ipynb #0afcaf10
+@patch
+def _give_recorder(self:ResumeFit, r):
+    "Give the recorder the losses and values that it had."
+    rec = self.learn.recorder
+    for k in ('lrs', 'iters', 'losses', 'values'): setattr(rec, k, r[k])
+    smooth = rec.smooth_loss
+    smooth.count, smooth.val = r['count'], r['val'].to(smooth.val.device)
+
+def _rewrite(f, text):
+    "Put a text in place of what an open file holds."
+    f.seek(0)
+    f.truncate()
+    f.write(text)
+    f.flush()
+
+# %% ../../nbs/16c_callback.resume.ipynb #a8701620
 @patch
 def _give_all(self:ResumeFit, s):
-    dl = self.dls.train
+    dl, r = self.dls.train, s['recorder']
     own = s['others'][this_process()-1] if this_process() else s
     get_model(self.learn.model).load_state_dict(s['model'])
     self.opt.load_state_dict(to_device(s['opt'], next(self.learn.model.parameters()).device))
-    self.learn.train_iter,rec,r = s['train_iter'],self.learn.recorder,s['recorder']
-    rec.lrs,rec.iters,rec.losses,rec.values = r['lrs'],r['iters'],r['losses'],r['values']
-    rec.smooth_loss.count,rec.smooth_loss.val = r['count'],r['val'].to(rec.smooth_loss.val.device)
-    if s['scaler'] is not None and getattr(self.learn, 'scaler', None) is not None: self.learn.scaler.load_state_dict(s['scaler'])
-    if (log := self._log_file()) and s['log'] is not None: log.file.seek(0); log.file.truncate(); log.file.write(s['log']); log.file.flush()
+    self.learn.train_iter = s['train_iter']
+    self._give_recorder(r)
+    scaler, log = getattr(self.learn, 'scaler', None), self._log_file()
+    if s['scaler'] is not None and scaler is not None: scaler.load_state_dict(s['scaler'])
+    if log and s['log'] is not None: _rewrite(log.file, s['log'])
     for c in self.learn.cbs:
         _give_back(c, own['callbacks'].get(c.name))
-        if 'nb_batches' in vars(c): c.nb_batches = list(r['iters'])  # fastai's ShowGraphCallback draws one point for each
+        if 'nb_batches' in vars(c): c.nb_batches = list(r['iters'])  # ShowGraphCallback draws a point for each
     if own['loader']['epoch'] is not None: dl.set_epoch(own['loader']['epoch'])
     if own['loader']['rng'] is not None: dl.rng.setstate(own['loader']['rng'])
     set_random_state(own['random'])  # last: nothing before the next batch may draw

@@ -47,24 +47,27 @@ def _decode(path, as_stored=False):
     "PIL image (8-bit grey or RGB) or float array (H, W[, 3]) of raw values, with the raw value that means 1."
     pic = isinstance(path, Image.Image)
     if pic and path.format=='TIFF' and getattr(path, 'tile', ()) and path.filename and path.tell()==0:
-        pic,path = False,path.filename                  # not loaded yet: see `_opened`
+        pic, path = False, path.filename                # not loaded yet: see `_opened`
     if not pic: path = user_path(path)
-    lenient,ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES,False
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         with nullcontext(path) if pic else _opened(path) as im:
-            if (deep := _deep_colour(im, path, pic) or _deep_grey(im, path)) is None: return _flat(im, as_stored), 255.
-            a,top = deep
-            return (a if a.ndim==2 else a[..., :3]) if as_stored else _as_seen(im, a, top), top
+            deep = _deep_colour(im, path, pic) or _deep_grey(im, path)
+            if deep is None: return _flat(im, as_stored), 255.
+            a, top = deep
+            if not as_stored: return _as_seen(im, a, top), top
+            return (a if a.ndim==2 else a[..., :3]), top
     except DataError: raise
     except Exception as e:
         if isinstance(e, UnidentifiedImageError): e = f'it is in none of the formats {", ".join(_formats())}'
-        why = 'is empty (0 bytes)' if not pic and path.is_file() and path.stat().st_size==0 else f'cannot be decoded ({str(e).strip() or type(e).__name__})'
+        why = f'cannot be decoded ({str(e).strip() or type(e).__name__})'
+        if not pic and path.is_file() and path.stat().st_size==0: why = 'is empty (0 bytes)'
         raise DataError(f'image {path} {why}: {_RESTORE}') from None
     finally: ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 # %% ../../nbs/00b_data.image.ipynb #b52dadc4
 def _bright_is_high(im, a, path):
-    "TIFFs may store white as zero; Pillow turns such numbers round where they have 8 bits, and not where they have more."
+    "TIFFs may store white as zero; Pillow turns such numbers round where they have 8 bits, and no others."
     if im.format!='TIFF' or im.tag_v2.get(262)!=0: return a  # tag PhotometricInterpretation
     if not im.mode.startswith('I;16'):
         raise DataError(f'image {path} stores white as zero in numbers of no natural range: save it with black as zero')
@@ -83,13 +86,17 @@ def _deep_colour(im, path, pic):
     args = [t.args for t in getattr(im, 'tile', ())]
     netpbm = im.format=='PPM' and im.mode in ('I', 'RGB') and args and isinstance(args[0], tuple) and args[0][1]>255
     colour = not grey and re.search(';16[BLN]', str(args))
-    if pic and not grey and (netpbm or colour): raise DataError('a picture of 16-bit colour would be cut to 8 bits: pass its path')
-    if pic: return None
-    if not grey and (bits := _bits(im, path))>8:
-        raise DataError(f'image {path} has {bits} bits a colour, which would be cut to 8: save it as PNG or TIFF of 16 bits')
+    if pic:
+        if grey or not (netpbm or colour): return None
+        raise DataError('a picture of 16-bit colour would be cut to 8 bits: pass its path')
+    bits = 8 if grey else _bits(im, path)
+    if bits>8:
+        raise DataError(f'image {path} has {bits} bits a colour, which would be cut to 8: '
+                        'save it as PNG or TIFF of 16 bits')
     if netpbm: return _netpbm(im, path)
     return (_colour16(path), 65535.) if colour else None
 
+# %% ../../nbs/00b_data.image.ipynb #f79a727b
 def _bits(im, path):
     "Bits a colour, as the headers of the formats say which Pillow cuts to 8."
     mark,at = {'JPEG2000': (b'\xff\x4f\xff\x51', 42), 'AVIF': (b'pixi', 9)}.get(im.format, (None, 0))
@@ -101,25 +108,35 @@ def _bits(im, path):
 
 def _netpbm(im, path):
     "A PGM or PPM file of more than 8 bits as it is stored; the value that means 1 is its own."
-    tile,shape = im.tile[0],(im.height, im.width, 3)[:3 if im.mode=='RGB' else 2]
-    data,top,n = Path(path).read_bytes()[tile.offset:],float(tile.args[1]),int(np.prod(shape))
+    tile = im.tile[0]
+    shape = (im.height, im.width, 3) if im.mode=='RGB' else (im.height, im.width)
+    data, top = Path(path).read_bytes()[tile.offset:], float(tile.args[1])
+    n = int(np.prod(shape))
     if tile.codec_name=='ppm_plain': a = np.array(re.sub(rb'#[^\r\n]*', b'', data).split()[:n], np.float32)
     else: a = np.frombuffer(data[:min(2*n, len(data)//2*2)], '>u2').astype(np.float32)
     if a.size<n or a.max()>top: raise ValueError('image file is truncated, or has values above its own highest')
-    return a.reshape(shape),top
+    return a.reshape(shape), top
+
+# %% ../../nbs/00b_data.image.ipynb #591af307
+def _swapped(args):
+    "What Pillow is told about a tile, with the opposite byte order."
+    if not isinstance(args, str): return tuple(_swapped(o) if isinstance(o, str) else o for o in args)
+    little = ';16L' in args or ';16N' in args and sys.byteorder=='little'
+    return re.sub(';16.', ';16B' if little else ';16L', args)
+
+def _high_bytes(path, swap):
+    "What Pillow keeps of 16-bit colour; told the opposite byte order it keeps the low bytes."
+    with _opened(path) as im:
+        if im.mode not in ('RGB', 'RGBA', 'RGBX') or any('LA;16' in str(t.args) for t in im.tile):
+            kind = 'grey with alpha' if 'A' in im.mode else im.mode
+            raise DataError(f'image {path} is 16-bit {kind}, which would be cut to 8 bits: '
+                            'save it as grey or RGB, without an alpha channel')
+        if swap: im.tile = [t._replace(args=_swapped(t.args)) for t in im.tile]
+        return np.asarray(im)[..., :3 if im.mode=='RGBX' else None].astype(np.float32)
 
 def _colour16(path):
-    "Pillow keeps the high bytes of 16-bit colour only; told the opposite byte order it keeps the low ones. Both make the value."
-    def load(swap):
-        with _opened(path) as im:
-            if im.mode not in ('RGB', 'RGBA', 'RGBX') or any('LA;16' in str(t.args) for t in im.tile):
-                kind = 'grey with alpha' if 'A' in im.mode else im.mode
-                raise DataError(f'image {path} is 16-bit {kind}, which would be cut to 8 bits: '
-                                'save it as grey or RGB, without an alpha channel')
-            other = lambda o: re.sub(';16.', ';16B' if ';16L' in o or ';16N' in o and sys.byteorder=='little' else ';16L', o) if swap and isinstance(o, str) else o
-            im.tile = [t._replace(args=other(t.args) if isinstance(t.args, str) else tuple(map(other, t.args))) for t in im.tile]
-            return np.asarray(im)[..., :3 if im.mode=='RGBX' else None].astype(np.float32)
-    return load(False)*256+load(True)
+    "Both bytes of 16-bit colour (H, W, 3 or 4)."
+    return _high_bytes(path, False)*256 + _high_bytes(path, True)
 
 # %% ../../nbs/00b_data.image.ipynb #ba70d935
 _TURNS = {                                              # EXIF orientation: what Pillow and NumPy call its remedy
@@ -138,6 +155,7 @@ def _turn(im):
     try: return _TURNS.get(im.getexif().get(0x0112))
     except Exception: return None
 
+# %% ../../nbs/00b_data.image.ipynb #35f88329
 def _flat(im, as_stored):
     "8-bit pixels, grey or RGB."
     mode = 'L' if im.mode in ('1', 'L', 'LA', 'La') else 'RGB'
@@ -150,7 +168,7 @@ def _flat(im, as_stored):
 
 def _as_seen(im, a, top):
     "Deeper pixels (H, W[, 3 or 4]) over white, and upright."
-    clear,turn = im.info.get('transparency'),_turn(im)
+    clear, turn = im.info.get('transparency'), _turn(im)
     if a.ndim==3 and a.shape[2]==4:
         alpha = a[..., 3:]/top
         a = a[..., :3]*alpha + top*(1-alpha)
@@ -162,24 +180,34 @@ def _as_seen(im, a, top):
 # %% ../../nbs/00b_data.image.ipynb #b767a856
 def _pixels(path, size=None, ir_range=None, as_stored=False):
     "Array (H, W) or (H, W, 3): uint8 for 8-bit files, else float32 in [0, 1]; `size` is (height, width)."
-    im,top = _decode(path, as_stored)
-    hw = None if size is None else (size[1], size[0])
-    if isinstance(im, Image.Image): return np.asarray(im if hw in (None, im.size) else im.resize(hw, Image.LANCZOS))
-    lo,hi = (0., top) if ir_range is None else map(float, ir_range)
+    im, top = _decode(path, as_stored)
+    wh = None if size is None else (size[1], size[0])  # as Pillow has it
+    if isinstance(im, Image.Image): return np.asarray(im if wh in (None, im.size) else im.resize(wh, Image.LANCZOS))
+    im = _in_range(im, top, ir_range, path)
+    if wh is None or wh==(im.shape[1], im.shape[0]): return im
+    im = _resized(im, wh) if im.ndim==2 else np.stack([_resized(im[..., c], wh) for c in range(3)], -1)
+    return im.clip(0, 1)                               # Lanczos overshoots at edges
+
+def _in_range(im, top, ir_range, path):
+    "Raw values as numbers in [0, 1]."
+    lo, hi = (0., top) if ir_range is None else map(float, ir_range)
     if not hi>lo: raise ConfigError(f'ir_range={ir_range}: give (lowest, highest) raw value')
     if ir_range is None and (not np.isfinite(im).all() or im.min()<lo or im.max()>hi):
-        raise DataError(f'image {path} has values from {im.min():g} to {im.max():g}, outside [{lo:g}, {hi:g}]: pass ir_range=(lowest, highest)')
-    im = (np.clip(np.nan_to_num(im, nan=lo), lo, hi)-lo)/(hi-lo)
-    if hw is None or hw==(im.shape[1], im.shape[0]): return im
-    one = lambda o: np.asarray(Image.fromarray(np.ascontiguousarray(o)).resize(hw, Image.LANCZOS))   # mode F
-    im = one(im) if im.ndim==2 else np.stack([one(im[..., c]) for c in range(3)], -1)
-    return im.clip(0, 1)                                                                              # Lanczos overshoots at edges
+        raise DataError(f'image {path} has values from {im.min():g} to {im.max():g}, outside [{lo:g}, {hi:g}]: '
+                        'pass ir_range=(lowest, highest)')
+    return (np.clip(np.nan_to_num(im, nan=lo), lo, hi)-lo)/(hi-lo)
+
+def _resized(a, wh):
+    "One channel of floats, as Pillow resizes it."
+    return np.asarray(Image.fromarray(np.ascontiguousarray(a)).resize(wh, Image.LANCZOS))
 
 def _to_tensor(a):
+    "Floats (3, H, W) of an array."
     x = torch.from_numpy(a.copy() if a.dtype==np.uint8 else a.astype(np.float32))
     x = x.float().div_(255) if x.dtype==torch.uint8 else x
     return x.expand(3, *x.shape).contiguous() if x.ndim==2 else x.permute(2, 0, 1).contiguous()
 
+# %% ../../nbs/00b_data.image.ipynb #21d13d56
 def item_range(
     o, # A ReIDImage
     ir_range, # (lowest, highest) raw value, or None
@@ -196,12 +224,13 @@ def how_read(
 
 def read_image(
     path:str|Path, # An image file that Pillow can read, or a Pillow image
-    ir_range:tuple|None=None, # Raw values (lo, hi) that become 0 and 1 in 16-bit, 32-bit and float files; 8-bit files do not use it
+    ir_range:tuple|None=None, # Raw values (lo, hi) that become 0 and 1, in files of more than 8 bits
     as_stored:bool=False, # Ignore orientation tag and transparency
 ) -> torch.Tensor: # float32 (3, H, W) in [0, 1]
     "Read an image of any depth; `DataError` names a file that is missing, empty, damaged or out of range."
     return _to_tensor(_pixels(path, None, ir_range, as_stored))
 
+# %% ../../nbs/00b_data.image.ipynb #60d95cfb
 def decoded(
     path:str|Path, # An image file that Pillow can read, or a Pillow image
     size:tuple, # (height, width)
@@ -234,11 +263,12 @@ def proposed_range(
 )->tuple|None: # (lowest, highest) raw value in those; None: they are of 8 bits, or use a quarter of their range or more
     "A range for infrared images of more than 8 bits that use little of theirs."
     infrared = [o for o in items if o.modality==Modality.INFRARED]
-    lo,hi,most = float('inf'),-float('inf'),0.
+    lo, hi, most = float('inf'), -float('inf'), 0.
     for o in infrared[::-(-len(infrared)//n) or 1]:
-        try: a,top = _decode(o.path, getattr(o, 'as_stored', False))
+        try: a, top = _decode(o.path, getattr(o, 'as_stored', False))
         except DataError: continue                      # whoever needs its pixels will say so
-        if isinstance(a, np.ndarray): lo,hi,most = min(lo, float(a.min())),max(hi, float(a.max())),max(most, top)
+        if not isinstance(a, np.ndarray): continue
+        lo, hi, most = min(lo, float(a.min())), max(hi, float(a.max())), max(most, top)
     return (lo, hi) if 0 < hi-lo < most/4 else None
 
 def check_range(
@@ -246,7 +276,9 @@ def check_range(
     ir_range:tuple|None, # As in read_image
 ):
     "Warn where infrared images want an `ir_range` and have none."
-    if ir_range is not None or (r := proposed_range(items)) is None: return
-    warn(f'infrared images of more than 8 bits hold raw values from {r[0]:g} to {r[1]:g}, little of their range: '
-         f'they come out as nearly one grey; pass ir_range=({r[0]:g}, {r[1]:g}) (--ir_range {r[0]:g},{r[1]:g}), '
+    proposed = None if ir_range is not None else proposed_range(items)
+    if proposed is None: return
+    lo, hi = proposed
+    warn(f'infrared images of more than 8 bits hold raw values from {lo:g} to {hi:g}, little of their range: '
+         f'they come out as nearly one grey; pass ir_range=({lo:g}, {hi:g}) (--ir_range {lo:g},{hi:g}), '
          'the same in training and in use')

@@ -7,6 +7,7 @@ __all__ = ['cross_attention', 'repeated', 'MFT', 'complete_feature']
 
 # %% ../../nbs/10_models.mft.ipynb #dddacfb8
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from ..core import ConfigError
 from ..layers import conv1x1, full_precision, init_new
@@ -55,7 +56,9 @@ class MFT(nn.Module):
         m = m or c//2
         if m % heads:
             raise ConfigError(f'heads={heads} does not divide the {m} channels of the projections: use a divisor')
-        self.heads,self.vis,self.ir,self.v = heads, _Branch(c, m), _Branch(c, m), conv1x1(c, m)
+        self.heads = heads
+        self.vis, self.ir = _Branch(c, m), _Branch(c, m)
+        self.v = conv1x1(c, m)
         self.k = conv1x1(c, m) if own_k else None
         init_new(self)
 
@@ -73,18 +76,23 @@ class MFT(nn.Module):
     ):         # F'^V_sp, F'^I_sp, both (r n, c, h, w)
         "The generated features."
         q_vis, q_ir, b_vis, b_ir = branches or self.branches(f_vis, f_ir)
-        k_sh, v_sh = self.k(f_sh) if self.k is not None else k, self.v(f_sh)      # (r n, m, h, w)
+        k_sh = k if self.k is None else self.k(f_sh)                              # (r n, m, h, w)
+        v_sh = self.v(f_sh)                                                       # (r n, m, h, w)
         q = repeated(torch.cat([q_vis, q_ir], 2), f_sh)                           # (r n, m, 2h, w), one above the other
         a_vis, a_ir = cross_attention(q, k_sh, v_sh, self.heads).chunk(2, 2)      # eq. 10
         b_vis, b_ir = repeated(b_vis, f_sh), repeated(b_ir, f_sh)                 # (r n, m, h, w)
         return self.vis.expand(a_vis + b_vis), self.ir.expand(a_ir + b_ir)        # eq. 11
 
-    def load_bottleneck(self, block):
-        "Start q, k, v from a bottleneck's first projection and both 3x3 convolutions from its own, where they fit."
-        with torch.no_grad():
-            for o in (self.vis.q, self.ir.q, self.v, self.k): _copy_weight(o, block.conv1)
-            for o in (self.vis.conv[2], self.ir.conv[2]): _copy_weight(o, block.conv2)
-        return self
+# %% ../../nbs/10_models.mft.ipynb #330ea3ca
+@patch
+@torch.no_grad()
+def load_bottleneck(self:MFT,
+    block, # A bottleneck of torchvision or timm
+)->MFT:    # Itself
+    "Start q, k, v from a bottleneck's first projection and both 3x3 convolutions from its own, where they fit."
+    for o in (self.vis.q, self.ir.q, self.v, self.k): _copy_weight(o, block.conv1)
+    for o in (self.vis.conv[2], self.ir.conv[2]): _copy_weight(o, block.conv2)
+    return self
 
 def _copy_weight(to, source):
     if to is not None and to.weight.shape == source.weight.shape: to.weight.copy_(source.weight)
@@ -101,5 +109,6 @@ def complete_feature(
     cat:bool=True,         # Concatenate channels; False adds
 )->torch.Tensor:           # F_C, like `shared`
     "The modality-complete feature F_C (eq. 12)."
-    vis,ir = lam2*gen_vis + lam3*real_vis, lam2*real_ir + lam3*gen_ir
-    return (torch.cat([vis, ir], 1) if cat else vis + ir) + shared
+    vis = lam2*gen_vis + lam3*real_vis                                            # (B, c, h, w)
+    ir = lam2*real_ir + lam3*gen_ir
+    return (torch.cat([vis, ir], 1) if cat else vis + ir) + shared                # (B, 2c, h, w)

@@ -110,13 +110,15 @@ def scored_as(
     others = [get(k) for k in ('part', 'evaluate')]
     return [get(k) for k in ('eval_complete', 'feature', 'lams')] + [v for v in others if v not in (None, 'both')]
 
+# %% ../../nbs/11a_models.net.ipynb #99aea468
 def describe(
     model # A ReIDNet, or the `meta` of one
 )->str: # Architecture and kind
     "What a network is, in a few words."
     meta = model if isinstance(model, dict) else getattr(model, 'meta', {})
     parts = {(False, False): 'baseline', (True, False): 'without MFT', (True, True): 'TMPA'}
-    kind = meta.get('net') or parts.get(tuple(meta.get(k) is True if k in meta else None for k in ('mfe', 'mft')), 'unnamed model')
+    has = tuple(meta.get(k) is True if k in meta else None for k in ('mfe', 'mft'))
+    kind = meta.get('net') or parts.get(has, 'unnamed model')
     base = f" of {meta['base']}" if meta.get('base') else ''  # what twins are two of
     return f"{meta.get('arch', 'unknown architecture')} {kind}{base}"
 
@@ -204,7 +206,7 @@ def first_not_finite(
     learnt        # Names of parameters
 ):
     "Name of the first parameter, or running statistic, that holds NaN or infinity; None where there is none."
-    counts = lambda k: k in learnt or k.rpartition('.')[2].startswith('running_')  # a mask may hold infinity
+    def counts(k): return k in learnt or k.rpartition('.')[2].startswith('running_')  # a mask may hold infinity
     return next((k for k,v in weights.items() if counts(k) and not v.isfinite().all()), None)
 
 def save_weights(
@@ -220,6 +222,7 @@ def save_weights(
     with atomic_write(path) as t, open(t, 'wb') as f:  # a file that is open: torch would store the temporary name in it
         torch.save({'model': weights, 'meta': meta}, f)
 
+# %% ../../nbs/11a_models.net.ipynb #97ef83bf
 def _named(name):
     "The class of `NETS` that has this name, or None; files without a name are TMPANets."
     return next((cls for cls in NETS.values() if cls.__name__ == (name or 'TMPANet')), None)
@@ -332,6 +335,7 @@ def build_net(
     put_weights(model, weights, meta, path)
     return model.eval()
 
+# %% ../../nbs/11a_models.net.ipynb #8313bc3f
 def load_tmpa(
     path,            # File of save_weights
     arch=None,       # Needed only when the file's architecture is a function of your own

@@ -23,8 +23,8 @@ from .net import NETS, ReIDNet, describe, keep_stats, load_tmpa, load_weights, n
 from .net import read_meta, save_weights, set_switches, show_size, split_params
 
 # %% ../../nbs/12_models.tmpa.ipynb #fd799860
-_all_ = ['NETS', 'keep_stats', 'split_params', 'n_params', 'n_flops', 'show_size', 'save_weights', 'set_switches', 'read_meta',
-         'load_weights', 'load_tmpa']
+_all_ = ['NETS', 'keep_stats', 'split_params', 'n_params', 'n_flops', 'show_size', 'save_weights', 'set_switches',
+         'read_meta', 'load_weights', 'load_tmpa']
 
 # %% ../../nbs/12_models.tmpa.ipynb #28d2826c
 def _specific_extractors(extractor, tail, arch, mfe, mft, copies):
@@ -44,12 +44,14 @@ def _check(n_classes, mfe, mft, part, attention):
     if attention and mfe: raise ConfigError('attention= belongs to the model with one trunk: pass mfe=False, mft=False')
     if not n_classes >= 1: raise ConfigError(f'n_classes={n_classes}: at least one training identity is needed')
 
+# %% ../../nbs/12_models.tmpa.ipynb #d5dafdb9
 def _checked(images, modality, mixed):
     "The arguments of `forward` as plain tensors that belong together."
     images, mixed = plain(images), plain(mixed)
     n = images.shape[0]  # not `len`, which `torch.export` would take for a fixed number
     if isinstance(modality, int):
-        if modality not in (0, 1): raise ConfigError(f'modality={modality}: 0 is visible, 1 is infrared, there are no others')
+        if modality not in (0, 1):
+            raise ConfigError(f'modality={modality}: 0 is visible, 1 is infrared, there are no others')
         modality = images.new_full((n,), int(modality), dtype=torch.long)
     else:
         modality = plain(torch.as_tensor(modality, device=images.device))
@@ -79,7 +81,7 @@ class TMPANet(ReIDNet, method='tmpa'):
 
     def __init__(self,
         n_classes:int,                # Training identities
-        arch=resnet50,                # ResNet builder, its name (`'timm/resnet50d'` too), or a function that returns one
+        arch=resnet50,                # ResNet builder, its name (`'timm/resnet50d'` too), or a function for one
         pretrained=True,              # ImageNet weights (True), random (False), or a path / state dict of the ResNet
         mfe:bool=True,                # Specific extractors; False is the one-trunk baseline
         mft:bool=True,                # Generate features with MFT; False with `mfe` is table V's "without MFT"
@@ -131,58 +133,69 @@ class TMPANet(ReIDNet, method='tmpa'):
         if self.complete == 'pair': return self.train_pairs(images, modality, mixed)
         return self.train_singles(images, modality, mixed)
 
-    def view(self, images, f_vis=None, f_ir=None, modality=None, branches=None):
-        "Section III for images (B, 3, H, W) beside F^V_sp, F^I_sp (B, c, h, w); `modality` says which is missing."
-        f_sh = self.shared(images, modality)                           # (B, c, h, w)   E_sh
-        if f_vis is None: return self.view_of_one_trunk(f_sh)
-        if self.mft is None: return self.view_of_three_trunks(f_sh, f_vis, f_ir, modality)
-        k_sh = self.tail.project(f_sh)                                 # (B, m, h, w)   first 1x1 of Conv_sh
-        gen_vis, gen_ir = self.mft(f_vis, f_ir, f_sh, k_sh, branches=branches)  # (B, c, h, w)  eq. 10, 11
-        f_conv = self.tail(f_sh, k_sh)                                 # (B, 2c, h, w)  F^sh_Conv
-        return ViewMaps(f_sh, gen_vis, gen_ir, self.completed(f_conv, gen_vis, gen_ir, f_vis, f_ir, modality))
+# %% ../../nbs/12_models.tmpa.ipynb #6f9ed58b
+@patch
+def view(self:TMPANet, images, f_vis=None, f_ir=None, modality=None, branches=None):
+    "Section III for images (B, 3, H, W) beside F^V_sp, F^I_sp (B, c, h, w); `modality` says which is missing."
+    f_sh = self.shared(images, modality)                           # (B, c, h, w)   E_sh
+    if f_vis is None: return self.view_of_one_trunk(f_sh)
+    if self.mft is None: return self.view_of_three_trunks(f_sh, f_vis, f_ir, modality)
+    k_sh = self.tail.project(f_sh)                                 # (B, m, h, w)   first 1x1 of Conv_sh
+    gen_vis, gen_ir = self.mft(f_vis, f_ir, f_sh, k_sh, branches=branches)  # (B, c, h, w)  eq. 10, 11
+    f_conv = self.tail(f_sh, k_sh)                                 # (B, 2c, h, w)  F^sh_Conv
+    return ViewMaps(f_sh, gen_vis, gen_ir, self.completed(f_conv, gen_vis, gen_ir, f_vis, f_ir, modality))
 
-    def view_of_one_trunk(self, f_sh):
-        "The baseline, with attention in MFT's place where it has one."
-        if self.attention is not None: f_sh = self.attention(f_sh)
-        f_c = self.tail(f_sh)                                          # (B, 2c, h, w)
-        return ViewMaps(f_c, None, None, f_c)
+@patch
+def view_of_one_trunk(self:TMPANet, f_sh):
+    "The baseline, with attention in MFT's place where it has one."
+    if self.attention is not None: f_sh = self.attention(f_sh)
+    f_c = self.tail(f_sh)                                          # (B, 2c, h, w)
+    return ViewMaps(f_c, None, None, f_c)
 
-    def view_of_three_trunks(self, f_sh, f_vis, f_ir, modality):
-        "Table V without MFT: cross attention without parameters, between the outputs of whole trunks."
-        f_sh = self.tail(f_sh)                                         # (B, 2c, h, w)
-        f_vis, f_ir = repeated(f_vis, f_sh), repeated(f_ir, f_sh)
-        gen_vis, gen_ir = (cross_attention(o, f_sh, f_sh) for o in (f_vis, f_ir))
-        return ViewMaps(f_sh, gen_vis, gen_ir, self.completed(f_sh, gen_vis, gen_ir, f_vis, f_ir, modality))
+@patch
+def view_of_three_trunks(self:TMPANet, f_sh, f_vis, f_ir, modality):
+    "Table V without MFT: cross attention without parameters, between the outputs of whole trunks."
+    f_sh = self.tail(f_sh)                                         # (B, 2c, h, w)
+    f_vis, f_ir = repeated(f_vis, f_sh), repeated(f_ir, f_sh)
+    gen_vis, gen_ir = (cross_attention(o, f_sh, f_sh) for o in (f_vis, f_ir))
+    return ViewMaps(f_sh, gen_vis, gen_ir, self.completed(f_sh, gen_vis, gen_ir, f_vis, f_ir, modality))
 
-    def completed(self, f_conv, gen_vis, gen_ir, f_vis, f_ir, modality):
-        "F_C of eq. 12; scoring may ask for one `part` of it."
-        f_vis, f_ir = repeated(f_vis, f_conv), repeated(f_ir, f_conv)   # in pairs, each slot has two rows
-        if self.eval_complete == 'miss' and modality is not None:
-            infrared = modality[:, None, None, None] == 1
-            f_vis, f_ir = torch.where(infrared, gen_vis, f_vis), torch.where(infrared, f_ir, gen_ir)
-        part = 'both' if self.training else self.part
-        lam2, lam3 = (0., 0.) if part == 'shared' else self.lams
-        if part == 'specific': f_conv = torch.zeros_like(f_conv)
-        return complete_feature(gen_vis, gen_ir, f_vis, f_ir, f_conv, lam2, lam3, cat=self.mft is not None)
+# %% ../../nbs/12_models.tmpa.ipynb #539fa257
+@patch
+def completed(self:TMPANet, f_conv, gen_vis, gen_ir, f_vis, f_ir, modality):
+    "F_C of eq. 12; scoring may ask for one `part` of it."
+    f_vis, f_ir = repeated(f_vis, f_conv), repeated(f_ir, f_conv)   # in pairs, each slot has two rows
+    if self.eval_complete == 'miss' and modality is not None:
+        infrared = modality[:, None, None, None] == 1
+        f_vis, f_ir = torch.where(infrared, gen_vis, f_vis), torch.where(infrared, f_ir, gen_ir)
+    part = 'both' if self.training else self.part
+    lam2, lam3 = (0., 0.) if part == 'shared' else self.lams
+    if part == 'specific': f_conv = torch.zeros_like(f_conv)
+    return complete_feature(gen_vis, gen_ir, f_vis, f_ir, f_conv, lam2, lam3, cat=self.mft is not None)
 
-    def shared(self, images, modality=None):
-        "E_sh: (B, 3, H, W) -> (B, c, h, w). A network whose trunk depends on the modality overrides this."
-        return self.mfe.shared(images)
+# %% ../../nbs/12_models.tmpa.ipynb #91c515b2
+@patch
+def shared(self:TMPANet, images, modality=None):
+    "E_sh: (B, 3, H, W) -> (B, c, h, w). A network whose trunk depends on the modality overrides this."
+    return self.mfe.shared(images)
 
-    def specific(self, images, modality):
-        "F^V_sp and F^I_sp of single images, (B, c, h, w) each; (None, None) with one trunk."
-        if self.mfe.visible is None: return None, None
-        if self.eval_complete == 'own': return (self.mfe.own(images, modality),)*2
-        return self.mfe.visible(images), self.mfe.infrared(images)
+@patch
+def specific(self:TMPANet, images, modality):
+    "F^V_sp and F^I_sp of single images, (B, c, h, w) each; (None, None) with one trunk."
+    if self.mfe.visible is None: return None, None
+    if self.eval_complete == 'own': return (self.mfe.own(images, modality),)*2
+    return self.mfe.visible(images), self.mfe.infrared(images)
 
-    def single(self, images, modality):
-        "The `ViewMaps` of single images, as evaluation takes it."
-        f_vis, f_ir = self.specific(images, modality)
-        return self.view(images, f_vis, f_ir, modality)
+@patch
+def single(self:TMPANet, images, modality):
+    "The `ViewMaps` of single images, as evaluation takes it."
+    f_vis, f_ir = self.specific(images, modality)
+    return self.view(images, f_vis, f_ir, modality)
 
-    def features(self, images, modality):
-        "Pooled F_C of single images, before the neck: (B, D)."
-        return self.pool(self.single(images, modality).f_c)
+@patch
+def features(self:TMPANet, images, modality):
+    "Pooled F_C of single images, before the neck: (B, D)."
+    return self.pool(self.single(images, modality).f_c)
 
 # %% ../../nbs/12_models.tmpa.ipynb #b8a63325
 @patch(as_prop=True)
@@ -223,6 +236,7 @@ def head(self:TMPANet, f_c, modality, index):
     feat = self.pool(f_c)                                              # (B, D)
     return dict(feat=feat, logits=self.classifier(self.neck(feat)), modality=modality[index], index=index)
 
+# %% ../../nbs/12_models.tmpa.ipynb #58eea56c
 @patch
 def real(self:TMPANet, f_vis, f_ir, vis, ir):
     "Eq. 7: real specific features (N, c, h, w) of the slots, pooled and classified."
