@@ -8,11 +8,11 @@ ROOT = Path(__file__).parent.parent/'tmpa'
 FILES = sorted(f for f in ROOT.rglob('*.py') if f.name not in ('_modidx.py', '__init__.py'))
 
 CEILINGS = {
-    'lines over 120 columns': 779,
-    'modules over 250 lines': 21,
-    'export cells over 30 lines': 150,
+    'lines over 120 columns': 543,
+    'modules over 250 lines': 24,
+    'export cells over 30 lines': 101,
     'functions with 8 parameters or more': 46,
-    'own names in tmpa.all': 152,
+    'own names in tmpa.all': 155,
 }
 
 def name(f): return str(f.relative_to(ROOT))
