@@ -17,7 +17,7 @@ import torchvision
 from .callback.loop import RunawayError
 from .core import RANGES, CheckpointError, ConfigError, check_ranges, leftovers, user_path
 from .data.synthetic import GENERATOR_VERSION
-from .models.backbone import get_arch, micro_resnet, tiny_resnet
+from .models.backbone import get_arch, ibn_resnet, micro_resnet, tiny_resnet
 from .models.net import read_meta
 from .provenance import changed_images, image_files, read_images
 from .recipes import Recipe, plain_name, recipe_content, recipe_key
@@ -25,7 +25,7 @@ from .run_files import clear_run, damaged_file, read_json, read_metrics
 from .scoring import DataSpec
 
 # %% ../nbs/17d_run.ipynb #d0f1000c
-ARCHS = {'micro_resnet': micro_resnet, 'tiny_resnet': tiny_resnet, **{n: getattr(torchvision.models, n) for n in ('resnet18','resnet34','resnet50','resnet101')}}
+ARCHS = {'micro_resnet': micro_resnet, 'tiny_resnet': tiny_resnet, 'ibn_resnet': ibn_resnet, **{n: getattr(torchvision.models, n) for n in ('resnet18','resnet34','resnet50','resnet101')}}
 
 def check_arch(
     arch:str, # Name of a backbone
