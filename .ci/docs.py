@@ -4,10 +4,11 @@ nbdev prepares the notebooks as it does for Quarto, and smalldocs renders them. 
 (`search.js`), pages under the names that nbdev's links and Quarto use (`losses.html`,
 not `13_losses.html`), relative links between pages, equations as MathML, nothing that a page would fetch from elsewhere. Exit 1 with the reasons on a broken
 link or an equation that cannot be converted."""
-import argparse, html, json, os, re, shutil, sys, tempfile
+import argparse, base64, html, io, json, os, re, shutil, sys, tempfile
 from pathlib import Path
 
 from latex2mathml.converter import convert
+from PIL import Image
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.serve_drv import exec_nb
@@ -21,6 +22,8 @@ from shape import shape_cells  # noqa: E402
 NUMBER = r'\d+[a-z]*_'                                       # before a notebook's name; no part of its page's
 NOTEBOOK_LINK = re.compile(rf'(\]\((?:[\w.]+/)*|^ *- +(?:[\w.]+/)*){NUMBER}([\w.]+\.ipynb)', re.M)
 MATH = re.compile(r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]](?=</span>)', re.S)
+PLOT = re.compile(r'(<img (?:alt="[^"]*" )?src="data:image/(?:png|jpeg);base64,([^"]+)" class="img-fluid")')
+INCH = 96                                                    # in pixels of a style sheet
 FETCHED = re.compile(r'<(?:link rel="stylesheet"|script)[^>]* (?:href|src)="https?://[^>]*>(?:</script>)?')
 FONTS = re.compile(r'@import url\(https?:[^)]*\);')
 # Browsers show the script alphabets only as characters of their own; some of these are older than their blocks in Unicode
@@ -59,6 +62,13 @@ def mathml(found):
     return span + LETTERS.sub(lambda m: f'<mi>{STYLED[m[1]].get(m[2], chr(BLOCK[m[1]] + ord(m[2]) - ord("A")))}</mi>', res)
 
 
+def plot_size(found):
+    "A figure as wide on the page as its inches say, whatever its resolution: 9 points are 9 points."
+    image = Image.open(io.BytesIO(base64.b64decode(found[2])))
+    dpi = image.info.get('dpi', (0, 0))[0]
+    return f'{found[1]} style="width: {round(INCH*image.width/dpi)}px"' if dpi > 1 else found[1]
+
+
 def sentences(found):
     "A printed output without columns, whose lines may wrap; columns keep their places and scroll."
     return found[0] if re.search(r'\S {3,}\S', found[1]) else found[0].replace('cell-output-stdout', 'cell-output-stdout sentences', 1)
@@ -67,6 +77,7 @@ def sentences(found):
 def finish(page, out, url):
     "Equations rendered, links within the site relative, nothing fetched. Returns the equations that failed."
     text = FETCHED.sub('', MATH.sub(mathml, page.read_text(encoding='utf8')))
+    text = PLOT.sub(plot_size, text)
     text = re.sub(r'<div class="cell-output cell-output-stdout">(.*?)</div>', sentences, text, flags=re.S)
     text = re.sub(r'<t[hd]\b.*?</t[hd]>', lambda m: m[0].replace('Rank-', 'Rank&#8209;').replace('± ', '±&nbsp;'), text, flags=re.S)
     text = re.sub(rf'(?<=href="){re.escape(url)}/', os.path.relpath(out, page.parent) + '/', text)
@@ -103,6 +114,7 @@ def build(out):
         site.build()
     complaints = [w for w in site.warnings if not QUARTO_ONLY.search(w)]  # the names of pages are right already
     search_without_tests(out)
+    shutil.copytree(cfg.nbs_path/'fonts', out/'fonts', dirs_exist_ok=True)
     for page in sorted(out.rglob('*.html')): complaints += finish(page, out, cfg.doc_host + cfg.doc_baseurl)
     for css in (out/'site_libs'/'themes').glob('*.css'): css.write_text(FONTS.sub('', css.read_text(encoding='utf8')), encoding='utf8')
     return complaints

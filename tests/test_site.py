@@ -42,6 +42,8 @@ PROBE = r"""(async width => {
         if (!copy.textContent.trim() || !box.width || !box.height) faults.push(['empty maths', short(math.outerHTML)]);
         if (copy.textContent.includes('\\')) faults.push(['unrendered maths', short(copy.textContent)]);
     }
+    for (const box of document.querySelectorAll('.math.display')) if (box.scrollWidth > box.clientWidth + 1) faults.push(['cut equation', short(box.textContent)]);
+    if (document.querySelector('math') && document.querySelector('link[href$="styles.css"]') && !document.fonts.check('16px "tmpa math"')) faults.push(['no font for equations', document.URL]);
     const wide = document.documentElement.scrollWidth;
     if (wide > width) faults.push(['wider than the screen', wide + ' px']);
     for (const e of main.querySelectorAll('*')) {
@@ -171,6 +173,8 @@ def test_faults_are_seen(tmp_path):
         'cut off at the right': '<main style="overflow-x:clip"><pre style="width:2000px">wide</pre></main>',
         'console error': '<script>console.error("oh")</script>', 'image without a text': '<img src="data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7">',
         'test in sight': '<main><pre>test_eq(1, 1)</pre></main>',
+        'cut equation': '<main><span class="math display" style="display:block;width:20px;overflow:auto"><math><mi>wide equation</mi></math></span></main>',
+        'no font for equations': '<link href="styles.css" rel="stylesheet"><span class="math"><math><mi>x</mi></math></span>',
         'cut table': '<main><div style="width:100px;overflow-x:auto"><table><td style="min-width:300px">cut</table></div></main>',
         'asks the network': '<script src="https://example.org/x.js"></script>',
         'dead link': '<a href="gone.html">x</a>', 'dead anchor': '<a href="good.html#gone">x</a>',

@@ -27,23 +27,43 @@ def top_matches(
     k:int=10, # How many
 )->tuple: # Rows and Euclidean distances of the nearest `k`, nearest first
     "The `k` nearest gallery images of one query, after the rule's removals."
-    pids,cams,g = np.asarray(pids),np.asarray(cams),np.asarray(gallery)
-    remove,keep = get_rule(rule).remove,g != query
+    pids, cams, g = np.asarray(pids), np.asarray(cams), np.asarray(gallery)
     check_cameras(cams, rule, 'cams')
+    remove = get_rule(rule).remove
+    keep = g != query
     if remove == 'place': keep &= ~((cams[query] == 3) & (cams[g] == 2))
     if remove == 'same_cam' and known(pids[query]): keep &= ~((pids[g] == pids[query]) & (cams[g] == cams[query]))
     g = g[keep]
-    d = torch.cdist(feats[query][None].float(), feats[torch.as_tensor(g)].float(), compute_mode='donot_use_mm_for_euclid_dist')[0].cpu().numpy()  # equal images, equal distances
+    exact = 'donot_use_mm_for_euclid_dist'  # equal images have equal distances
+    d = torch.cdist(feats[query][None].float(), feats[torch.as_tensor(g)].float(), compute_mode=exact)[0].cpu().numpy()
     order = np.argsort(d, kind='stable')[:k]
-    return g[order],d[order]
+    return g[order], d[order]
 
 # %% ../nbs/17a_interpret.ipynb #7b5ce265
-def _show(ax, o, title='', right=None, ir_range=None):
-    ax.imshow(read_image(o.path, **how_read(o, ir_range)).permute(1,2,0).numpy()); ax.set_xticks([]); ax.set_yticks([])
+def _show(ax, item, title='', right=None, ir_range=None):
+    "An image with a frame: solid green where it is right, dashed red where it is not, none where nobody knows."
+    ax.axis('on')
+    ax.imshow(read_image(item.path, **how_read(item, ir_range)).permute(1, 2, 0).numpy())
+    ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=9, pad=3)
-    for s in ax.spines.values(): s.set_visible(right is not None)
-    if right is not None:
-        for s in ax.spines.values(): s.set(color='#117733' if right else '#CC3311', linewidth=2.5, linestyle='-' if right else '--')
+    frame = dict(color='#117733' if right else '#CC3311', linewidth=2.5, linestyle='-' if right else '--')
+    for s in ax.spines.values():
+        s.set_visible(right is not None)
+        if right is not None: s.set(**frame)
+
+def _gallery(setting, trial):
+    "Rows of the gallery of one draw."
+    n = len(setting.g_idxs)
+    if not 0 <= trial < n: raise ConfigError(f'trial={trial}: setting {setting.name} has the trials 0 to {n-1}')
+    if not len(setting.q_idx) or not len(setting.g_idxs[trial]):
+        raise ConfigError(f'setting {setting.name}: nothing to plot without queries and gallery')
+    return setting.g_idxs[trial]
+
+def _query_rows(queries, setting, seed):
+    "Rows of the queries to draw, at random where only their number is given."
+    if not isinstance(queries, int): return queries
+    n = min(max(queries, 0), len(setting.q_idx))
+    return np.random.default_rng(seed).choice(np.asarray(setting.q_idx), n, replace=False)
 
 # %% ../nbs/17a_interpret.ipynb #1983ee60
 def plot_ranks(
@@ -59,22 +79,20 @@ def plot_ranks(
     labels:list|None=None, # A line for each query, under its camera
 ):
     "Queries and their nearest gallery images with distance and camera, right and wrong ones framed (figure 8)."
-    if not 0 <= trial < len(setting.g_idxs): raise ConfigError(f'trial={trial}: setting {setting.name} has the trials 0 to {len(setting.g_idxs)-1}')
-    gallery = setting.g_idxs[trial]
-    if not len(setting.q_idx) or not len(gallery): raise ConfigError(f'setting {setting.name}: nothing to plot without queries and gallery')
-    if isinstance(queries, int):
-        rng = np.random.default_rng(seed)
-        queries = rng.choice(np.asarray(setting.q_idx), min(max(queries, 0), len(setting.q_idx)), replace=False)
+    gallery = _gallery(setting, trial)
+    queries = _query_rows(queries, setting, seed)
     if not len(queries) or k < 1: raise ConfigError(f'{len(queries)} queries, k={k}: plot 1 or more of each')
     items = check_records(items)
-    pids,cams = np.array([o.pid for o in items]),np.array([o.cam for o in items])
-    fig,axs = plt.subplots(len(queries), k+1, figsize=(1.1*(k+1), 2.4*len(queries)+.4), dpi=80, squeeze=False, layout='constrained')
+    pids, cams = np.array([o.pid for o in items]), np.array([o.cam for o in items])
+    figsize = .82*(k+1), 2.1*len(queries)+.4
+    fig,axs = plt.subplots(len(queries), k+1, figsize=figsize, squeeze=False, layout='constrained')
+    for ax in axs.flat: ax.axis('off')
     for i,(row,q) in enumerate(zip(axs, queries)):
-        for ax in row: ax.axis('off')
-        row[0].axis('on'); _show(row[0], items[q], f'query cam {items[q].cam}' + (f'\n{labels[i]}' if labels else ''), ir_range=ir_range)
+        said = f'\n{labels[i]}' if labels else ''
+        _show(row[0], items[q], f'query\ncam {items[q].cam}{said}', ir_range=ir_range)
         for ax,g,d in zip(row[1:], *top_matches(feats, pids, cams, q, gallery, setting.rule, k)):
             right = same_person(pids[g], pids[q])
-            ax.axis('on'); _show(ax, items[g], f'{"✗ " if right is False else ""}{d:.2f} cam {items[g].cam}', right, ir_range)
+            _show(ax, items[g], f'{"✗ " if right is False else ""}{d:.2f}\ncam {items[g].cam}', right, ir_range)
     fig.suptitle(title or f'{setting.name}: distance and camera of the {k} nearest', fontsize=11)
     return fig
 
@@ -91,9 +109,10 @@ class ReIDInterpretation:
         items = check_records(items, modality)
         feats = torch.as_tensor(feats).detach().float().cpu()
         if len(items) != len(feats): raise ConfigError(f'{len(items)} items but {len(feats)} rows of features: give one row for each item')
-        self.items,self.feats,self.ir_range = items,torch.nn.functional.normalize(feats, dim=1),ir_range
-        self.pids,self.cams,self.modality = (np.array([int(getattr(o, k)) for o in self.items]) for k in ('pid', 'cam', 'modality'))
-        self.settings = {s.name: s for s in (cross_settings(self.items) if settings is None else settings)}
+        self.items, self.ir_range = items, ir_range
+        self.feats = torch.nn.functional.normalize(feats, dim=1)
+        self.pids, self.cams, self.modality = (np.array([int(getattr(o, k)) for o in items]) for k in ('pid', 'cam', 'modality'))
+        self.settings = {s.name: s for s in (cross_settings(items) if settings is None else settings)}
         for s in self.settings.values(): check_cameras(self.cams, s.rule, lambda i: items[i].path, self.modality)
 
     @classmethod
@@ -106,7 +125,7 @@ class ReIDInterpretation:
         dls = learn.dls
         if items is not None: items = check_records(items)
         else:
-            items,of_data = (dls.test_items, dls.test_settings) if dls.test_items else (dls.valid_items, dls.settings)
+            items, of_data = (dls.test_items, dls.test_settings) if dls.test_items else (dls.valid_items, dls.settings)
             settings = of_data if settings is None else settings
         if not len(items): raise ConfigError('the loaders have neither test nor validation items: pass items=')
         with learn.no_bar(), learn.no_logging(): feats = learn.get_preds(dl=dls.test_dl(items))[0]
@@ -130,7 +149,9 @@ class ReIDInterpretation:
         return plot_ranks(self.items, self.feats, self.setting(setting), queries, k, ir_range=self.ir_range, trial=trial, **kwargs)
 
     @cached_property
-    def results(self): "`SettingResult` of each setting, computed once."; return evaluate_settings(self.feats, self.pids, self.cams, list(self.settings.values()))
+    def results(self):
+        "`SettingResult` of each setting, computed once."
+        return evaluate_settings(self.feats, self.pids, self.cams, list(self.settings.values()))
 
 # %% ../nbs/17a_interpret.ipynb #01f8dd35
 @patch
@@ -139,11 +160,20 @@ def queries(self:ReIDInterpretation,
 )->pd.DataFrame: # One line a query with a match: its row, `pid`, `cam`, `Rank-1` and `AP` in per cent
     "Score of each query, the mean over the trials; queries that no trial can answer are left out."
     s = self.setting(setting)
-    r,q = self.results[s.name],np.asarray(s.q_idx)
-    hit,valid = (np.stack(o) for o in zip(*((t.first_hit == 1, t.valid) for t in r.trials)))
+    r, q = self.results[s.name], np.asarray(s.q_idx)
+    valid = np.stack([t.valid for t in r.trials])
+    hit = np.stack([t.first_hit == 1 for t in r.trials])
     n = valid.sum(0)
-    d = pd.DataFrame({'pid': self.pids[q], 'cam': self.cams[q], 'Rank-1': 100*(hit & valid).sum(0)/n.clip(1), 'AP': 100*r.ap}, index=pd.Index(q, name='row'))
-    return d[n > 0]
+    rank1 = 100*(hit & valid).sum(0)/n.clip(1)
+    table = pd.DataFrame({'pid': self.pids[q], 'cam': self.cams[q], 'Rank-1': rank1, 'AP': 100*r.ap}, index=pd.Index(q, name='row'))
+    return table[n > 0]
+
+def _first_right(interp, q, setting, trial):
+    "Where the first right match of a query stands, in words; as the score counts, without unknown people."
+    found = top_matches(interp.feats, interp.pids, interp.cams, q, setting.g_idxs[trial], setting.rule, None)[0]
+    found = found[known(interp.pids[found])]
+    hits = np.flatnonzero(interp.pids[found] == interp.pids[q])
+    return f'right at {hits[0]+1}' if len(hits) else 'no match'
 
 @patch
 def plot_worst_queries(self:ReIDInterpretation,
@@ -153,14 +183,10 @@ def plot_worst_queries(self:ReIDInterpretation,
     trial:int=0, # Gallery draw to show
 ):
     "Ranked lists of the queries with the lowest average precision, the worst first, with the place of the first right match."
-    s,worst = self.setting(setting),self.queries(setting).sort_values('AP', kind='stable')[:max(n, 0)]
-    if not 0 <= trial < len(s.g_idxs): raise ConfigError(f'trial={trial}: setting {s.name} has the trials 0 to {len(s.g_idxs)-1}')
-    def first(q):
-        g = top_matches(self.feats, self.pids, self.cams, q, s.g_idxs[trial], s.rule, None)[0]
-        g = g[known(self.pids[g])]  # as the score counts
-        hits = np.flatnonzero(self.pids[g] == self.pids[q])
-        return f'right at {hits[0]+1}' if len(hits) else 'no match'
-    labels = [f'AP {ap:.0f} %\n{first(q)}' for q,ap in worst.AP.items()]
+    s = self.setting(setting)
+    worst = self.queries(setting).sort_values('AP', kind='stable')[:max(n, 0)]
+    _gallery(s, trial)
+    labels = [f'AP {ap:.0f} %\n{_first_right(self, q, s, trial)}' for q,ap in worst.AP.items()]
     return self.plot_ranks(list(worst.index), k, setting, trial, labels=labels, title=f'{s.name}: worst of {len(s.q_idx)} queries')
 
 # %% ../nbs/17a_interpret.ipynb #d5b1e932
@@ -184,10 +210,10 @@ def by_identity(self:ReIDInterpretation,
 
 # %% ../nbs/17a_interpret.ipynb #ca6a4f9f
 def _partners(pid_a, pid_b, within):
-    "For each row of sorted `pid_a`, positions in sorted `pid_b`: own block [lo, hi), from which on it counts, and how many partners of the same and of another identity."
-    lo,hi = (np.searchsorted(pid_b, pid_a, s) for s in ('left', 'right'))
-    if within: return lo,hi,np.arange(len(pid_a))+1,len(pid_b)-hi   # each pair once: partners come later
-    return lo,hi,lo,len(pid_b)-(hi-lo)
+    "For each row of sorted `pid_a`, positions in sorted `pid_b`: own block [lo, hi), from which on it counts, and how many partners of another identity."
+    lo, hi = (np.searchsorted(pid_b, pid_a, s) for s in ('left', 'right'))
+    if within: return lo, hi, np.arange(len(pid_a))+1, len(pid_b)-hi  # each pair once: partners come later
+    return lo, hi, lo, len(pid_b)-(hi-lo)
 
 def _draw(count, max_pairs, rng):
     "Up to `max_pairs` of the pairs that `count` counts by row: their rows, their numbers within the row, and how many there are."
@@ -195,12 +221,24 @@ def _draw(count, max_pairs, rng):
     total = int(end[-1]) if len(end) else 0
     i = np.arange(total) if total <= max_pairs else rng.integers(0, total, max_pairs)
     a = np.searchsorted(end, i, 'right')
-    return a,i-(end-count)[a],total
+    return a, i-(end-count)[a], total
 
 def _distances(feats, a, b, step=2**11):
-    return np.concatenate([(feats[a[i:i+step]]-feats[b[i:i+step]]).norm(dim=1).numpy() for i in range(0, len(a), step)] or [np.zeros(0, np.float32)])
+    "Of the pairs of rows `a` and `b`, some at a time."
+    blocks = [slice(i, i+step) for i in range(0, len(a), step)]
+    found = [(feats[a[o]]-feats[b[o]]).norm(dim=1).numpy() for o in blocks]
+    return np.concatenate(found or [np.zeros(0, np.float32)])
 
 # %% ../nbs/17a_interpret.ipynb #68f35af8
+def _pairs_of(feats, pids, a, b, max_pairs, rng):
+    "Distances of the pairs of rows `a` and `b`, each sorted by identity; all pairs once where they are the same rows."
+    lo, hi, start, n_other = _partners(pids[a], pids[b], a is b)
+    i, k, n_same = _draw(hi-start, max_pairs, rng)
+    same = _distances(feats, a[i], b[start[i]+k])
+    i, k, n_other = _draw(n_other, max_pairs, rng)
+    k = hi[i]+k if a is b else np.where(k < lo[i], k, k+(hi-lo)[i])
+    return dict(same=same, other=_distances(feats, a[i], b[k]), n_same=n_same, n_other=n_other)
+
 def pair_distances(
     feats, # Tensor (n, D), L2-normalised
     pids, # (n,) identities; images of unknown people (-1) are left out
@@ -209,25 +247,31 @@ def pair_distances(
     seed:int=0, # Which are drawn
 )->dict: # 'vis-vis', 'ir-ir', 'vis-ir' -> dict(same=, other=, n_same=, n_other=): Euclidean distances and how many pairs exist
     "Distances between images of one person and of two people, within and across modalities."
-    pids,modality,rng,res = np.asarray(pids),np.asarray(modality),np.random.default_rng(seed),{}
-    feats = torch.as_tensor(feats).float().cpu()
-    v,r = (np.flatnonzero((modality == m) & known(pids)) for m in Modality)
-    v,r = (o[np.argsort(pids[o], kind='stable')] for o in (v, r))
-    for name,a,b in (('vis-vis', v, v), ('ir-ir', r, r), ('vis-ir', v, r)):
-        lo,hi,start,n_other = _partners(pids[a], pids[b], a is b)
-        i,k,n_same = _draw(hi-start, max_pairs, rng)
-        same = _distances(feats, a[i], b[start[i]+k])
-        i,k,n_other = _draw(n_other, max_pairs, rng)
-        k = hi[i]+k if a is b else np.where(k < lo[i], k, k+(hi-lo)[i])
-        res[name] = dict(same=same, other=_distances(feats, a[i], b[k]), n_same=n_same, n_other=n_other)
-    return res
+    pids, modality = np.asarray(pids), np.asarray(modality)
+    feats, rng = torch.as_tensor(feats).float().cpu(), np.random.default_rng(seed)
+    rows = [np.flatnonzero((modality == m) & known(pids)) for m in Modality]
+    vis, ir = (o[np.argsort(pids[o], kind='stable')] for o in rows)
+    kinds = {'vis-vis': (vis, vis), 'ir-ir': (ir, ir), 'vis-ir': (vis, ir)}
+    return {name: _pairs_of(feats, pids, a, b, max_pairs, rng) for name,(a,b) in kinds.items()}
 
 # %% ../nbs/17a_interpret.ipynb #26c6fc05
 def _auc(same, other):
     "Chance that a value of `same` is below one of `other`, ties count half."
     if not len(same) or not len(other): return float('nan')
     o = np.sort(other)
-    return float(1-(np.searchsorted(o, same, 'left')+np.searchsorted(o, same, 'right')).mean()/(2*len(o)))
+    above_or_equal = np.searchsorted(o, same, 'left') + np.searchsorted(o, same, 'right')
+    return float(1 - above_or_equal.mean()/(2*len(o)))
+
+def _histogram(ax, pairs, edges):
+    "Shares of the distances of one person, a line, and of two, filled; the legend says how many pairs there are."
+    looks = dict(other=dict(color='#D55E00', alpha=.5), same=dict(color='#0072B2', histtype='step', linewidth=2))
+    for kind,look in looks.items():
+        n, of = len(pairs[kind]), pairs[f'n_{kind}']
+        if not n: continue
+        many = f'{n:,} of {of:,}' if n < of else f'{n:,}'
+        ax.hist(pairs[kind], edges, weights=np.full(n, 1/n), label=f'{kind}: {many}', **look)
+    ax.set_ylim(0, 1.5*ax.get_ylim()[1])  # room for the legend
+    ax.legend(fontsize=9, loc='upper left', frameon=False, handlelength=1.2)
 
 @patch
 def plot_distances(self:ReIDInterpretation,
@@ -236,15 +280,12 @@ def plot_distances(self:ReIDInterpretation,
     bins:int=40, # Bars
 ):
     "Histograms of the distances of right and wrong pairs for each pair of modalities."
-    d = pair_distances(self.feats, self.pids, self.modality, max_pairs, seed)
-    fig,axs = plt.subplots(1, 3, figsize=(8.6, 2.5), dpi=70, sharex=True, layout='constrained')
-    edges = np.linspace(0, max((o[k].max() for o in d.values() for k in ('same', 'other') if len(o[k])), default=2.), bins+1)
-    for ax,(name,o) in zip(axs, d.items()):
-        for k,kw in (('other', dict(color='#D55E00', alpha=.5)), ('same', dict(color='#0072B2', histtype='step', linewidth=2))):
-            n = len(o[k])
-            if n: ax.hist(o[k], edges, weights=np.full(n, 1/n), label=f'{k} person: {n:,} of {o[f"n_{k}"]:,}' if n < o[f'n_{k}'] else f'{k} person: {n:,}', **kw)
-        ax.set_title(f'{name}: P(same < other) = {_auc(o["same"], o["other"]):.2f}', fontsize=9)
-        ax.set_xlabel('Euclidean distance'); ax.legend(fontsize=8, loc='upper left', title='pairs', title_fontsize=8)
-        ax.set_ylim(0, 1.45*ax.get_ylim()[1])
+    found = pair_distances(self.feats, self.pids, self.modality, max_pairs, seed)
+    furthest = max((o[k].max() for o in found.values() for k in ('same', 'other') if len(o[k])), default=2.)
+    fig,axs = plt.subplots(1, 3, figsize=(9, 2.9), sharex=True, layout='constrained')
+    for ax,(name,pairs) in zip(axs, found.items()):
+        _histogram(ax, pairs, np.linspace(0, furthest, bins+1))
+        ax.set_title(f'{name}: P(same < other) = {_auc(pairs["same"], pairs["other"]):.2f}', fontsize=10)
+        ax.set_xlabel('Euclidean distance of a pair')
     axs[0].set_ylabel('share of pairs')
     return fig

@@ -16,21 +16,26 @@ from ..models.tmpa import TMPANet, n_params
 @dataclass
 class Block:
     "A box of the figure."
-    label:str # In the paper's notation
+    label:str # In the paper's notation, one line or two
     path:str='' # Dotted name of the module; empty for what has none
     params:int=0 # Parameters of its own
     shape:tuple=() # Of the output, without the batch
     inputs:list=field(default_factory=list) # Keys of the blocks whose outputs it reads
 
+_known = dict(
+    E_V=('E^V_{sp}', 'mfe.visible'), E_sh=('E_{sh}', 'mfe.shared'), E_I=('E^I_{sp}', 'mfe.infrared'),
+    attention=('attention', 'attention'),
+    q_V=('q^V', 'mft.vis.q'), k=('k_{sh}', 'mft.k'), v=('v_{sh}', 'mft.v'), q_I=('q^I', 'mft.ir.q'),
+    conv_V=('B^V=conv(q^V)', 'mft.vis.conv'), conv_I=('B^I=conv(q^I)', 'mft.ir.conv'),
+    W_V=("F'^V_{sp}=\nW_V(A^V+B^V)", 'mft.vis.expand'), W_I=("F'^I_{sp}=\nW_I(A^I+B^I)", 'mft.ir.expand'),
+    Conv_sh=('Conv_{sh}', 'tail'), pool=('F_C, pooled', 'pool'), neck=('BNNeck', 'neck'),
+    C=('C', 'classifier'), C_V=('C^V', 'classifier_vis'), C_I=('C^I', 'classifier_ir'))
+
 def _named_blocks(model):
     "Key -> Block, for the modules that this model has."
-    has_mft,k = model.mft is not None,'mft.k'
-    if has_mft and model.mft.k is None: k = 'tail.layer4.0.conv1'
-    known = dict(E_V=('E^V_{sp}', 'mfe.visible'), E_sh=('E_{sh}', 'mfe.shared'), E_I=('E^I_{sp}', 'mfe.infrared'), attention=('attention', 'attention'),
-                 q_V=('q^V', 'mft.vis.q'), k=('k_{sh}', k if has_mft else '-'), v=('v_{sh}', 'mft.v'), q_I=('q^I', 'mft.ir.q'),
-                 conv_V=('B^V=conv(q^V)', 'mft.vis.conv'), conv_I=('B^I=conv(q^I)', 'mft.ir.conv'), W_V=('F\'^V_{sp}=W_V(A^V+B^V)', 'mft.vis.expand'), W_I=('F\'^I_{sp}=W_I(A^I+B^I)', 'mft.ir.expand'),
-                 Conv_sh=('Conv_{sh}', 'tail'), pool=('F_C, pooled', 'pool'), neck=('BNNeck', 'neck'), C=('C', 'classifier'), C_V=('C^V', 'classifier_vis'), C_I=('C^I', 'classifier_ir'))
-    there = {n for n,_ in model.named_modules()}
+    known = dict(_known)
+    if model.mft is not None and model.mft.k is None: known['k'] = 'k_{sh}', 'tail.layer4.0.conv1'
+    there = {name for name,_ in model.named_modules()}
     return {key: Block(label, path) for key,(label,path) in known.items() if path in there}
 
 def _count(model, blocks):
@@ -38,12 +43,14 @@ def _count(model, blocks):
     for name,p in model.named_parameters():
         own = [b for b in blocks.values() if b.path and name.startswith(b.path+'.')]
         if not own: blocks.setdefault('other', Block('other'))
-        (max(own, key=lambda b: len(b.path)) if own else blocks['other']).params += p.numel()
+        block = max(own, key=lambda b: len(b.path)) if own else blocks['other']
+        block.params += p.numel()
 
 # %% ../../nbs/12b_vis.architecture.ipynb #e5302a31
 def _walk(nodes, outputs):
     "Keys of the first blocks met when autograd's graph is walked back from `nodes`; `outputs` has the nodes that end a block."
-    found,seen,todo = [],set(),[n for n in nodes if n is not None]
+    found, seen = [], set()
+    todo = [n for n in nodes if n is not None]
     while todo:
         n = todo.pop()
         if n in seen: continue
@@ -56,19 +63,24 @@ def _watch(model, blocks, outputs):
     "Hooks that note what each block reads and gives."
     for key,b in blocks.items():
         if not b.path: continue
-        def before(_, args, b=b): b.inputs += _walk([o.grad_fn for o in args if isinstance(o, torch.Tensor)], outputs)
-        def after(_, __, out, b=b, key=key): outputs[out.grad_fn],b.shape = key,tuple(out.shape[1:])
-        m = model.get_submodule(b.path)
-        yield m.register_forward_pre_hook(before)
-        yield m.register_forward_hook(after)
+        def before(_, args, b=b):
+            b.inputs += _walk([o.grad_fn for o in args if isinstance(o, torch.Tensor)], outputs)
+        def after(_, __, out, b=b, key=key):
+            outputs[out.grad_fn] = key
+            b.shape = tuple(out.shape[1:])
+        module = model.get_submodule(b.path)
+        yield module.register_forward_pre_hook(before)
+        yield module.register_forward_hook(after)
 
 class _Attention(TorchFunctionMode):
     "Notes calls of `scaled_dot_product_attention`, which is no module and has no hooks."
-    def __init__(self, blocks, outputs): super().__init__(); self.blocks,self.outputs = blocks,outputs
+    def __init__(self, blocks, outputs):
+        super().__init__()
+        self.blocks, self.outputs = blocks, outputs
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
-            b = self.blocks.setdefault('attn', Block(r'attention\ A^V, A^I'))
+            b = self.blocks.setdefault('attn', Block('attention\nA^V, A^I'))
             b.inputs += _walk([o.grad_fn for o in args], self.outputs)
             self.outputs[out.grad_fn] = 'attn'
         return out
@@ -76,17 +88,20 @@ class _Attention(TorchFunctionMode):
 # %% ../../nbs/12b_vis.architecture.ipynb #9f75b849
 def _trace(model, blocks, size):
     "Fill in `shape` and `inputs` of the blocks; add images, mixed images and cross attention."
-    p,outputs = next(model.parameters()),{}
-    x,mixed = (torch.zeros(2, 3, *size, device=p.device, dtype=p.dtype, requires_grad=True).clone() for _ in range(2))
-    outputs.update({x.grad_fn: 'images', mixed.grad_fn: 'mixed'})
-    handles,was = list(_watch(model, blocks, outputs)),{m: m.training for m in model.modules()}
+    p = next(model.parameters())
+    x, mixed = (torch.zeros(2, 3, *size, device=p.device, dtype=p.dtype, requires_grad=True).clone() for _ in range(2))
+    outputs = {x.grad_fn: 'images', mixed.grad_fn: 'mixed'}
+    handles = list(_watch(model, blocks, outputs))
+    was = {m: m.training for m in model.modules()}
     try:
-        model.eval(); model.training = True            # what the network does in training, with the batch norms of evaluation
+        model.eval()
+        model.training = True  # what the network does in training, with the batch norms of evaluation
         with torch.enable_grad(), _Attention(blocks, outputs): model(x, torch.tensor([0, 1], device=p.device), mixed)
     finally:
         for h in handles: h.remove()
         for m,t in was.items(): m.training = t
-    blocks.update(images=Block('x^V, x^I', shape=(3, *size)), mixed=Block(r'\hat{x}^V, \hat{x}^I', shape=(3, *size)))
+    blocks['images'] = Block('x^V, x^I', shape=(3, *size))
+    blocks['mixed'] = Block(r'\hat{x}^V, \hat{x}^I', shape=(3, *size))
     for b in blocks.values(): b.inputs = [k for k in blocks if k in b.inputs]
 
 # %% ../../nbs/12b_vis.architecture.ipynb #5e55a832
@@ -101,11 +116,18 @@ def architecture(
     return blocks
 
 # %% ../../nbs/12b_vis.architecture.ipynb #70a68f5c
-_place = dict(images=(0, 3.6), mixed=(0, 2.4), E_V=(1, 5), E_sh=(1, 3), E_I=(1, 1), attention=(2, 3), q_V=(2, 5), q_I=(2, 1), v=(2, 3.75), k=(2, 2.85), conv_V=(3, 5.4), conv_I=(3, .6),
-              attn=(3, 3.9), Conv_sh=(3, 2.1), W_V=(4, 4.8), W_I=(4, 1.2), C_V=(5, 5.4), C_I=(5, .6), pool=(5, 3), neck=(6, 3), C=(7, 3), other=(7, .6))
+_place = dict(images=(0, 3.6), mixed=(0, 2.4), E_V=(1, 5), E_sh=(1, 3), E_I=(1, 1), attention=(2, 3),
+              q_V=(2, 5), q_I=(2, 1), v=(2, 3.8), k=(2, 2.85), conv_V=(3, 5.4), conv_I=(3, .6),
+              attn=(3, 3.9), Conv_sh=(3, 2.1), W_V=(4, 4.8), W_I=(4, 1.2), C_V=(5, 5.4), C_I=(5, .6),
+              pool=(5, 3), neck=(6, 3), C=(7, 3), other=(7, .6))
 _tint = dict(V=('#CFE6F5', '#0072B2'), I=('#FBE3C4', '#D55E00'), S=('#EEEEEE', '#555555'))
+_half = .44, .38  # of the width and height of a box
 
-def _size(n): return f'{n/1e6:.2f} M' if n >= 1e5 else f'{n/1e3:.1f} k' if n >= 1000 else str(n)
+def _size(n):
+    "A number of parameters in a few characters."
+    if n >= 1e5: return f'{n/1e6:.2f} M'
+    return f'{n/1e3:.1f} k' if n >= 1000 else str(n)
+
 def _side(key): return key[-1] if key[-2:] in ('_V', '_I') else 'S'
 
 def _positions(blocks):
@@ -116,10 +138,23 @@ def _positions(blocks):
     col = {x: i for i,x in enumerate(sorted({x for x,_ in at.values()}))}
     return {k: (col[x], y) for k,(x,y) in at.items()}
 
+# %% ../../nbs/12b_vis.architecture.ipynb #ea52b332
 def _arrow(ax, a, b, key):
-    rad = 0 if b[0]-a[0] <= 1 else .5 if a[1] == b[1] else -.22 if a[1] > 3 else .22     # past other columns: around what stands there
-    ax.annotate('', (b[0]-.41, b[1]), (a[0]+.41, a[1]), zorder=2, arrowprops=dict(arrowstyle='-|>', color=_tint[_side(key)][1], linewidth=1, alpha=.75, shrinkA=0, shrinkB=0,
-        connectionstyle=f'arc3,rad={rad}'))
+    "From one box to another; past other columns it goes around what stands there."
+    rad = 0 if b[0]-a[0] <= 1 else .5 if a[1] == b[1] else -.22 if a[1] > 3 else .22
+    look = dict(arrowstyle='-|>', color=_tint[_side(key)][1], linewidth=1, alpha=.75, shrinkA=0, shrinkB=0)
+    ax.annotate('', (b[0]-_half[0], b[1]), (a[0]+_half[0], a[1]), zorder=2,
+                arrowprops=dict(look, connectionstyle=f'arc3,rad={rad}'))
+
+def _box(ax, key, b, at):
+    "A block: its name, the shape of what it gives, its parameters."
+    (x,y),(face,edge) = at,_tint[_side(key)]
+    lines = [f'${o}$' for o in b.label.split('\n')]
+    if b.shape: lines.append('×'.join(map(str, b.shape)))
+    if b.params: lines.append(_size(b.params))
+    w,h = _half
+    ax.add_patch(plt.Rectangle((x-w, y-h), 2*w, 2*h, facecolor=face, edgecolor=edge, zorder=3))
+    ax.text(x, y, '\n'.join(lines), ha='center', va='center', fontsize=9, zorder=4, linespacing=1.2)
 
 # %% ../../nbs/12b_vis.architecture.ipynb #19589b8a
 def plot_architecture(
@@ -132,14 +167,14 @@ def plot_architecture(
     read = {k for b in blocks.values() for k in b.inputs}
     blocks = {k: b for k,b in blocks.items() if b.inputs or k in read or b.params}
     at = _positions(blocks)
-    n,(lo,hi) = 1+max(x for x,_ in at.values()),(f(y for _,y in at.values()) for f in (min, max))
-    fig,ax = plt.subplots(figsize=(1.35*n+.3, .85*(hi-lo)+1.5), dpi=68, layout='constrained')
+    n = 1+max(x for x,_ in at.values())
+    lo, hi = min(y for _,y in at.values()), max(y for _,y in at.values())
+    fig,ax = plt.subplots(figsize=(1.1*n+.2, .95*(hi-lo)+1.3), layout='constrained')
     for key,b in blocks.items():
-        (x,y),(face,edge) = at[key],_tint[_side(key)]
-        text = f'${b.label}$' + (f'\n{"×".join(map(str, b.shape))}' if b.shape else '') + (f'\n{_size(b.params)}' if b.params else '')
-        ax.add_patch(plt.Rectangle((x-.41, y-.33), .82, .66, facecolor=face, edgecolor=edge, zorder=3))
-        ax.text(x, y, text, ha='center', va='center', fontsize=7.5, zorder=4, linespacing=1.25)
+        _box(ax, key, b, at[key])
         for k in b.inputs: _arrow(ax, at[k], at[key], k)
-    ax.set(xlim=(-.5, n-.5), ylim=(lo-.75, hi+.75)); ax.axis('off')
-    ax.set_title(title or f'{model.meta["arch"]}, {_size(n_params(model))} parameters, {_size(n_params(model, True))} with classifiers', fontsize=10)
+    ax.set(xlim=(-.5, n-.5), ylim=(lo-.6, hi+.6))
+    ax.axis('off')
+    sizes = f'{_size(n_params(model))} parameters, {_size(n_params(model, True))} with classifiers'
+    ax.set_title(title or f'{model.meta["arch"]}, {sizes}', fontsize=11)
     return fig

@@ -37,9 +37,9 @@ def separation(
     "How well people are told apart, in the space of the features."
     d = pair_distances(feats, pids, modality)['vis-ir']
     several = 1 < len(np.unique(pids)) < len(pids)
-    mean = lambda x: float(x.mean()) if len(x) else nan
-    silhouette = float(silhouette_score(np.asarray(feats), pids)) if several else nan
-    return dict(silhouette=silhouette, same=mean(d['same']), other=mean(d['other']))
+    res = dict(silhouette=float(silhouette_score(np.asarray(feats), pids)) if several else nan)
+    for kind in ('same', 'other'): res[kind] = float(d[kind].mean()) if len(d[kind]) else nan
+    return res
 
 # %% ../../nbs/20_vis.tsne.ipynb #82ca5237
 _colours = '#332288 #88CCEE #44AA99 #117733 #999933 #DDCC77 #CC6677 #882255 #AA4499 #000000'.split()  # told apart by the colour-blind
@@ -57,14 +57,20 @@ def tsne(
     init = 'pca' if min(x.shape) > 1 else 'random'
     return TSNE(perplexity=perplexity or min(30, (len(x)-1)/3), init=init, random_state=seed).fit_transform(x)
 
+def _number(ax, p, heaps, size):
+    "The number of a person on each heap of theirs, one number where both heaps are one."
+    at = [np.median(o, 0) for o in heaps]
+    if np.abs(at[0]-at[1]).max() < .08*size: at = [sum(at)/2]
+    box = dict(facecolor='white', alpha=.7, pad=.6, linewidth=0)
+    for o in at: ax.annotate(str(p), o, fontsize=9, weight='bold', ha='center', va='center', bbox=box)
+
 def _points(ax, xy, pids, modality):
+    "All images of the people shown: circles visible, triangles infrared."
     for k,p in enumerate(dict.fromkeys(pids.tolist())):
-        for m,marker in ((0, 'o'), (1, '^')):
-            i = (pids == p) & (modality == m)
-            ax.scatter(*xy[i].T, s=22, marker=marker, color=_colours[k%len(_colours)], alpha=.8, linewidths=.3, edgecolors='white')
-        at = [np.median(xy[(pids == p) & (modality == m)], 0) for m in Modality]
-        if np.abs(at[0]-at[1]).max() < .08*np.ptp(xy, 0).max(): at = [sum(at)/2]    # one number where both heaps are one
-        for o in at: ax.annotate(str(p), o, fontsize=7, weight='bold', ha='center', va='center', bbox=dict(facecolor='white', alpha=.7, pad=.6, linewidth=0))
+        heaps = [xy[(pids == p) & (modality == m)] for m in Modality]
+        for heap,marker in zip(heaps, 'o^'):
+            ax.scatter(*heap.T, s=26, marker=marker, color=_colours[k%len(_colours)], alpha=.8, linewidths=.3, edgecolors='white')
+        _number(ax, p, heaps, np.ptp(xy, 0).max())
     ax.set(xticks=[], yticks=[], xlabel='t-SNE 1')
 
 # %% ../../nbs/20_vis.tsne.ipynb #521ea66f
@@ -76,12 +82,27 @@ def _features(models, items, n_ids, seed):
         items = learn.dls.test_items or learn.dls.valid_items
     items = check_records(items)
     rows = pick_people(items, n_ids, seed)
-    shown,res = [items[i] for i in rows],{}
+    shown, res = [items[i] for i in rows], {}
     for name,o in models.items():
-        if not isinstance(o, Learner) and len(o) != len(items): raise ConfigError(f'{name}: {len(o)} rows of features for {len(items)} items: give one row for each item')
-        res[name] = (ReIDInterpretation.from_learner(o, shown) if isinstance(o, Learner) else ReIDInterpretation(shown, torch.as_tensor(o)[rows])).feats
-    return res,shown
+        if isinstance(o, Learner): interp = ReIDInterpretation.from_learner(o, shown)
+        elif len(o) != len(items):
+            raise ConfigError(f'{name}: {len(o)} rows of features for {len(items)} items: give one row for each item')
+        else: interp = ReIDInterpretation(shown, torch.as_tensor(o)[rows])
+        res[name] = interp.feats
+    return res, shown
 
+def _panel_title(name, s):
+    "The name of a model and the numbers of `separation`."
+    silhouette, same, other = ('–' if isnan(s[k]) else f'{s[k]:.2f}' for k in ('silhouette', 'same', 'other'))
+    return f'{name}\nsilhouette {silhouette}\nvis to ir: same {same}, other {other}'
+
+def _legend(fig, people):
+    "What shapes and colours mean, at the right of the figure."
+    mark = lambda colour, shape: plt.Line2D([], [], color=colour, marker=shape, linestyle='')
+    colours = [mark(_colours[k%len(_colours)], 's') for k in range(len(people))]
+    fig.legend([mark('grey', 'o'), mark('grey', '^'), *colours], ['visible', 'infrared', *people], loc='outside right center', fontsize=9)
+
+# %% ../../nbs/20_vis.tsne.ipynb #16d9ee58
 def plot_tsne(
     models:dict, # Name -> Learner, or features (n, D) of `items`
     items:list|None=None, # ReIDImages; None: the first learner's test items, else its validation items
@@ -90,16 +111,13 @@ def plot_tsne(
     perplexity:float|None=None, # As in tsne
 ):
     "The same people in the feature space of each model: circles visible, triangles infrared (figure 6)."
-    feats,shown = _features(models, items, n_ids, seed)
-    pids,mod = (np.array([int(getattr(o, k)) for o in shown]) for k in ('pid', 'modality'))
-    fig,axs = plt.subplots(1, len(feats), figsize=(3*len(feats)+.9, 3.4), dpi=75, squeeze=False, layout='constrained')
-    for ax,(name,f) in zip(axs[0], feats.items()):
-        _points(ax, tsne(f, seed, perplexity), pids, mod)
-        s = separation(f, pids, mod)
-        show = {k: '–' if isnan(v) else f'{v:.2f}' for k,v in s.items()}
-        ax.set_title(f'{name}\nsilhouette {show["silhouette"]}\nvisible to infrared: same {show["same"]}, other {show["other"]}', fontsize=9)
+    feats, shown = _features(models, items, n_ids, seed)
+    pids, mod = (np.array([int(getattr(o, k)) for o in shown]) for k in ('pid', 'modality'))
+    places = [tsne(f, seed, perplexity) for f in feats.values()]
+    fig,axs = plt.subplots(1, len(feats), figsize=(2.7*len(feats)+.9, 3.3), squeeze=False, layout='constrained')
+    for ax,xy,(name,f) in zip(axs[0], places, feats.items()):
+        _points(ax, xy, pids, mod)
+        ax.set_title(_panel_title(name, separation(f, pids, mod)), fontsize=9)
     axs[0, 0].set_ylabel('t-SNE 2')
-    mark = lambda c, m: plt.Line2D([], [], color=c, marker=m, linestyle='')
-    people = list(dict.fromkeys(pids.tolist()))
-    fig.legend([mark('grey', 'o'), mark('grey', '^')] + [mark(_colours[k%len(_colours)], 's') for k in range(len(people))], ['visible', 'infrared'] + people, loc='outside right center', fontsize=8)
+    _legend(fig, list(dict.fromkeys(pids.tolist())))
     return fig
