@@ -17,7 +17,7 @@ import numpy as np, torch
 from tmpa.console import one_line_errors
 from tmpa.core import ReIDImage, TMPAError, leftovers
 from tmpa.data.cache import image_cache
-from tmpa.data.external import csv_items, llcm_items, regdb_items, sysu_items
+from tmpa.data.readers import csv_items, llcm_items, regdb_items, sysu_items
 from tmpa.data.synthetic import make_regdb
 from tmpa.demo import compare, demo_rows, summary_table
 from tmpa.evaluation import cross_settings_of
@@ -31,7 +31,7 @@ from tmpa.results import score_table
 from tmpa.reproduce import pick_tables, reproduce
 from tmpa.run import RunConfig
 from tmpa.run_files import write_json
-from tmpa.scoring import DataSpec
+from tmpa.data.datasets import DataSpec
 from tmpa.search import Gallery
 from tmpa.setup import make_setup
 

@@ -28,7 +28,9 @@ from tmpa.callback.loop import RunawayError
 from tmpa.callback.resume import ResumeFit
 from tmpa.core import ConfigError, ReIDImage, atomic_write, locked, tmpa_home
 from tmpa.data.cache import image_cache
-from tmpa.data.external import Modality, csv_items, cross_settings, regdb_items
+from tmpa.core import Modality
+from tmpa.protocols import cross_settings
+from tmpa.data.readers import csv_items, regdb_items
 from tmpa.data.synthetic import GENERATOR_VERSION, make_regdb, make_sysu
 from tmpa.data.transforms import ReIDAug
 from tmpa.experiment import make_learner
@@ -39,7 +41,8 @@ from tmpa.recipes import get_recipe
 from tmpa.provenance import environment
 from tmpa.run import RunConfig
 from tmpa.run_files import folder_lock
-from tmpa.scoring import DataSpec, read_data, score_feats
+from tmpa.data.datasets import DataSpec, read_data
+from tmpa.scoring import score_feats
 
 TABLE2 = 'TMPA', 'B', 'B+CA', 'B+CA+PedMix'  # the row that decides most first
 STARTS = 'trunk', 'scratch'

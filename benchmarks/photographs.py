@@ -13,7 +13,7 @@ from fastcore.script import call_parse
 from PIL import Image, ImageFilter
 
 from tmpa.demo import compare, demo_patch, demo_rows, summary_table
-from tmpa.scoring import DataSpec
+from tmpa.data.datasets import DataSpec
 
 
 def simulated_infrared(img, rng):

@@ -17,7 +17,7 @@ from tmpa.models.backbone import tiny_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
 from tmpa.recipes import get_recipe
 from tmpa.run import RunConfig
-from tmpa.scoring import DataSpec
+from tmpa.data.datasets import DataSpec
 
 SMALL = '--arch tiny_resnet --scratch --size 48x24 --p 4 --k 2 --patch 4 --epochs 1 --workers 0 --quiet'.split()
 
@@ -375,7 +375,7 @@ def test_people_of_training_in_the_test_are_said(run, tmp_path, device):
 
 
 def test_equal_id_files_of_sysu(tmp_path):
-    from tmpa.scoring import DataSpec, also_trained, read_data
+    from tmpa.data.datasets import DataSpec, also_trained, read_data
     rows = [dict(pid=p, split='train' if p < 4 else 'val' if p < 5 else 'test', cam1=2, cam2=2, cam3=2, cam4=1, cam5=1, cam6=2) for p in range(1, 8)]
     spec = DataSpec('sysu', make_sysu(tmp_path/'sysu', structure=rows, size=(48, 24)), 'all')
     train, test, _ = read_data(spec)
@@ -387,7 +387,7 @@ def test_equal_id_files_of_sysu(tmp_path):
 
 def test_regdb_parts_may_number_people_alike(tmp_path):
     "Where folders do not say who somebody is, label 0 of each part is another person; the same image is the same."
-    from tmpa.scoring import DataSpec, also_trained, read_data
+    from tmpa.data.datasets import DataSpec, also_trained, read_data
     for p in 'abcd':
         for m in ('Visible', 'Thermal'):
             (tmp_path/m/p).mkdir(parents=True)

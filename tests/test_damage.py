@@ -9,7 +9,8 @@ from scipy.io import savemat
 from tmpa.callback.resume import ResumeFit, outline
 from tmpa.core import DataError, ProtocolError, ReIDImage, TMPAError, atomic_write, leftovers, remove_dead
 from tmpa.data.cache import image_cache
-from tmpa.data.external import csv_items, load_perms, regdb_items, sysu_items
+from tmpa.protocols import load_perms
+from tmpa.data.readers import csv_items, regdb_items, sysu_items
 from tmpa.data.image import read_image
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import make_regdb, make_sysu

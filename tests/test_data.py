@@ -15,8 +15,9 @@ from tmpa.results import read_lines
 from tmpa.report import write_report
 from tmpa.models.tmpa import TMPANet
 from tmpa.scoring import save_queries, score_feats, score_model
-from tmpa.data.external import (cross_settings, csv_items, item_range, llcm_gallery, llcm_items, llcm_settings, load_resized, load_perms, read_image, regdb_items, regdb_settings,
-                                sysu_gallery, sysu_items, sysu_settings)
+from tmpa.protocols import cross_settings, llcm_gallery, llcm_settings, load_perms, regdb_settings, sysu_gallery, sysu_settings
+from tmpa.data.image import item_range, load_resized, read_image
+from tmpa.data.readers import csv_items, llcm_items, regdb_items, sysu_items
 from fastai.torch_core import TensorImage, set_seed
 from fasttransform import ItemTransform, Transform
 from multiprocessing import get_context

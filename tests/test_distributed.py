@@ -315,7 +315,7 @@ TINY = dict(arch='micro_resnet', scratch=True, size='48x24', epochs=2, lr=.03, p
 def commands(folder):
     "Exit status and lines of commands."
     from tmpa.cli import tmpa_evaluate, tmpa_train
-    from tmpa.scoring import DataSpec, read_data
+    from tmpa.data.datasets import DataSpec, read_data
     data, lines = folder/'rendered', {}
     def run(name, f, **kw):
         out, err, status = io.StringIO(), io.StringIO(), 0

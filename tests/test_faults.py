@@ -24,7 +24,7 @@ from tmpa.reproduce import pick_tables, reproduce
 from tmpa.run import RunConfig, earlier_run
 from tmpa.run_files import RUN_FILES, clear_run, folder_lock, remove_leftovers, write_json
 from tmpa.data.load import ReIDDL
-from tmpa.scoring import DataSpec, read_data
+from tmpa.data.datasets import DataSpec, read_data
 from tmpa.setup import make_setup
 
 

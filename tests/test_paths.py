@@ -10,7 +10,9 @@ from test_cli import SMALL, one_line, run
 from tmpa.callback.resume import ResumeFit
 from tmpa.core import ConfigError, DataError, ReIDImage, atomic_write, check_records, tmpa_home, user_path
 from tmpa.data.cache import image_cache
-from tmpa.data.external import csv_items, load_perms, read_image, regdb_items, sysu_settings
+from tmpa.protocols import load_perms, sysu_settings
+from tmpa.data.image import read_image
+from tmpa.data.readers import csv_items, regdb_items
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import make_llcm, make_regdb, make_sysu
 from tmpa.results import read_lines, write_lines
@@ -24,7 +26,7 @@ from tmpa.report import read_log, write_report
 from tmpa.provenance import save_environment
 from tmpa.run import RunConfig, earlier_run
 from tmpa.run_files import new_folder, read_json, write_json
-from tmpa.scoring import DataSpec, read_data
+from tmpa.data.datasets import DataSpec, read_data
 from tmpa.search import Gallery
 from tmpa.setup import run_state
 

@@ -12,7 +12,7 @@ from tmpa.experiment import Watch, evaluate_run, train_run
 from tmpa.provenance import git_state, read_images
 from tmpa.recipes import get_recipe
 from tmpa.run import OtherImages, RunConfig, earlier_run, run_images
-from tmpa.scoring import DataSpec, read_data
+from tmpa.data.datasets import DataSpec, read_data
 
 
 # --- Code --------------------------------------------------------------------------------------------------------------

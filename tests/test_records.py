@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tmpa.core import ConfigError, DataError, Modality, ReIDImage, check_records
-from tmpa.data.external import cross_settings
+from tmpa.protocols import cross_settings
 from tmpa.data.load import ReIDDataLoaders, split_by_pid
 from tmpa.interpret import ReIDInterpretation, plot_ranks
 from tmpa.learner import extract_features, tmpa_learner

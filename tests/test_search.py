@@ -10,7 +10,7 @@ from PIL import Image
 from tmpa import search
 from tmpa.core import CheckpointError, ConfigError, DataError, ProtocolError, ReIDImage
 from tmpa.data.synthetic import make_sysu
-from tmpa.data.external import sysu_items
+from tmpa.data.readers import sysu_items
 from tmpa.evaluation import RULES, evaluate
 from tmpa.models.backbone import tiny_resnet
 from tmpa.models.tmpa import TMPANet, load_tmpa, save_weights

@@ -9,7 +9,7 @@ from PIL import Image, PngImagePlugin
 
 from tmpa import serve
 from tmpa.core import ConfigError, ReIDImage
-from tmpa.data.external import sysu_items
+from tmpa.data.readers import sysu_items
 from tmpa.data.synthetic import make_sysu
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet

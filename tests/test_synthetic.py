@@ -94,7 +94,7 @@ def test_histograms_do_recognise_within_a_camera():
 
 # ---------------------------------------------------------------- folders
 def test_the_readers_of_real_data_read_them(tmp_path):
-    ext = pytest.importorskip('tmpa.data.external')
+    ext = pytest.importorskip('tmpa.data.readers')
     root = make_regdb(tmp_path/'r', n_ids=4, per_modality=2, **SMALL)
     assert len(ext.regdb_items(root, trial=3, split='train')) == 2*2*2
     root = make_sysu(tmp_path/'s', n_ids=5, per_cam=2, **SMALL)

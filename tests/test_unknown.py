@@ -10,7 +10,8 @@ from PIL import Image
 
 from tmpa.confidence import bootstrap
 from tmpa.core import UNKNOWN, ConfigError, DataError, ProtocolError, ReIDImage
-from tmpa.data.external import cross_settings, csv_items, llcm_gallery, sysu_gallery
+from tmpa.protocols import cross_settings, llcm_gallery, sysu_gallery
+from tmpa.data.readers import csv_items
 from tmpa.data.load import ReIDDataLoaders, ReIDDataset, identity_batches, split_by_pid
 from tmpa.interpret import ReIDInterpretation, pair_distances
 from tmpa.robust import noisy_items

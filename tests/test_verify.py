@@ -10,7 +10,7 @@ from tmpa.experiment import held_out_split, train_run
 from tmpa.models.net import load_tmpa, read_meta
 from tmpa.recipes import get_recipe
 from tmpa.run import RunConfig
-from tmpa.scoring import DataSpec, read_data
+from tmpa.data.datasets import DataSpec, read_data
 from tmpa.search import Gallery
 from tmpa.verify import Pairs, Threshold, open_set, roc, threshold, threshold_of
 

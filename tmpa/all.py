@@ -13,13 +13,14 @@ from fastai.callback.fp16 import *
 from .core import (CheckpointError, ConfigError, DataError, Modality, ProtocolError, PublishedImage, ReIDImage,
                        TMPAError, TrackedImage, slots)
 from .data.image import read_image
-from .data.external import (csv_items, llcm_items, llcm_settings, regdb_items, regdb_settings, sysu_items,
-                                sysu_settings)
+from .protocols import llcm_settings, regdb_settings, sysu_settings
+from .data.readers import csv_items, llcm_items, regdb_items, sysu_items
 from .data.synthetic import make_llcm, make_regdb, make_sysu, render_person, show_gallery
+from .data.datasets import DATASETS, DataSpec, Dataset, read_data, split_by_pid
 from .data.folder import find_records
 from .data.cache import image_cache
 from .data.transforms import ReIDAug, training_tfms
-from .data.load import ReIDDataLoaders, split_by_pid
+from .data.load import ReIDDataLoaders
 from .data.rendered import pictures
 from .data.endless import RenderedPeople
 
@@ -63,7 +64,6 @@ from .callback.resume import ResumeFit
 # %% ../nbs/24_all.ipynb #ed121e19
 from .recipes import RECIPES, Recipe, field_values, get_recipe, with_fields
 from .paper import TABLES, RecipeTable, TableRow, get_table
-from .scoring import DataSpec
 from .run import RunConfig
 from .experiment import evaluate_run, train_run, train_runs
 from .check import check_data

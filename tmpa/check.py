@@ -14,7 +14,7 @@ from .core import ConfigError, TMPAError, known
 from .data.image import check_range, how_read, read_image
 from .data.load import identity_batches
 from .results import TextTable
-from .scoring import DataSpec, also_trained, read_test, read_train
+from .data.datasets import DataSpec, also_trained
 
 # %% ../nbs/17cb_check.ipynb #9c1ab8e1
 _split = 'people to train on', 'visible images to train on', 'infrared images to train on'
@@ -76,13 +76,13 @@ def _opened(items, n):
 
 def _read(spec, said):
     "Training items, test items and settings; None and a line in `said` for a part that cannot be read."
-    parts = []
-    for name,read in (('training part', read_train), ('test part', read_test)):
-        try: parts.append(read(spec))
+    ds, parts = spec.dataset(), []
+    for name,read in (('training part', lambda: ds.train), ('test part', lambda: (ds.test, ds.settings))):
+        try: parts.append(read())
         except ConfigError: raise  # a mistake in the command
         except TMPAError as e:
             parts.append(None)
-            where = f', trial {spec.trial}' if spec.data == 'regdb' else ''
+            where = f', trial {spec.trial}' if spec.facts.one_model_per_trial else ''
             said.append(Check(name + where, 'unusable', state='error', note=str(e)))
     train,(test,settings) = parts[0],parts[1] or (None, [])
     return train,test,settings
@@ -94,7 +94,8 @@ def check_data(
 )->list: # Checks
     "What a data set holds beside what is published."
     spec.check()
-    trials = [str(t) for t in range(1, 11)] if spec.data == 'regdb' and spec.trial == 'all' else [spec.trial]
+    each = spec.facts.one_model_per_trial and spec.trial == 'all'
+    trials = [str(t) for t in spec.facts.trials] if each else [spec.trial]
     by_trial,also,said,everything,note = {},0,[],{},''
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter('always')

@@ -22,7 +22,8 @@ from .demo import compare, demo_patch, demo_rows, summary_table
 from .experiment import evaluate_run, train_run
 from .run import RunConfig, check_arch
 from .run_files import new_folder, read_json, write_json
-from .scoring import DATA, DataSpec, also_trained_note, as_scores, check_given
+from .data.datasets import DATASETS, DataSpec, also_trained_note, check_given
+from .scoring import as_scores
 from .check import check_data, check_text
 from .recipes import field_values, with_fields
 from .results import score_table
@@ -83,14 +84,14 @@ def trials_folder(out, resume):
 @call_parse
 @one_line_errors
 def tmpa_check(
-    data:Param('Data set', str, choices=[o for o in DATA if o != 'synthetic'])='sysu',
+    data:Param('Data set', str, choices=[k for k, o in DATASETS.items() if o.has_files])='sysu',
     path:str=None, # Folder that holds the data set (csv: the file)
     trial:str=None, # RegDB: split 1 to 10, or all (default); SYSU-MM01, LLCM: gallery trial 0 to 9, or all (default)
     images:int=40, # How many images to open, spread over the data set; a number above all of them: every one
 ):
     "Compare a folder with the published data set, before hours are spent on it."
     check_given(data, trial)
-    checks = check_data(DataSpec(data, path, trial or ('1' if data == 'csv' else 'all')), images)
+    checks = check_data(DataSpec(data, path, trial or 'all'), images)
     print(check_text(checks))
     if any(c.state == 'error' for c in checks): sys.exit(1)
 
@@ -98,7 +99,7 @@ def tmpa_check(
 @call_parse
 @one_line_errors
 def tmpa_train(
-    data:Param('Data set', str, choices=DATA)='synthetic',
+    data:Param('Data set', str, choices=list(DATASETS))='synthetic',
     path:str=None, # Folder that holds the data set
     out:str='runs/train', # Folder to make
     trial:str=None, # RegDB: split 1 to 10, or all (ten models); SYSU-MM01, LLCM: gallery trial 0 to 9, or all (default)
@@ -131,8 +132,8 @@ def tmpa_train(
     say = noop if this_process() else print
     agreed(lambda: check_given(data, trial, ids))
     method = agreed(lambda: with_fields(recipe, field_values(set)))
-    per_model = data in ('regdb','synthetic')
-    trial = trial or ('1' if per_model else 'all')
+    per_model = DATASETS[data].one_model_per_trial
+    trial = trial or DATASETS[data].default_trial
     decoded = dict(auto=None, on=True, off=False).get(cache, cache)
     def cfg(trial, out):
         check_arch(arch)
@@ -164,7 +165,7 @@ def tmpa_train(
 @one_line_errors
 def tmpa_evaluate(
     weights:str=None, # Weights that tmpa_train wrote (last.pth, best.pth)
-    data:Param('Data set', str, choices=DATA)=None,
+    data:Param('Data set', str, choices=list(DATASETS))=None,
     path:str=None, # Folder that holds the data set
     trial:str=None, # As in tmpa_train; RegDB: default the model's own trial, any other is refused
     features:Param('Two files of features, queries and gallery (.npz, .pt, .mat), instead of weights and data', str, nargs=2)=None,
@@ -200,7 +201,7 @@ def tmpa_evaluate(
 def tmpa_reproduce(
     table:str, # table1 to table7, fig4, fig5, losses, parts, readings, baselines; several with commas; or all
     scale:Param('paper: ResNet-50, 288x144, 80 epochs; small: a narrow network on 96x48, for one core', str, choices=tuple(SCALES))='paper',
-    data:Param('Data set (small: default synthetic, the built-in)', str, choices=DATA)=None,
+    data:Param('Data set (small: default synthetic, the built-in)', str, choices=list(DATASETS))=None,
     path:str=None, # Folder that holds the data set
     trial:str=None, # RegDB: splits 1 to 10 with commas, or all (default 1); SYSU-MM01, LLCM: gallery trial 0 to 9, or all (default)
     direction:str=None, # What is scored, for instance t2v (infrared to visible), v2t, all_single; default the table's own

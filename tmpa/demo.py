@@ -19,7 +19,7 @@ from .run_files import folder_lock, new_folder, read_json, write_json
 from .recipes import Recipe, get_recipe
 from .report import write_report
 from .results import COLUMNS, TextTable, difference_table, mean_text, read_lines, results_frame, row_scores, score_stats, write_lines
-from .scoring import DataSpec, read_data
+from .data.datasets import DataSpec, read_data
 
 # %% ../nbs/18a_demo.ipynb #eed716e1
 def train_flops(

@@ -25,8 +25,8 @@ from .callback.resume import ResumeFit
 from .core import CheckpointError, ConfigError, OutOfMemory, ProtocolError, TMPAError
 from .core import atomic_write, check_ranges, keep_memory, regular_file, shortened, user_path
 from .processes import end_with_parent, n_processes, on_rank0, rank0_first, this_process, together, told, is_told
-from .data.external import sysu_items
-from .data.load import ReIDDataLoaders, split_by_pid
+from .data.datasets import DATASETS, DataSpec, also_trained, also_trained_note, check_given, read_data
+from .data.load import ReIDDataLoaders
 from .data.synthetic import GENERATOR_VERSION
 from .files import first_wrong, is_a, so_many, whole
 from .models.net import load_tmpa, load_weights, read_meta, save_weights, set_switches
@@ -41,8 +41,7 @@ from .provenance import Changed, changed_images, image_files, read_images, save_
 from .verify import pairs, store_threshold, threshold
 from .run import ARCHS, RunConfig, earlier_run, is_trained, run_images
 from .run_files import clear_run, folder_lock, new_folder, read_json, remove_leftovers, write_json
-from .scoring import (DATA, DataSpec, also_trained, also_trained_note, check_given, read_data, read_test, save_queries, score_feats,
-                          score_model, training_part)
+from .scoring import save_queries, score_feats, score_model
 
 # %% ../nbs/18_experiment.ipynb #8ef61d1d
 class SaveWeights(Callback):
@@ -168,7 +167,7 @@ def _first_files(cfg, images, loggers, done):
     out = Path(cfg.out)
     if not done: loggers += _log_cbs(cfg.log, out)
     write_json(out/'config.json', {**cfg.asdict(), 'recipe_key': recipe_key(cfg.recipe), 'images': images.key})
-    if cfg.spec.data != 'synthetic' and not (out/'image_files.csv').exists():
+    if cfg.spec.facts.has_files and not (out/'image_files.csv').exists():
         save_images(out/'image_files.csv', images.files)
     save_environment(out/'environment.json')
 
@@ -262,8 +261,7 @@ def _scored(cfg, learn, feats, test, settings, notes, seconds, budget, resumed, 
 # %% ../nbs/18_experiment.ipynb #d52d54e8
 def held_out_split(cfg, train):
     "Training items without the held-out identities, and those: SYSU-MM01's own val identities, elsewhere a seeded tenth."
-    if cfg.spec.data == 'sysu': return sysu_items(cfg.spec.path, split='train'),sysu_items(cfg.spec.path, split='val')
-    return split_by_pid(train, 0.1, seed=cfg.seed)
+    return cfg.spec.dataset().held_out(cfg.seed)
 
 # %% ../nbs/18_experiment.ipynb #8cfccb05
 def mean_map(scores): "mAP averaged over settings."; return float(np.mean([s['mAP'] for s in scores.values()]))
@@ -327,13 +325,13 @@ def train_runs(
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/18_experiment.ipynb #dcc85033
-_FIELDS = dict(data=(lambda v: v in DATA, 'a data set'), size=so_many(2, [int]), n_ids=whole(0), data_seed=whole(0),
+_FIELDS = dict(data=(lambda v: v in DATASETS, 'a data set'), size=so_many(2, [int]), n_ids=whole(0), data_seed=whole(0),
                trial=is_a(str, int, None), ir_range=so_many(2, none=True))
 
 def _check_meta(meta, weights):
     "Refuse metadata that scoring would stumble over, or that would have it render people without end."
     wrong = first_wrong({'ir_range': None, **meta}, _FIELDS)
-    if not wrong and meta['data'] == 'synthetic' and meta['n_ids'] > 2*meta.get('n_classes', 0)+4:
+    if not wrong and not DATASETS[meta['data']].has_files and meta['n_ids'] > 2*meta.get('n_classes', 0)+4:
         wrong = f"{meta['n_ids']} people were rendered, and {meta.get('n_classes', 0)} of them trained on"
     if not wrong and not 1 <= min(meta['size']) <= max(meta['size']) <= 4096: wrong = f"images are of {meta['size']} pixels"
     if wrong: raise CheckpointError(f'{weights}: its metadata says that {shortened(wrong, 200)}: copy the file again')
@@ -341,7 +339,7 @@ def _check_meta(meta, weights):
 def _other_test(meta, spec, weights, test):
     "What the run folder says of test images that are not those of the run; '' where nothing is known."
     f = user_path(weights).parent/'image_files.csv'
-    if spec.data != meta['data'] or spec.data == 'synthetic' or not f.exists(): return ''
+    if spec.data != meta['data'] or not spec.facts.has_files or not f.exists(): return ''
     try: before = [o for o in read_images(f) if o.part == 'test']
     except ConfigError as e: return str(e)
     now = image_files([], test)
@@ -370,13 +368,14 @@ def evaluate_run(
     data = data or meta['data']
     check_given(data, trial)
     check_ranges(num_workers=num_workers)
-    per_model = data in ('regdb','synthetic')
-    own = str(meta['trial']) if per_model and data == meta['data'] else None
+    facts = DATASETS[data]
+    own = str(meta['trial']) if facts.one_model_per_trial and data == meta['data'] else None
     if own and trial not in (None, own):
         raise ProtocolError(f'{weights} was trained on trial {own} of {data} and has seen people of trial {trial}: pass --trial {own}, or weights of trial {trial}')
-    spec = DataSpec(data, path, trial or own or ('1' if per_model else 'all'), meta['n_ids'], tuple(meta['size']), meta['data_seed'])
-    test,settings = read_test(spec)
-    also = also_trained(spec, training_part(spec), test) if data == meta['data'] != 'synthetic' else {}
+    spec = DataSpec(data, path, trial or own or facts.default_trial, meta['n_ids'], tuple(meta['size']), meta['data_seed'])
+    ds = spec.dataset()
+    test,settings = ds.test,ds.settings
+    also = also_trained(spec, ds.if_there('train'), test) if data == meta['data'] and facts.has_files else {}
     model = load_tmpa(weights, attention=attention)
     set_switches(model, **({'eval_complete': complete} if complete else {}), **(switches or {}))
     if torch.cuda.is_available(): model.cuda()

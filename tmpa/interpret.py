@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from functools import cached_property
 from .core import ConfigError, Modality, check_names, check_records, known, same_person
-from .data.external import cross_settings
+from .protocols import cross_settings
 from .data.image import how_read, read_image
 from .evaluation import Setting, evaluate_settings
 from .ranking import check_cameras, get_rule

@@ -17,7 +17,7 @@ from .run_files import folder_lock, new_folder, write_json
 from .paper import TABLES, RecipeTable, TableRow, get_table
 from .recipes import get_recipe, short_hash, short_value, with_fields
 from .results import COLUMNS, read_lines
-from .scoring import read_data
+from .data.datasets import read_data
 from .demo import Row
 from .setup import Setup, collect_runs, row_key, run_state
 from .tables import fill_rows, ratio_strip, save_figure, save_table

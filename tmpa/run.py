@@ -16,13 +16,13 @@ from warnings import warn
 import torchvision
 from .callback.loop import RunawayError
 from .core import RANGES, CheckpointError, ConfigError, check_ranges, leftovers, user_path
+from .data.datasets import DATASETS, DataSpec
 from .data.synthetic import GENERATOR_VERSION
 from .models.backbone import get_arch, ibn_resnet, micro_resnet, tiny_resnet
 from .models.net import read_meta
 from .provenance import changed_images, image_files, read_images
 from .recipes import Recipe, plain_name, recipe_content, recipe_key
 from .run_files import clear_run, damaged_file, read_json, read_metrics
-from .scoring import DataSpec
 
 # %% ../nbs/17d_run.ipynb #d0f1000c
 ARCHS = {'micro_resnet': micro_resnet, 'tiny_resnet': tiny_resnet, 'ibn_resnet': ibn_resnet, **{n: getattr(torchvision.models, n) for n in ('resnet18','resnet34','resnet50','resnet101')}}
@@ -92,7 +92,7 @@ def images_key(
     train:list, test:list, # Of read_data
 )->str: # Of rendered people: what their pixels depend on beside the spec
     "Differs when a run would see other images; where they lie does not count."
-    if spec.data == 'synthetic': return f'generator {GENERATOR_VERSION}'
+    if not spec.facts.has_files: return f'generator {GENERATOR_VERSION}'
     return hashlib.sha1(repr([[(o.pid, o.cam, int(o.modality), Path(o.path).name) for o in items] for items in (train, test)]).encode()).hexdigest()[:12]
 
 class RunImages(NamedTuple):
@@ -110,7 +110,8 @@ def run_images(
 def _plain_config(d): # what counts of `config.json`, and of a RunConfig as such
     r = json.loads(json.dumps(recipe_content(Recipe.from_dict(d['recipe'])), default=plain_name))
     defaults = {f.name: f.default for f in fields(RunConfig)}
-    here = {'path'} if d['spec'].get('data') == 'synthetic' else {'path','n_ids','seed'}  # the renderer's arguments mean nothing to other data
+    facts = DATASETS.get(d['spec'].get('data'))
+    here = {'path'} if facts and not facts.has_files else {'path','n_ids','seed'}  # the renderer's arguments mean nothing to other data
     return {**defaults, **d, 'recipe': r, 'spec': {k: v for k,v in d['spec'].items() if k not in here}}
 
 def _same_images(cfg, begun_on, images):
@@ -120,7 +121,7 @@ def _same_images(cfg, begun_on, images):
     if key != begun_on:
         where = cfg.spec.path or cfg.spec.data
         raise OtherImages(f'{out} was run on other images than {where} holds now: choose another --out')
-    if now is None or cfg.spec.data == 'synthetic' or not list_of.exists(): return  # begun before version 0.8
+    if now is None or not cfg.spec.facts.has_files or not list_of.exists(): return  # begun before version 0.8
     before = read_images(list_of)
     if len(before) != len(now): raise damaged_file(list_of, f'{len(before)} images of {len(now)}')
     changed = changed_images(before, now)

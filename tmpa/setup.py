@@ -20,7 +20,7 @@ from .run_files import damaged_file, read_json, read_metrics, wrong_scores
 from .paper import TableRow
 from .recipes import Recipe, get_recipe, recipe_content, recipe_key, short_hash
 from .results import COLUMNS, write_lines
-from .scoring import DataSpec, check_given
+from .data.datasets import DATASETS, DataSpec, check_given
 
 # %% ../nbs/18aa_setup.ipynb #c92472e6
 SCALES = dict(paper=dict(size=(288,144), epochs=80, run={}, budget=None),
@@ -46,7 +46,8 @@ _not_setup = 'recipe','spec','out','seed','num_workers','cache','log'  # the fir
 def setup_content(cfg:RunConfig)->dict:
     "What a run depends on beside recipe, trial and seed, defaults left out."
     s,d = cfg.spec,{f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in _not_setup and getattr(cfg, f.name) != f.default}
-    data = {'synthetic': dict(n_ids=s.n_ids, data_seed=s.seed, generator=GENERATOR_VERSION), 'csv': dict(path=str(s.path))}.get(s.data, {})
+    data = {} if s.facts.unique else dict(path=str(s.path))
+    if not s.facts.has_files: data = dict(n_ids=s.n_ids, data_seed=s.seed, generator=GENERATOR_VERSION)
     return {**d, **data, 'data': s.data, 'size': list(s.size)}
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Setup:
     def text(self):
         s,c = self.specs[0],RunConfig(Recipe(''), self.specs[0], '', **self.run)
         patch = f', patch {c.patch} for 12' if c.patch and c.patch != demo_patch(s.size) else ''
-        data = f'{s.n_ids} rendered people' if s.data == 'synthetic' else s.data
+        data = s.data if s.facts.has_files else f'{s.n_ids} rendered people'
         return f"{data}, trial {', '.join(str(o.trial) for o in self.specs)}; {c.arch}, {s.size[0]} x {s.size[1]}{patch}, {c.epochs} epochs, seeds {', '.join(map(str, self.seeds))}; " + (
             f'budget {self.budget:g} minutes of one core a run' if self.budget else 'no budget')
     def config(self, recipe, spec, seed, out):
@@ -87,8 +88,9 @@ def row_key(row:TableRow)->str:
 
 # %% ../nbs/18aa_setup.ipynb #ab5de726
 def _trials(data, trial):
-    if data not in ('regdb','synthetic'): return [trial or 'all']  # one model for all galleries
-    if trial == 'all': return [str(i) for i in range(1, 11)]
+    facts = DATASETS[data]
+    if not facts.one_model_per_trial: return [trial or 'all']  # one model for all galleries
+    if trial == 'all': return [str(t) for t in facts.trials]
     try: return list(dict.fromkeys(str(int(t)) for t in str(1 if trial is None else trial).split(',')))
     except ValueError: raise ConfigError(f"trial {trial!r}: give numbers from 1 to 10 with commas, or 'all'") from None
 
@@ -182,7 +184,7 @@ def run_lines(folder)->list: # None of a run that was cut off; more than one whe
     sets = [e.get('instructions') for e in (env, *(env.get('resumed_with') or []))]
     instructions = '+'.join(dict.fromkeys(filter(None, sets)))
     s,first = cfg['spec'],dict(recipe=cfg['recipe']['name'], recipe_key=rkey, setup=setup)
-    rest = dict(data=s['data'], n_ids=s['n_ids'] if s['data'] == 'synthetic' else '', size='x'.join(map(str, s['size'])), arch=cfg['arch'], epochs=cfg['epochs'], trial=s['trial'], seed=cfg['seed'],
+    rest = dict(data=s['data'], n_ids='' if DATASETS[s['data']].has_files else s['n_ids'], size='x'.join(map(str, s['size'])), arch=cfg['arch'], epochs=cfg['epochs'], trial=s['trial'], seed=cfg['seed'],
                 status=status, budget=d.get('budget') or '', seconds=d.get('train_seconds', d.get('seconds', '')), tmpa=env.get('versions', {}).get('tmpa', ''), instructions=instructions, note=d.get('error', ''))
     lines = [{**first, **rest, **_flat(d.get('scores', {}))}]
     for f in sorted(folder.glob('scores-*.json')):

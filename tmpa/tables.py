@@ -15,6 +15,7 @@ from torchvision.models import resnet50
 from .confidence import difference
 from .core import ConfigError, Modality, atomic_write, csv_cell, user_path
 from .callback.pedmix import pedmix
+from .data.datasets import DATASETS
 from .data.image import how_read, load_resized
 from .models.tmpa import n_flops, n_params
 from .paper import TABLE1_SETTINGS, TABLES, RecipeTable, TableRow, published_methods
@@ -84,7 +85,7 @@ def fill_rows(
     runs = results_frame(lines, RUN_FIELDS)
     trials, seeds = {str(s.trial) for s in setup.specs}, {str(s) for s in setup.seeds}
     mine = runs[(runs.setup == setup.key) & runs.trial.astype(str).isin(trials) & runs.seed.astype(str).isin(seeds)]
-    with_paper = setup.specs[0].data in ('regdb','synthetic') and setting == table.setting
+    with_paper = setup.specs[0].facts.compares_with == 'regdb' and setting == table.setting
     rows = table.rows if with_paper else [_without_scores(r) for r in table.rows]
     return [_fill_row(row, mine, table, setting, setup) for row in rows]
 
@@ -240,7 +241,7 @@ def table1(
         rows.append([o['method'], o['venue'], *['' if v is None else f'{v:.2f}' for v in scores]])
     for runs in _runs_by_setup(lines):
         scores = [[100*float(l[k]) for l in runs if l.get(k := f'{m}_{s}') not in (None, '')] for s in TABLE1_SETTINGS for m in metrics]
-        where = 'rendered people' if runs[0]['data'] == 'synthetic' else runs[0]['data']
+        where = runs[0]['data'] if DATASETS[runs[0]['data']].has_files else 'rendered people'
         how = f"{runs[0]['arch']}, {runs[0]['epochs']} epochs, {len(runs)} run{'s'*(len(runs) > 1)}"
         rows.append([f'TMPA here, {where}', how, *[mean_std(v) if v else '' for v in scores]])
     return TextTable([head, *rows])
@@ -248,9 +249,10 @@ def table1(
 def _runs_by_setup(lines):
     "Finished runs of TMPA on the data sets of table I, those of one setup together."
     groups, tmpa = {}, recipe_key('TMPA')
+    beside = [k for k, o in DATASETS.items() if o.compares_with]
     for l in lines:
-        if l['recipe_key'] != tmpa or l['status'] != 'done' or l['data'] not in ('sysu','regdb','synthetic'): continue
-        gallery = str(l['trial']) if l['data'] == 'sysu' else ''  # SYSU-MM01's trial is a gallery, not a split
+        if l['recipe_key'] != tmpa or l['status'] != 'done' or l['data'] not in beside: continue
+        gallery = '' if DATASETS[l['data']].one_model_per_trial else str(l['trial'])
         groups.setdefault((l['setup'], gallery), []).append(l)
     return groups.values()
 

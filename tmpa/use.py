@@ -54,7 +54,7 @@ def _images_of(where, modality, ir_range, split):
     "Images of a folder, of a list, or one; `Found`."
     import os
     from tmpa.core import ConfigError, user_path
-    from tmpa.data.external import csv_items
+    from tmpa.data.readers import csv_items
     from tmpa.data.folder import Found, find_records, with_name_labels
     path = user_path(where)
     if path.suffix.lower() == '.csv' and path.is_file():
