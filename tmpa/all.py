@@ -20,9 +20,8 @@ from .data.datasets import DATASETS, DataSpec, Dataset, read_data, split_by_pid
 from .data.folder import find_records
 from .data.cache import image_cache
 from .data.transforms import ReIDAug, training_tfms
+import tmpa.data.endless  # ReIDDataLoaders.from_rendered
 from .data.load import ReIDDataLoaders
-from .data.rendered import pictures
-from .data.endless import RenderedPeople
 
 # %% ../nbs/24_all.ipynb #3e9309cc
 from .regions import region_map, region_mask
