@@ -5,7 +5,6 @@ with photographs becomes a JPEG, any other a PNG of few colours; the quality fal
 import base64, io, os, re, sys
 from pathlib import Path
 
-import matplotlib
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
 from PIL import Image
@@ -22,7 +21,6 @@ def run(path):
     "The notebook with the outputs of a run from top to bottom; slow cells keep theirs."
     book = read_nb(path)
     os.chdir(path.parent)
-    matplotlib.rcParams['savefig.dpi'] = DPI
     shell = CaptureShell(path='.', mpl_format='png')
     shell.run_cell('import matplotlib_inline.backend_inline as _b\n_b.set_matplotlib_formats("png", dpi=%d)' % DPI)
     for cell in book.cells:

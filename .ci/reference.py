@@ -20,6 +20,7 @@ OWN = 'tmpa'                                                  # whose classes sh
 ARRAYS = 'Tensor', 'ndarray'
 STARS = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
 WORD = re.compile(r"`[^`]*`|(?<!\w)'[\w.+/-]+'(?!\w)")          # a value in quotes, and what is code already
+PROPERTIES = property, functools.cached_property
 NAME = re.compile(r'`[^`]*`|(?<![\w.+\'"/])(?:tmpa\.[\w.]+\w|[a-z]+_\w+|[A-Z][a-z]\w*[A-Z]\w*|[A-Z]{2}\w+[a-z]\w*)(?![\w\'"/])')
 
 
@@ -261,7 +262,7 @@ def made(field):
 
 def signature(name, obj, prefix=''):
     "How it is called, with defaults and without types."
-    if isinstance(obj, property): return name
+    if isinstance(obj, PROPERTIES): return name
     if inspect.isclass(obj) and (issubclass(obj, enum.Enum) or not is_record(obj) and maker(obj) is None): return f'class {name}'
     func = None if is_record(obj) else maker(obj)
     params = parameters(func)
@@ -318,7 +319,7 @@ def method_table(name, cls):
             more.append(entry(f'{name}.{method}', obj, 4))
             continue
         anchor = f'<span id="{name.lower()}.{method}"></span>'
-        call = '' if isinstance(obj, property) else '(' + ', '.join(STARS.get(p.kind, '') + p.name for p in parameters(maker(obj))) + ')'
+        call = '' if isinstance(obj, PROPERTIES) else '(' + ', '.join(STARS.get(p.kind, '') + p.name for p in parameters(maker(obj))) + ')'
         rows.append([anchor + code(method + call), cell_text(own_doc(obj))])
     return '\n\n'.join([*([table(['Method', 'What it does'], rows, 'params')] if rows else []), *more])
 

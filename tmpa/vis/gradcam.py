@@ -25,7 +25,9 @@ def get_layer(
     if isinstance(layer, nn.Module): return layer
     name = f'mfe.{layer}' if layer in ('shared', 'visible', 'infrared') else layer
     m = dict(model.named_modules()).get(name)
-    if m is None: raise ConfigError(f"layer={layer!r}: the model has no such module; use 'shared', 'visible', 'infrared' where it has these extractors, or a name of model.named_modules()")
+    if m is None:
+        raise ConfigError(f"layer={layer!r}: the model has no such module; use 'shared', 'visible', 'infrared' "
+                          "where it has these extractors, or a name of model.named_modules()")
     return m
 
 @contextmanager
@@ -37,6 +39,23 @@ def _evaluating(model):
         for m,t in was.items(): m.training = t
 
 # %% ../../nbs/21_vis.gradcam.ipynb #d3fc335f
+def _map_and_gradient(model, image, modality, target, layer):
+    "The map that a layer gives for an image, (1, c, h, w), and the gradient of the similarity to `target` in it."
+    kept = []
+    def keep(_, __, out):
+        kept.append(out.detach().requires_grad_())
+        return kept[-1].clone()  # what follows may work in place
+    handle = get_layer(model, layer).register_forward_hook(keep)
+    try:
+        with _evaluating(model), torch.enable_grad():
+            f = model(image[None], torch.tensor([modality], device=image.device))
+            if not kept: raise ConfigError(f'layer={layer!r}: no image of modality {modality} passes through it: choose another layer')
+            a = kept[-1]
+            if a.ndim != 4:
+                raise ConfigError(f'layer={layer!r}: gives {tuple(a.shape)}, not a map (1, c, h, w): choose a convolutional layer')
+            return a.detach(), torch.autograd.grad((f*target.to(f)).sum(), a, allow_unused=True)[0]
+    finally: handle.remove()
+
 def grad_cam(
     model, # A network: `model(images, modality)` -> (B, D) features
     image, # (3, H, W), normalised as for the model
@@ -46,22 +65,11 @@ def grad_cam(
     relu:bool=True, # Keep only what speaks for the match; False: what speaks against it is negative
 )->torch.Tensor: # (h, w), of the size of the layer's map, not scaled
     "Heat map of what makes an image similar to `target`."
-    kept,module = [],get_layer(model, layer)
-    def keep(_, __, out):
-        kept.append(out.detach().requires_grad_())
-        return kept[-1].clone()                        # what follows may work in place
-    handle = module.register_forward_hook(keep)
-    try:
-        with _evaluating(model), torch.enable_grad():
-            f = model(image[None], torch.tensor([int(modality)], device=image.device))
-            if not kept: raise ConfigError(f'layer={layer!r}: no image of modality {int(modality)} passes through it: choose another layer')
-            a = kept[-1]
-            if a.ndim != 4: raise ConfigError(f'layer={layer!r}: gives {tuple(a.shape)}, not a map (1, c, h, w): choose a convolutional layer')
-            g, = torch.autograd.grad((f*target.to(f)).sum(), a, allow_unused=True)
-    finally: handle.remove()
+    a, g = _map_and_gradient(model, image, int(modality), target, layer)
     if g is None or not g.any():
-        raise ConfigError(f'layer={layer!r}: the feature of an image of modality {int(modality)} does not depend on it: choose another layer')
-    cam = (g.mean((2, 3), keepdim=True)*a).sum(1)[0].detach()
+        raise ConfigError(f'layer={layer!r}: the feature of an image of modality {int(modality)} does not depend on it: '
+                          'choose another layer')
+    cam = (g.mean((2, 3), keepdim=True)*a).sum(1)[0]
     return cam.relu() if relu else cam
 
 # %% ../../nbs/21_vis.gradcam.ipynb #79596cfd
@@ -75,11 +83,17 @@ def load_pair(
     items = check_records(items)
     if isinstance(model, Learner):
         ds = model.dls.valid_ds
-        model,size,ir_range = model.model,size or ds.size,ir_range or ds.ir_range
+        model, size, ir_range = model.model, size or ds.size, ir_range or ds.ir_range
     if size is None: raise ConfigError('size: give (height, width) of the images along with a network, or pass its Learner')
     x = torch.stack([load_resized(o.path, size, **how_read(o, ir_range)) for o in items])
     mean,std = (torch.tensor(o).view(3, 1, 1) for o in imagenet_stats)
-    return model,x,((x-mean)/std).to(next(model.parameters()).device)
+    return model, x, ((x-mean)/std).to(next(model.parameters()).device)
+
+def _show(ax, x, title):
+    "An image in [0, 1] (3, H, W) with a title."
+    ax.imshow(x.permute(1, 2, 0).numpy())
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=9)
 
 def overlay(
     ax, # Where to draw
@@ -92,11 +106,17 @@ def overlay(
     x = x.float().cpu()
     ax.imshow(x.mean(0).numpy(), cmap='gray', vmin=0, vmax=1)
     top = float(heat.max()) if top is None else top
-    h = (F.interpolate(heat[None, None].float().cpu(), tuple(x.shape[-2:]), mode='bilinear')[0, 0].clamp(min=0)/(top or 1)).numpy()
+    large = F.interpolate(heat[None, None].float().cpu(), tuple(x.shape[-2:]), mode='bilinear')[0, 0]
+    h = (large.clamp(min=0)/(top or 1)).numpy()
     ax.imshow(h, cmap=cmap, vmin=0, vmax=1, alpha=.75*h.clip(0, 1))
     ax.set(xticks=[], yticks=[])
 
 # %% ../../nbs/21_vis.gradcam.ipynb #f9361069
+def _extractors(model):
+    "Names of the extractors that a network has."
+    three = getattr(getattr(model, 'mfe', None), 'visible', None) is not None
+    return ['shared', 'visible', 'infrared'] if three else ['shared']
+
 def plot_gradcam(
     model, # A `Learner` on ReIDDataLoaders, or a network
     query_item, # ReIDImage, path or picture
@@ -110,27 +130,33 @@ def plot_gradcam(
     model,x,xn = load_pair(model, items, size, ir_range)
     mods = torch.tensor([int(o.modality) for o in items], device=xn.device)
     with torch.no_grad(), _evaluating(model): f = model(xn, mods)
-    if isinstance(layers, (str, nn.Module)): layers = [layers]
-    layers = layers or ['shared'] + (['visible', 'infrared'] if getattr(getattr(model, 'mfe', None), 'visible', None) is not None else [])
-    fig,axs = plt.subplots(2, 1+len(layers), figsize=(1.25*(1+len(layers)), 5), dpi=75, squeeze=False, layout='constrained')
+    layers = [layers] if isinstance(layers, (str, nn.Module)) else layers or _extractors(model)
+    cams = [[grad_cam(model, xn[i], mods[i], f[1-i], layer) for layer in layers] for i in range(2)]
+    fig,axs = plt.subplots(2, 1+len(layers), figsize=(1.3*(1+len(layers)), 5), squeeze=False, layout='constrained')
     for i,(row,name) in enumerate(zip(axs, ('query', 'match'))):
-        row[0].imshow(x[i].permute(1, 2, 0).numpy()); row[0].set(xticks=[], yticks=[]); row[0].set_title(name, fontsize=9)
+        _show(row[0], x[i], name)
         row[0].set_ylabel(f'{Modality(int(mods[i])).name.lower()}, {items[i].pid}', fontsize=9)
-        for ax,layer in zip(row[1:], layers):
-            cam = grad_cam(model, xn[i], mods[i], f[1-i], layer)
-            overlay(ax, x[i], cam); ax.set_title(f'{layer}\nmax {float(cam.max()):.2g}', fontsize=9)
+        for ax,layer,cam in zip(row[1:], layers, cams[i]):
+            overlay(ax, x[i], cam)
+            ax.set_title(f'{layer}\nmax {float(cam.max()):.2g}', fontsize=9)
     same = {True: 'same person', False: 'other person', None: 'person unknown'}[same_person(items[0].pid, items[1].pid)]
     fig.suptitle(f'similarity {float(f[0]@f[1]):.2f}, {same}', fontsize=10)
     return fig
 
 # %% ../../nbs/21_vis.gradcam.ipynb #08511214
+def _watch_mft(model, got):
+    "Hooks that note what enters the attention: F^V, F^I, F_sh, k as `vis`, `ir`, `sh`, `k`."
+    if model.mft is not None:
+        note = lambda _, args: got.update(zip(('vis', 'ir', 'sh', 'k'), args))
+        return [model.mft.register_forward_pre_hook(note)]
+    keep = lambda name: lambda _, __, out: got.update({name: out})  # three trunks: attention between their outputs
+    parts = dict(vis=model.mfe.visible, ir=model.mfe.infrared, sh=model.tail)
+    return [m.register_forward_hook(keep(name)) for name,m in parts.items()]
+
 def _mft_inputs(model, x, modality):
-    "What enters the attention when the model is given one image: F^V, F^I, F_sh, k as `vis`, `ir`, `sh`, `k`."
-    got,mfe = {},model.mfe
-    if model.mft is not None: handles = [model.mft.register_forward_pre_hook(lambda _, args: got.update(zip(('vis', 'ir', 'sh', 'k'), args)))]
-    else:                                                 # three trunks: attention without parameters, between their outputs
-        keep = lambda name: lambda _, __, out: got.update({name: out})
-        handles = [m.register_forward_hook(keep(n)) for n,m in (('vis', mfe.visible), ('ir', mfe.infrared), ('sh', model.tail))]
+    "What enters the attention when the model is given one image."
+    got = {}
+    handles = _watch_mft(model, got)
     try:
         with torch.no_grad(), _evaluating(model): model(x[None], torch.tensor([int(modality)], device=x.device))
     finally:
@@ -149,6 +175,12 @@ def attention_weights(
     return w.unflatten(-1, k.shape[2:]).unflatten(2, q.shape[2:])
 
 # %% ../../nbs/21_vis.gradcam.ipynb #e8a9aa98
+def _queries_and_keys(mft, f, read, modality):
+    "Queries of a specific feature, keys of a shared one, and the heads that share the channels."
+    if mft is None: return f, read['sh'], 1
+    k = read['k'] if mft.k is None else mft.k(read['sh'])
+    return (mft.vis, mft.ir)[modality].q(f), k, mft.heads
+
 def attention_map(
     model, # A TMPANet with specific extractors
     image, # (3, H, W), normalised: the image whose specific feature asks
@@ -157,19 +189,26 @@ def attention_map(
     source=None, # (3, H, W) image whose shared feature is read; None: the image itself, as in evaluation
 )->torch.Tensor: # (h, w) weights of one position, or (h', w', h, w) of all; mean over heads
     "Which positions of `source` a position of `image` reads in MFT."
-    if getattr(getattr(model, 'mfe', None), 'visible', None) is None: raise ConfigError('attention_map: a model with one trunk has no cross attention: pass one with mfe=True')
+    if len(_extractors(model)) == 1:
+        raise ConfigError('attention_map: a model with one trunk has no cross attention: pass one with mfe=True')
     asks = _mft_inputs(model, image, modality)
     read = asks if source is None else _mft_inputs(model, source, modality)
-    f,mft = asks[('vis', 'ir')[int(modality)]],model.mft
-    with torch.no_grad(), _evaluating(model):
-        if mft is None: q,k = f,read['sh']
-        else: q,k = (mft.vis, mft.ir)[int(modality)].q(f),read['k'] if mft.k is None else mft.k(read['sh'])
-        w = attention_weights(q, k, 1 if mft is None else mft.heads).mean(1)[0]
+    f = asks[('vis', 'ir')[int(modality)]]
+    with torch.no_grad(), _evaluating(model): q,k,heads = _queries_and_keys(model.mft, f, read, int(modality))
+    w = attention_weights(q, k, heads).mean(1)[0]
     if position is None: return w
-    if not (0 <= position[0] < w.shape[0] and 0 <= position[1] < w.shape[1]): raise ConfigError(f'position={position}: the feature map has {w.shape[0]} rows and {w.shape[1]} columns')
+    if not all(0 <= p < n for p,n in zip(position, w.shape)):
+        raise ConfigError(f'position={position}: the feature map has {w.shape[0]} rows and {w.shape[1]} columns')
     return w[tuple(position)]
 
 # %% ../../nbs/21_vis.gradcam.ipynb #2c32dcf7
+def _mark(ax, number, position, grid, size):
+    "A numbered box around one position of a feature map, on the image."
+    (r,c),(rows,cols),(H,W) = position,grid,size
+    ax.add_patch(plt.Rectangle((c*W/cols-.5, r*H/rows-.5), W/cols, H/rows, fill=False, edgecolor='#E69F00', linewidth=1.5))
+    box = dict(facecolor='black', alpha=.6, pad=1, linewidth=0)
+    ax.text((c+.5)*W/cols, (r+.5)*H/rows, number, color='white', fontsize=9, ha='center', va='center', bbox=box)
+
 def plot_attention(
     model, # A `Learner` on ReIDDataLoaders, or a TMPANet
     item, # ReIDImage, path or picture whose positions ask
@@ -182,16 +221,16 @@ def plot_attention(
     item,source_item = check_records((item, item if source_item is None else source_item), modality)
     model,x,xn = load_pair(model, (item, source_item), size, ir_range)
     w = attention_map(model, xn[0], item.modality, source=xn[1])
-    (rows,cols),(H,W) = w.shape[:2],x.shape[-2:]
+    rows,cols = grid = w.shape[:2]
     if isinstance(positions, int): positions = [(int((i+.5)*rows/positions), cols//2) for i in range(positions)]
-    fig,axs = plt.subplots(1, 1+len(positions), figsize=(1.35*(1+len(positions)), 2.9), dpi=75, squeeze=False, layout='constrained')
-    ax,name = axs[0, 0],lambda o: Modality(int(o.modality)).name.lower()
-    ax.imshow(x[0].permute(1, 2, 0).numpy()); ax.set(xticks=[], yticks=[]); ax.set_title(f'{name(item)} asks\n{rows*cols} positions', fontsize=9)
-    for i,(o,(r,c)) in enumerate(zip(axs[0, 1:], positions)):
-        ax.add_patch(plt.Rectangle((c*W/cols-.5, r*H/rows-.5), W/cols, H/rows, fill=False, edgecolor='#E69F00', linewidth=1.5))
-        ax.text((c+.5)*W/cols, (r+.5)*H/rows, i+1, color='white', fontsize=9, ha='center', va='center', bbox=dict(facecolor='black', alpha=.6, pad=1, linewidth=0))
-        p = w[r, c]
-        overlay(o, x[1], p)
-        o.set_title(f'{i+1} reads {float(torch.special.entr(p).sum().exp()):.0f} of {p.numel()}\nmax {float(p.max()):.2f}', fontsize=9)
+    fig,axs = plt.subplots(1, 1+len(positions), figsize=(1.35*(1+len(positions)), 3), squeeze=False, layout='constrained')
+    name = lambda o: Modality(int(o.modality)).name.lower()
+    _show(axs[0, 0], x[0], f'{name(item)} asks\n{rows*cols} positions')
+    for i,(ax,at) in enumerate(zip(axs[0, 1:], positions), 1):
+        p = w[at]
+        _mark(axs[0, 0], i, at, grid, x.shape[-2:])
+        overlay(ax, x[1], p)
+        as_many = float(torch.special.entr(p).sum().exp())
+        ax.set_title(f'{i} reads {as_many:.0f} of {p.numel()}\nmax {float(p.max()):.2f}', fontsize=9)
     fig.suptitle(f'read from the {name(source_item)} image', fontsize=10)
     return fig

@@ -42,7 +42,7 @@ def _printable(text):
 
 # %% ../../nbs/22a_vis.hits.ipynb #f1415873
 _RIGHT, _WRONG = '#117733', '#CC3311'
-_H, _W, _GAP, _TEXT = 96, 64, 8, 26 # of a picture, between pictures, and for the text below one
+_H, _W, _GAP, _TEXT = 96, 64, 8, 31 # of a picture, between pictures, and for the text below one
 
 def _put(sheet, o, ir_range, y, x):
     "Draw a picture in the middle of its place; a grey place where it cannot be read."
@@ -56,7 +56,7 @@ def _cells(hits, k):
     "The query and the first hits of a row: (record, text below it, whether it is right)."
     q = hits.query
     name = Path(hit_name(q)).name if q is not None else 'features'
-    yield q, f'query\n{shortened(_printable(name), 30)[-12:]}', None
+    yield q, f'query\n{shortened(_printable(name), 30)[-10:]}', None
     for h in hits[:k]:
         said = hits.verdict_of(h) or (f'cam {h.item.cam}' if h.item.cam else '')
         yield h.item, f'{h.distance:.2f}\n{said}', None if q is None else same_person(h.item.pid, q.pid)
@@ -90,7 +90,7 @@ def _drawn(sheet, notes, frames, dpi):
     ax.imshow(sheet, aspect='auto', interpolation='nearest')
     ax.set_axis_off()
     for x, y, text in notes:
-        ax.text(x, y, text, ha='center', va='top', fontsize=10*72/dpi, linespacing=1, parse_math=False)
+        ax.text(x, y, text, ha='center', va='top', fontsize=12.5*72/dpi, linespacing=1, parse_math=False)
     for x, y, right in frames:
         style = dict(color=_RIGHT, linestyle='-') if right else dict(color=_WRONG, linestyle='--')
         ax.add_patch(Rectangle((x-1.5, y-1.5), _W+2, _H+2, fill=False, linewidth=2, **style))
@@ -144,14 +144,16 @@ def _section(hits, k, made):
     q, word = hits.query, _verdict(hits.verdict())
     name = 'a feature' if q is None else hit_name(q)
     rows = []
-    if q is not None: rows.append(f'<figure class="query">{_picture(q, f"query {name}", hits.ir_range, made)}<figcaption>query</figcaption></figure>')
+    if q is not None:
+        picture = _picture(q, f'query {name}', hits.ir_range, made)
+        rows.append(f'<figure class="query">{picture}<figcaption>query</figcaption></figure>')
     for n, h in enumerate(hits[:k], 1):
         right = None if q is None else same_person(h.item.pid, q.pid)
         said = [f'{n}. distance {h.distance:.3f}', _verdict(hits.verdict_of(h)),
                 '' if right is None else 'right' if right else 'wrong']
-        alt = f'hit {n} of {name}: {hit_name(h.item)}'
+        picture = _picture(h.item, f'hit {n} of {name}: {hit_name(h.item)}', hits.ir_range, made)
         caption = ' '.join(p for p in said if p)
-        rows.append(f'<figure>{_picture(h.item, alt, hits.ir_range, made)}<figcaption>{caption}<br>{_about(h.item)}</figcaption></figure>')
+        rows.append(f'<figure>{picture}<figcaption>{caption}<br>{_about(h.item)}</figcaption></figure>')
     if not hits: rows.append('<p>no hits</p>')
     head = html.escape(_printable(name)) + (f': {word}' if word else '')
     return f'<section><h2>{head}</h2><div class="row">{"".join(rows)}</div></section>'
@@ -166,8 +168,10 @@ def hits_page(
     found, made = [found] if hasattr(found, 'query') else list(found), {}
     body = ''.join(_section(h, k, made) for h in found)
     title, note = (html.escape(_printable(o)) for o in (title, note))
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
             f'<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1><p>{note}</p>{body}</body></html>')
 
 def save_page(
