@@ -250,7 +250,6 @@ def test_what_cannot_be_is_one_line(run, weights, pictures, tmp_path):
     one_line(run(*index, texts), texts, '1 .txt')
     one_line(run(*index, broken, '--modality', 'visible'), broken, 'none of the 1 images')
     one_line(run(*index, tmp_path/'nowhere'), 'nowhere')
-    one_line(run('tmpa_index', pictures, '--out', g), '--weights')
     one_line(run(*index[:-3], '--out', tmp_path/'g.pkl', pictures), 'g.pkl', '.npz')
     one_line(run(*index, pictures, '--size', '48'), '288x144')
     one_line(run(*index, pictures, '--device', 'nothing'), 'nothing')

@@ -181,13 +181,14 @@ def _threshold_for(g, card, where):
 
 @patch(cls_method=True)
 def from_weights(cls:Gallery,
-    where, # A file of weights, a folder of save_pretrained, or a name of the hub, as in open_weights
+    where=None, # As in open_weights; default: the weights of the package, trained on rendered people alone
     device=None, # Where features are made, kept and compared
     **kwargs, # More arguments of Gallery; `size` and `ir_range` are known to the weights
 )->Gallery:
     "An empty gallery for trained weights."
-    from tmpa.weights import image_size, open_weights
+    from tmpa.weights import image_size, open_weights, or_shipped
     check_names(kwargs, arg_names(cls, ['model']), 'Gallery.from_weights')
+    where = or_shipped(where)
     model,card = open_weights(where)
     size = image_size(card, kwargs.pop('size', None))
     g = cls(model if device is None else model.to(device), size, **{'ir_range': card['ir_range'] and tuple(card['ir_range']), **kwargs})

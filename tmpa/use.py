@@ -138,7 +138,6 @@ def _gallery_for(out, weights, size, ir_range, **kwargs):
         g = Gallery.load(out, **kwargs)
         if len(g) or weights is None: return _gone_on_with(g, out, weights, size, ir_range)
         kwargs['dtype'] = g.dtype  # without images it is free for any weights
-    if weights is None: raise ConfigError('pass --weights FILE, a file that tmpa_train wrote or a folder of save_pretrained')
     given = {k: v for k, v in dict(size=size, ir_range=ir_range).items() if v is not None}
     g = Gallery.from_weights(weights, **given, **kwargs)
     if out is None or out.suffix: return g, False
@@ -162,7 +161,7 @@ def _add(g, found, out, quiet, changed=False):
 @one_line_errors
 def tmpa_index(
     folder:str, # Folder of images, with any folders below it; or a list of them (.csv with file,pid,cam,modality,split)
-    weights:str=None, # File that tmpa_train wrote, or folder of save_pretrained; an --out that is there knows its own
+    weights:str=None, # File that tmpa_train wrote, or folder of save_pretrained (default: what an --out that is there knows, or the weights of the package)
     modality:Param('Of the images; default: by folder names (visible, infrared), or guessed from the pixels', str, choices=('visible','infrared'))=None,
     out:str='gallery.npz', # Gallery to make or to add to: a .npz file, or a folder (a name without ending) for very many images
     size:str=None, # Image height x width; default: what the weights say
@@ -285,7 +284,7 @@ def _write(files, g, gallery, found, broken, k, rows):
 @one_line_errors
 def tmpa_features(
     folder:str, # Folder of images, or a list of them (.csv with file,pid,cam,modality,split)
-    weights:str=None, # File that tmpa_train wrote, or folder of save_pretrained
+    weights:str=None, # File that tmpa_train wrote, or folder of save_pretrained (default: the weights of the package)
     modality:Param('Of the images; default: by folder names (visible, infrared), or guessed from the pixels', str, choices=('visible','infrared'))=None,
     out:str='features.npz', # File to make (.npz, .pt or .mat), which tmpa_evaluate --features reads
     size:str=None, # Image height x width; default: what the weights say

@@ -137,7 +137,7 @@ def first_mismatch(
 # %% ../../nbs/08_models.backbone.ipynb #04ef7e98
 def make_resnet(
     arch,                       # Builder or name
-    pretrained=True,            # True: torchvision's weights; False: random; a path or state dict: those weights
+    pretrained=True,            # True: torchvision's weights; False: random; a path, a state dict or 'rendered': those
     weights:str='IMAGENET1K_V1',# Which of torchvision's weights; timm's are named with the network
 )->ResNet:                      # With its classifier of 1000 classes
     "Build a ResNet; `CheckpointError` when its weights cannot be had, `ConfigError` when it is no ResNet."
@@ -149,11 +149,20 @@ def make_resnet(
     if not isinstance(pretrained, bool): _load_trunk(m, pretrained, arch_name(arch))
     return m
 
+def _shipped_trunk(name):
+    "The ResNet in weights that the package carries, as torchvision names its parts; None for another name."
+    from tmpa.weights import SHIPPED, open_weights
+    if name not in SHIPPED or Path(name).exists(): return None
+    parts = 'mfe.shared.', 'tail.'
+    weights = open_weights(name)[0].state_dict()
+    return {k.removeprefix(p): v for p in parts for k, v in weights.items() if k.startswith(p)}
+
 def _load_trunk(m, source, name):
     "Put a file or a state dict into a ResNet; ImageNet's classes play no part."
     given = isinstance(source, dict)
     where = 'pretrained' if given else source
-    got = weights_in(source if given else load_torch(source), where)
+    got = source if given else _shipped_trunk(source) or load_torch(source)
+    got = weights_in(got, where)
     got, want = ({k: v for k, v in o.items() if not k.startswith('fc.')} for o in (got, m.state_dict()))
     if bad := first_mismatch(want, got):
         raise CheckpointError(f'{where}: not the weights of {name}: {bad}: pass the state dict of that ResNet')

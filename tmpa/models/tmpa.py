@@ -82,7 +82,7 @@ class TMPANet(ReIDNet, method='tmpa'):
     def __init__(self,
         n_classes:int,                # Training identities
         arch=resnet50,                # ResNet builder, its name (`'timm/resnet50d'` too), or a function for one
-        pretrained=True,              # ImageNet weights (True), random (False), or a path / state dict of the ResNet
+        pretrained=True,              # ImageNet weights (True), random (False), 'rendered', or a path / state dict of the ResNet
         mfe:bool=True,                # Specific extractors; False is the one-trunk baseline
         mft:bool=True,                # Generate features with MFT; False with `mfe` is table V's "without MFT"
         complete:str='single',        # Rows of F_C in training: 'single' images as in evaluation, or 'pair'
