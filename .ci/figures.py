@@ -11,8 +11,11 @@ from PIL import Image
 
 DPI = 192
 MOST = 190_000                                                # bytes of a notebook
-PHOTO = 6000                                                  # colours, from which on a figure has photographs in it
+PHOTO = 2500                                                  # colours, from which on a figure has photographs in it
 STEPS = (192, 85, 256), (192, 75, 128), (160, 75, 64), (144, 70, 48), (128, 65, 32), (112, 60, 24), (96, 60, 16)
+AS_IN_JUPYTER = f"""import matplotlib_inline.backend_inline as _inline, fastai.callback.progress as _progress, fastprogress.fastprogress as _bars
+_inline.set_matplotlib_formats("png", dpi={DPI})
+_progress.master_bar, _progress.progress_bar = _bars.NBMasterBar, _bars.NBProgressBar"""
 NOT_RUN = re.compile(r'^#\| *(slow|cuda|notest|eval: *false)\b', re.M)
 NOISE = re.compile(r'/tmp/|jit/_script\.py|Warning')
 
@@ -22,15 +25,30 @@ def run(path):
     book = read_nb(path)
     os.chdir(path.parent)
     shell = CaptureShell(path='.', mpl_format='png')
-    shell.run_cell('import matplotlib_inline.backend_inline as _b\n_b.set_matplotlib_formats("png", dpi=%d)' % DPI)
+    shell.run_cell(AS_IN_JUPYTER)
     for cell in book.cells:
         if cell.cell_type != 'code' or NOT_RUN.search(cell.source): continue
         cell.outputs = []
         shell.cell(cell)
         if shell.exc: raise RuntimeError(f'{path}:\n{cell.source}') from shell.exc
         hidden = re.search(r'^#\| *hide\b', cell.source, re.M)
-        cell.outputs = [o for o in cell.get('outputs', []) if not hidden and not (o.get('name') == 'stderr' and NOISE.search(''.join(o.text)))]
+        cell.outputs = [] if hidden else shown(cell.outputs)
     return book
+
+
+def shown(outputs):
+    "Outputs without warnings of libraries, progress bars, and what takes the place of a table of fastai's in plain text."
+    res = []
+    for out in outputs:
+        data = out.get('data', {})
+        page = ''.join(data.get('text/html', ''))
+        if 'text/html' in data and (not re.sub('<[^>]*>', '', page).strip() or '<progress' in page or 'progress {' in page): continue
+        if out.get('name') == 'stderr' and NOISE.search(''.join(out.text)): continue
+        if 'fastprogress' in page:
+            data.pop('text/markdown', None)
+            data['text/plain'] = ['a table of epochs']
+        res.append(out)
+    return res
 
 
 def smaller(data, dpi, quality, colours):

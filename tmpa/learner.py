@@ -53,7 +53,9 @@ def scaled_schedule(
     "`warmup` and `decay` in epochs for `step_factor`, the paper's in proportion to its 80 epochs unless given."
     paper = min(n_epoch, 80)/80
     at = lambda e: round(e*n_epoch) if 0 < e < 1 else e
-    return dict(warmup=round(10*paper) if warmup is None else at(warmup), decay=(max(1, round(20*paper)), max(1, round(50*paper))) if decay is None else tuple(map(at, decay)))
+    warmup = round(10*paper) if warmup is None else at(warmup)
+    if decay is None: decay = max(1, round(20*paper)), max(1, round(50*paper))
+    return dict(warmup=warmup, decay=tuple(map(at, decay)))
 
 # %% ../nbs/16_learner.ipynb #795ba12d
 sgd = partial(TorchOptim, opt=partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=5e-4))
@@ -82,7 +84,8 @@ def fit_tmpa(self:Learner,
     mults = [trunk]*(len(self.opt.param_lists)-1) + [1.]
     sched = partial(_lr_at, lr=lr, mults=mults, n_epoch=n_epoch, sched=scaled_schedule(n_epoch, warmup, decay))
     cbs = [ParamScheduler({'lr': sched})] + ([BetaWarmup(beta_warmup)] if beta_warmup else []) + list(L(cbs))
-    if start_epoch and hasattr(self.dls.train, 'set_epoch'): self.dls.train.set_epoch(start_epoch)  # the batches of that epoch, not the first one's again
+    # the batches of that epoch, not the first one's again
+    if start_epoch and hasattr(self.dls.train, 'set_epoch'): self.dls.train.set_epoch(start_epoch)
     try: self.fit(n_epoch, lr=lr, cbs=cbs, start_epoch=start_epoch)
     finally:
         for c in self.cbs:
@@ -91,7 +94,8 @@ def fit_tmpa(self:Learner,
 # %% ../nbs/16_learner.ipynb #d67364a6
 def _precision_cbs(precision, device):
     "Mixed precision where the loaders put their batches on a GPU."
-    if precision not in ('auto','fp32','fp16','bf16'): raise ConfigError(f"precision={precision!r}: choose 'auto', 'fp32', 'fp16' or 'bf16'")
+    if precision not in ('auto', 'fp32', 'fp16', 'bf16'):
+        raise ConfigError(f"precision={precision!r}: choose 'auto', 'fp32', 'fp16' or 'bf16'")
     cuda = torch.device(device or 'cpu').type == 'cuda'
     if precision in ('fp16','bf16') and not cuda:
         raise ConfigError(f"precision={precision!r} needs a CUDA device and the batches are on {device}: "
@@ -102,15 +106,19 @@ def _precision_cbs(precision, device):
 # %% ../nbs/16_learner.ipynb #b7e9f215
 def n_identities(dls):
     "Training identities of loaders."
-    if not getattr(dls, 'c', None): raise ConfigError('dls has no training identities (dls.c): make it with ReIDDataLoaders.from_*')
+    if not getattr(dls, 'c', None):
+        raise ConfigError('dls has no training identities (dls.c): make it with ReIDDataLoaders.from_*')
     return dls.c
 
 class NeedsMonitor(Callback):
-    "Refuse trackers of `valid_loss`, fastai's default: people who were never trained on have no loss, so nothing would ever be better, and `SaveModelCallback` would load an old file in the end."
+    """Refuse trackers of `valid_loss`, fastai's default: people who were never trained on have no loss, so nothing would ever
+    be better, and `SaveModelCallback` would load an old file in the end."""
     order = -50
     def before_fit(self):
         for c in self.learn.cbs:
-            if isinstance(c, TrackerCallback) and c.monitor == 'valid_loss': raise ConfigError(f"{type(c).__name__} watches valid_loss, which people outside of training do not have: pass monitor='mAP' (or 'train_loss')")
+            if isinstance(c, TrackerCallback) and c.monitor == 'valid_loss':
+                raise ConfigError(f'{type(c).__name__} watches valid_loss, which people outside of training do not have: '
+                                  "pass monitor='mAP' (or 'train_loss')")
 
 class PlainTensors(Callback):
     "Take fastai's types off a batch, once and before anything else: no compiler can follow them."
@@ -145,15 +153,17 @@ def reid_learner(dls, # ReIDDataLoaders
     "A fastai `Learner` for any network and loss: the paper's optimiser, a mix, loss terms and scores as columns."
     check_names(kwargs, arg_names(reid_learner), 'reid_learner')
     mix = PedMix() if isinstance(mix, str) and mix == 'pedmix' else mix
-    if mix is not None and not isinstance(mix, Callback): raise ConfigError(f"mix={mix!r}: pass a mix callback such as PedMix(), 'pedmix', or None")
+    if mix is not None and not isinstance(mix, Callback):
+        raise ConfigError(f"mix={mix!r}: pass a mix callback such as PedMix(), 'pedmix', or None")
     scores = [ReIDMetrics(every=eval_every)] if len(getattr(dls, 'valid_items', ())) else []
     terms = _terms(model, loss_func) if terms is None else terms
     own = [*scores, Processes(), NeedsMonitor(), PlainTensors(), LossTerms(terms), StayOnDevice(), StopRunaway()]
     own += [ChannelsLast()]  # nearly twice as fast on a CPU
     own += ([] if mix is None else [mix]) + _precision_cbs(precision, getattr(dls, 'device', None))
-    if compile: model.compile()  # one graph, for each of training, evaluation and their sizes: past eight of them eager, not an end
-    return ReIDLearner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=own + list(L(cbs)),
-                       wd_bn_bias=wd_bn_bias, **kwargs)
+    # one graph, for each of training, evaluation and their sizes: past eight of them eager, not an end
+    if compile: model.compile()
+    return ReIDLearner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter,
+                       cbs=own + list(L(cbs)), wd_bn_bias=wd_bn_bias, **kwargs)
 
 # %% ../nbs/16_learner.ipynb #d272b964
 @delegates(reid_learner, but=['terms'])

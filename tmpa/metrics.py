@@ -30,13 +30,17 @@ class ReIDMetrics(Callback):
         ranks:tuple=(1,), # CMC ranks that get a column
     ):
         if every < 1: raise ConfigError(f'every={every}: evaluate every 1 or more epochs')
-        self.settings,self.every,self.ranks,self.results,self._names,self._trained,self._held = settings,every,ranks,{},(),False,[]
+        self.settings, self.every, self.ranks = settings, every, ranks
+        self.results, self._names, self._held = {}, (), []
+        self._trained = False
     def after_create(self): self._add_columns()
     def before_fit(self):
         self._add_columns()
         if not hasattr(self, 'lr_finder'): self.results = {}  # those of an earlier fit
-    def _hold(self, names): # a score that was not taken is neither better nor worse: trackers sleep until the next
-        self._held = [c for c in self.learn.cbs if isinstance(c, TrackerCallback) and c.monitor in names and c.run and not getattr(c, 'every_epoch', False)]
+    def _hold(self, names):
+        "A score that was not taken is neither better nor worse: trackers sleep until the next."
+        watching = [c for c in self.learn.cbs if isinstance(c, TrackerCallback) and c.monitor in names and c.run]
+        self._held = [c for c in watching if not getattr(c, 'every_epoch', False)]
         for c in self._held: c.run = False
     def _wake(self):
         for c in self._held: c.run = True
@@ -44,24 +48,35 @@ class ReIDMetrics(Callback):
     def before_epoch(self): self._wake()
     def after_fit(self): self._wake()
     def _add_columns(self):
-        settings = self.settings if self.settings is not None else getattr(self.dls, 'settings', None)
-        self._names = [s.name for s in settings] if settings else ['v2t','t2v']
-        cols = ['mAP'] + [f'mAP_{n}' for n in self._names] + [f'rank{k}_{n}' for k in self.ranks for n in self._names]  # mAP not last: after `validate` fastai's trackers look one column further
-        have,self._cols = set(self.learn.metrics.attrgot('name')),cols
-        self.learn.metrics = self.learn.metrics + [ValueMetric(partial(self.value, c), c) for c in cols if c not in have]
-    def value(self, column): # `nan` until something was evaluated
+        settings = self._settings()
+        self._names = [s.name for s in settings] if settings else ['v2t', 't2v']
+        ranks = [f'rank{k}_{n}' for k in self.ranks for n in self._names]
+        # mAP not last: after `validate` fastai's trackers look one column further
+        self._cols = ['mAP', *(f'mAP_{n}' for n in self._names), *ranks]
+        have = set(self.learn.metrics.attrgot('name'))
+        new = [ValueMetric(partial(self.value, c), c) for c in self._cols if c not in have]
+        self.learn.metrics = self.learn.metrics + new
+    def _settings(self): return self.settings if self.settings is not None else getattr(self.dls, 'settings', None)
+    def value(self, column):
+        "What a column shows; `nan` until something was evaluated."
         if not self.results: return float('nan')
         if column == 'mAP': return float(sum(r.mAP for r in self.results.values())/len(self.results))
         kind,name = column.split('_', 1)
         if name not in self.results: return float('nan')
         return float(self.results[name].mAP if kind == 'mAP' else self.results[name].cmc[int(kind[4:])-1])
-    def resume_state(self): "For `ResumeFit`: what the columns show until the next evaluation."; return {k: dict(mAP=float(r.mAP), cmc=[float(v) for v in r.cmc]) for k,r in self.results.items()}
-    def set_resume_state(self, s): "Show it again."; self.results = {k: SimpleNamespace(**v) for k,v in s.items()}
+    def resume_state(self):
+        "For `ResumeFit`: what the columns show until the next evaluation."
+        return {k: dict(mAP=float(r.mAP), cmc=[float(v) for v in r.cmc]) for k,r in self.results.items()}
+    def set_resume_state(self, s):
+        "Show it again."
+        self.results = {k: SimpleNamespace(**v) for k,v in s.items()}
     def _skip(self): return hasattr(self, 'gather_preds') or hasattr(self, 'lr_finder')
     def after_train(self): self._trained = True
     def before_validate(self):
-        self._feats,self._meta = [],[]
-        due = not self._trained or (self.epoch+1) % self.every == 0 or self.epoch+1 == self.n_epoch  # `learn.validate()` has no epoch of its own, only that of a fit long ago
+        self._feats, self._meta = [], []
+        epoch = self.epoch+1
+        # `learn.validate()` has no epoch of its own, only that of a fit long ago
+        due = not self._trained or epoch % self.every == 0 or epoch == self.n_epoch
         self._trained = False
         if self._skip(): return
         if due: self.results = {}
@@ -77,15 +92,16 @@ class ReIDMetrics(Callback):
         if self._skip(): return
         parts = self._shares()
         if not parts: return
-        feats, (pid, cam, mod) = torch.cat([f for f, _ in parts]), torch.cat([m for _, m in parts], 1)
-        settings = self.settings if self.settings is not None else getattr(self.dls, 'settings', None)
+        feats = torch.cat([f for f, _ in parts])
+        pid, cam, mod = torch.cat([m for _, m in parts], 1)
+        settings = self._settings()
         if not settings or self._other_images(pid, mod): settings = cross_settings_of(mod)
         self.results = on_rank0(lambda: evaluate_settings(feats, pid, cam, settings)) if settings else {}  # ranked once
     def _shares(self):
         "Features and what is known about them, of all processes that had a share of the images."
         if self._feats and self.pred.is_cuda: torch.cuda.synchronize(self.pred.device)  # for what is on its way
         mine = (torch.cat(self._feats), torch.cat(self._meta, 1)) if self._feats else None
-        self._feats,self._meta = [],[]
+        self._feats, self._meta = [], []
         parts = in_order(mine) if getattr(self.dl, 'world', 1) > 1 else [mine]
         return [o for o in parts if o is not None]
     def _other_images(self, pid, mod): # `learn.validate(dl=...)` on other images: the stored indices do not apply
@@ -99,20 +115,24 @@ class LossTerms(Callback):
     order,run_valid = 44,False
     def __init__(self,
         terms:tuple|list, # Attribute names of `learn.loss_func`
-    ): self.terms,self.sums = tuple(terms),{}
+    ):
+        self.terms, self.sums = tuple(terms), {}
     def after_create(self): self._add_columns()
     def before_fit(self): self._add_columns()
     def _add_columns(self):
         have = set(self.learn.metrics.attrgot('name'))
-        self.learn.metrics = [ValueMetric(partial(self.value, t), t) for t in self.terms if t not in have] + self.learn.metrics
+        new = [ValueMetric(partial(self.value, t), t) for t in self.terms if t not in have]
+        self.learn.metrics = new + self.learn.metrics
     def before_train(self): self.sums = {t: (0.,0) for t in self.terms}
     def after_loss(self):
         for t in self.terms:
             v = getattr(self.loss_func, t, None)
             if v is None: continue
-            v,(total,n) = torch.as_tensor(v).detach().float(),self.sums[t]
+            v = torch.as_tensor(v).detach().float()
+            total, n = self.sums[t]
             ok = ~v.isnan()
-            self.sums[t] = (total + torch.where(ok, v, torch.zeros_like(v)), n + ok)  # stays on the device: no synchronisation per batch
+            # stays on the device: no synchronisation per batch
+            self.sums[t] = total + torch.where(ok, v, torch.zeros_like(v)), n + ok
     def value(self, term):
         total,n = self.sums.get(term, (0.,0))
         return float(total/n) if n else float('nan')
