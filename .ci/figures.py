@@ -7,7 +7,7 @@ from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 DPI = 192
 MOST = 190_000                                                # bytes of a notebook
@@ -43,6 +43,7 @@ def shown(outputs):
         data = out.get('data', {})
         page = ''.join(data.get('text/html', ''))
         if 'text/html' in data and (not re.sub('<[^>]*>', '', page).strip() or '<progress' in page or 'progress {' in page): continue
+        if '\r' in ''.join(out.get('text', '')): continue
         if out.get('name') == 'stderr' and NOISE.search(''.join(out.text)): continue
         if 'fastprogress' in page:
             data.pop('text/markdown', None)
@@ -58,7 +59,10 @@ def smaller(data, dpi, quality, colours):
         image = image.resize([round(o*dpi/DPI) for o in image.size], Image.Resampling.LANCZOS)
         image.save(file, 'jpeg', dpi=(dpi, dpi), quality=quality, optimize=True)
         return 'image/jpeg', file.getvalue()
-    image.quantize(colours).save(file, 'png', dpi=(DPI, DPI), optimize=True)
+    for n in (o for o in (colours, 64, 128, 256) if o >= colours):
+        few = image.quantize(n)
+        if ImageStat.Stat(ImageChops.difference(few.convert('RGB'), image)).mean[1] < 1: break
+    few.save(file, 'png', dpi=(DPI, DPI), optimize=True)
     return 'image/png', file.getvalue()
 
 
