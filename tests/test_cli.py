@@ -1,5 +1,5 @@
 """The commands as a shell calls them: help, a whole run, and one clear line for whatever a user can put right."""
-import inspect, json, os, runpy, shutil, subprocess, sys
+import inspect, json, os, re, runpy, shutil, subprocess, sys
 from configparser import ConfigParser
 from dataclasses import replace
 from pathlib import Path
@@ -231,14 +231,21 @@ def test_other_peoples_features(run, tmp_path):
 
 
 def test_demo(run, tmp_path, device):
-    args = ('tmpa_demo', '--out', tmp_path/'demo', '--data', tmp_path/'people', '--ids', 16, '--size', '48x24', '--epochs', 1, '--quiet')
+    args = ('tmpa_demo', '--out', tmp_path/'demo', '--data', tmp_path/'people', '--ids', 16, '--size', '48x24', '--epochs', 1)
     status, out, err = run(*args)
     assert status == 0, err
+    assert '\r' not in out and '█' not in out and out.count('\nepoch 0, train_loss ') == 2  # no bars in a file
     table = {l.split('  ')[0]: l for l in out.splitlines() if l.startswith(('B ', 'TMPA ', 'method'))}
     assert {'B', 'TMPA', 'method'} <= set(table) and 'mAP v2t' in table['method'] and 'mAP t2v' in table['method']
     for f in ('results.csv', 'results.md', 'report.html', 'tmpa-seed0/report.html', 'tmpa-seed0/mixed_images.png', 'tmpa-seed0/best.pth'): assert (tmp_path/'demo'/f).exists(), f
+    report = (tmp_path/'demo'/'report.html').read_text()
+    links = re.findall(r'href="([^"]+)"', report)
+    assert len(links) == 4 and all((tmp_path/'demo'/o).exists() for o in links)
+    assert re.search(r'class="lead">(B|TMPA) has mAP .*, the highest: .* above (B|TMPA) \(one run each: no interval\)', report)
+    assert report.count('class="query"') == 3 and report.count('<h3>TMPA</h3>') == report.count('<h3>B</h3>') == 3
     one_line(run(*args), 'exists', '--resume')
-    assert run(*args, '--resume')[0] == 0
+    assert run(*args, '--resume', '--quiet')[0] == 0
+    assert (tmp_path/'demo'/'report.html').read_text() == report
 
 
 @pytest.mark.cpu(reason='scores are compared bit for bit')

@@ -187,7 +187,8 @@ def test_pedmix_says_what_it_exchanges_and_what_it_cannot():
 def test_figure_4_names_the_shares(tmp_path):
     from tmpa.paper import TABLES
     from tmpa.setup import make_setup
-    from tmpa.tables import fill_rows, filled_table, table_markdown
+    from tmpa.table_files import table_markdown
+    from tmpa.tables import fill_rows, filled_table
     small, fine, paper = make_setup('small'), make_setup('small', patch=4), make_setup('paper', 'regdb', 'x')
     rows = lambda setup: [r[0] for r in filled_table(TABLES['fig4'], fill_rows(TABLES['fig4'], [], setup, 't2v'))[1:]]
     assert rows(small)[2:] == ['A_C = 0.65 (0.75, 0.67, 0.75)', 'A_C = 0.75 (0.75, 0.83, 0.88)', 'A_C = 0.85 (0.75, 0.83, 1.00)']

@@ -46,7 +46,7 @@ from .rerank import rerank
 from .features import load_features, save_features
 from .confidence import bootstrap, compare_runs, detectable, difference
 from .verify import Threshold, open_set, pairs, plot_curves, plot_pairs, roc, threshold
-from .results import TextTable, difference_table, read_lines, results_frame, row_scores, score_table
+from .results import TextTable, difference_table, score_table
 from .evaluation import compare_protocols, evaluate, evaluate_features, evaluate_settings
 from .tracks import track_features
 

@@ -7,7 +7,7 @@ __all__ = ['SaveWeights', 'OverBudget', 'Watch', 'make_learner', 'train_run', 'h
            'train_runs', 'evaluate_run']
 
 # %% ../nbs/18_experiment.ipynb #a60ac506
-import os, time
+import os, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -19,6 +19,7 @@ import numpy as np, torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
+from fastprogress.core import IN_NOTEBOOK
 from .callback.loop import RunawayError, not_finite
 from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
@@ -35,8 +36,9 @@ from .guard import tensorboard_scalars
 from .learner import extract_features, reid_learner
 from .recipes import recipe_key
 from .interpret import plot_ranks
-from .report import plot_log, read_log, write_report
-from .results import score_table
+from .report import link_list, log_charts, plot_log, plot_scores, read_log, write_report
+from .vis.ranked import rank_queries, ranked_lists
+from .results import COLUMNS, score_table, scores_text
 from .provenance import Changed, changed_images, image_files, read_images, save_environment, save_images
 from .verify import pairs, store_threshold, threshold
 from .run import ARCHS, RunConfig, earlier_run, is_trained, run_images
@@ -175,6 +177,21 @@ def _check_log(f):
     "fastai writes into it as it is: a pipe would wait for a reader."
     if os.path.lexists(f): regular_file(f, 'log', 'move elsewhere what lies there', ConfigError)
 
+def _epoch_line(learn):
+    "A logger that writes an epoch as one line."
+    def log(values):
+        said = [(k, v) for k,v in zip(learn.recorder.metric_names, values) if v == v]  # without nan
+        print(', '.join(f'{k} {v:.4f}' if isinstance(v, float) else f'{k} {v}' for k,v in said), flush=True)
+    return log
+
+# %% ../nbs/18_experiment.ipynb #54d2e2b5
+def _show_progress(learn, quiet, silence):
+    "Nothing, a line an epoch where the output goes to a file, or a bar."
+    bar = not quiet and (sys.stdout.isatty() or IN_NOTEBOOK)
+    if not bar: silence.enter_context(learn.no_bar())
+    if quiet: silence.enter_context(learn.no_logging())
+    elif not bar: learn.logger = _epoch_line(learn)
+
 def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_figure, watch, budget):
     out,spec = Path(cfg.out),cfg.spec
     done = on_rank0(lambda: going_on and is_trained(cfg))  # but not scored
@@ -194,7 +211,7 @@ def _train_run(cfg, train, test, settings, images, also, going_on, quiet, rank_f
     writers = [] if this_process() else [CSVLogger('history.csv'), SaveWeights(out, meta), *loggers]
     cbs = [*writers, watch, going]
     with ExitStack() as silence:
-        if quiet: silence.enter_context(learn.no_bar()); silence.enter_context(learn.no_logging())
+        _show_progress(learn, quiet, silence)
         if done: load_weights(learn.model.to(learn.dls.device), out/'last.pth')
         else:
             try:
@@ -253,6 +270,7 @@ def _scored(cfg, learn, feats, test, settings, notes, seconds, budget, resumed, 
     if mix: mix.at = tuple(spec.size)  # also where a run is only scored
     metrics = dict(recipe=cfg.recipe.name, data=spec.data, trial=spec.trial, seed=cfg.seed, epochs=cfg.epochs, generator=GENERATOR_VERSION, train_seconds=seconds, budget=budget,
         n_train=len(learn.dls.train_items), weights='last epoch', feature='after BNNeck, L2-normalised, no flip, no re-ranking', gallery={s.name: s.note for s in settings}, scores=scores, **({'mix': repr(mix)} if mix else {}), **{k: v for k,v in notes.items() if v}, **({'processes': cfg.processes} if cfg.processes > 1 else {}), **({'resumed_after': resumed} if resumed else {}))
+    if rank_figure: metrics['ranked'] = rank_queries(test, feats, settings[0])
     save_report(out, cfg, learn, metrics, test, settings, feats if rank_figure else None)
     save_queries(out/'queries.csv', results, test, settings)
     write_json(out/'metrics.json', metrics)
@@ -272,21 +290,37 @@ def _mixed_images(mix, dls, seed):
     dls.train.set_epoch(0)
     return mix.show(dls)
 
-def save_report(out, cfg, learn, metrics, test, settings, feats=None):
-    "`report.html` and the pictures in it as PNG files."
-    env,figs = read_json(out/'environment.json'),{}
+# %% ../nbs/18_experiment.ipynb #137de33c
+def _pictures(out, cfg, learn, test, settings, feats):
+    "Name -> figure of what a run can show."
+    figs = {}
     if (out/'history.csv').exists(): figs['Curves'] = plot_log(read_log(out/'history.csv'))  # a run that is only scored may have lost it
     mix = next((c for c in learn.cbs if hasattr(type(c), 'show')), None)
     if mix is not None: figs['Mixed images'] = _mixed_images(mix, learn.dls, cfg.seed)
     if feats is not None: figs['Ranked lists'] = plot_ranks(test, feats, settings[0], ir_range=cfg.ir_range)
     for name,fig in figs.items():
         with atomic_write(out/f"{name.lower().replace(' ', '_')}.png") as t: fig.savefig(t)
-    how = f"{metrics['data']}, trial {metrics['trial']}; feature {metrics['feature']}; weights of the {metrics['weights']}; gallery: {metrics['gallery']}"
+    return figs
+
+def save_report(out, cfg, learn, metrics, test, settings, feats=None):
+    "`report.html` and the pictures in it as PNG files."
+    figs, scores = _pictures(out, cfg, learn, test, settings, feats), metrics['scores']
+    shown = {f'{COLUMNS[m]}, {name}': [100*s[m]] for name,s in scores.items() for m in ('rank1', 'mAP')}
+    charts = [plot_scores(shown, 'per cent'), *(log_charts(read_log(out/'history.csv')) if 'Curves' in figs else [])]
+    gallery = '; '.join(f'{name}: {note}' for name,note in metrics['gallery'].items() if note) or 'all test images'
+    how = f"{metrics['data']}, trial {metrics['trial']}; feature {metrics['feature']}; weights of the {metrics['weights']}; gallery: {gallery}"
     if 'mix' in metrics: how += f"; {metrics['mix']}"
     notes = [also_trained_note(metrics.get('also_trained'))]
     if changed := metrics.get('images_changed'): notes.append(str(Changed(**changed)))
-    write_report(out/'report.html', f"{cfg.recipe.name} on {cfg.spec.data}",
-        [*(('Warning', o) for o in notes if o), ('Scores (per cent)', score_table(metrics['scores'])), ('How they were made', how), *figs.items(), ('Configuration', cfg.asdict()), ('Environment', env)])
+    parts = [('Warning', o) for o in notes if o]
+    parts += [('Scores and curves', charts), ('Scores (per cent)', score_table(scores))]
+    if 'ranked' in metrics: parts.append((f'What was found ({settings[0].name})', ranked_lists(test, {'': metrics['ranked']}, ir_range=cfg.ir_range)))
+    if 'Mixed images' in figs: parts.append(('Mixed images', figs['Mixed images']))
+    files = ['metrics.json', 'queries.csv', 'last.pth', *(['history.csv'] if 'Curves' in figs else [])]
+    parts += [('How they were made', how), ('Files', link_list({o: o for o in files}))]
+    parts += [('Configuration', cfg.asdict()), ('Environment', read_json(out/'environment.json'))]
+    title = f'{cfg.recipe.name} on {cfg.spec.data}'
+    write_report(out/'report.html', title, parts, lead=f'{scores_text(scores)} One run: no interval.')
 
 # %% ../nbs/18_experiment.ipynb #e69931fe
 def _run(cfg, quiet, budget, resume, one_thread=False):

@@ -18,9 +18,11 @@ from .paper import TABLES, RecipeTable, TableRow, get_table
 from .recipes import get_recipe, short_hash, short_value, with_fields
 from .results import COLUMNS, read_lines
 from .data.datasets import read_data
-from .demo import Row
+from .demo import folder_slug
 from .setup import Setup, collect_runs, row_key, run_state
-from .tables import fill_rows, ratio_strip, save_figure, save_table
+from .table_files import save_table
+from .tables import fill_rows
+from .vis.tables import ratio_strip, save_figure
 
 # %% ../nbs/18ac_reproduce.ipynb #c8fa82cc
 def _own_results(path):
@@ -154,7 +156,7 @@ def sweep(
     if len({r.label for r in rows}) < len(rows): rows = [replace(r, label=f'{r.label} ({i})') for i,r in enumerate(rows, 1)]
     for r in rows: _fits(r.recipe, setup)
     r = get_recipe(recipe)
-    table,name = RecipeTable(f'{r.name}: {", ".join(grid)}', rows),name or '-'.join(['sweep', Row(' '.join([r.name, *grid]), r, 0).slug[:40], short_hash([row_key(o) for o in rows])])
+    table,name = RecipeTable(f'{r.name}: {", ".join(grid)}', rows),name or '-'.join(['sweep', folder_slug(' '.join([r.name, *grid]))[:40], short_hash([row_key(o) for o in rows])])
     reproduce({name: table}, setup, out, **kwargs)
     return fill_rows(table, read_lines(Path(out)/'results.csv'), setup, _shown(table, [s.name for s in read_data(setup.specs[0])[2]], kwargs.get('direction')))
 

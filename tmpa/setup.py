@@ -13,7 +13,7 @@ from pathlib import Path
 from warnings import warn
 from .core import ConfigError, arg_names, check_names, shortened, user_path, check_ranges
 from .data.synthetic import GENERATOR_VERSION
-from .demo import Row, demo_patch
+from .demo import demo_patch, folder_slug
 from .regions import grid_size
 from .run import RunConfig
 from .run_files import damaged_file, read_json, read_metrics, wrong_scores
@@ -78,7 +78,7 @@ class Setup:
         "A run; its folder is found by recipe, setup, trial and seed, under whatever name the recipe was first run."
         r,runs = get_recipe(recipe),user_path(out)/'runs'
         end = f'{recipe_key(r)}-{self.key}-trial{spec.trial}-seed{seed}'
-        folder = next(runs.glob(f'*-{end}'), runs/f'{Row(r.name, r, 0).slug[:60]}-{end}')
+        folder = next(runs.glob(f'*-{end}'), runs/f'{folder_slug(r.name)[:60]}-{end}')
         return RunConfig(scaled(r, spec.size, self.run.get('patch')), spec, str(folder), seed=seed, **self.run)
     def configs(self, row, out): return [self.config(row.recipe, s, seed, out) for seed in self.seeds for s in self.specs]
 
