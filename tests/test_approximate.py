@@ -17,7 +17,7 @@ D = 16
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(approximate, 'SMALL', 500)
-    monkeypatch.setattr(search, 'BLOCK', 128)
+    monkeypatch.setattr(Gallery, 'block', 128)
 
 def people(n, seed=0):
     "Features in clusters, with records."

@@ -420,7 +420,7 @@ def test_reranked_scores_never_hold_all_distances(monkeypatch):
     assert max(seen) == 32 and sum(seen) == 300
 
 def test_no_memory_is_one_line(monkeypatch):
-    import tmpa.core as core
+    import tmpa.memory as memory
     q, g, *labels = make(300, 200, 12)
     dist = -q@g.T
     for score,words in ((lambda: rerank(q, g), r'holding the distances of 300 queries to a gallery of 200 needs about .* GB.*rerank=True'),
@@ -429,7 +429,7 @@ def test_no_memory_is_one_line(monkeypatch):
                         (lambda: cmc_map(dist, *labels), 'scoring 300 queries at a time.*chunk=75')):
         score()
         with monkeypatch.context() as m:
-            m.setattr(core, 'free_memory', lambda: 1000)
+            m.setattr(memory, 'free_memory', lambda: 1000)
             with pytest.raises(ConfigError, match=words) as e: score()
             assert '\n' not in str(e.value)
 

@@ -7,7 +7,7 @@ import torch
 from pathlib import Path
 from PIL import Image
 
-from tmpa import search
+from tmpa import filling
 from tmpa.core import CheckpointError, ConfigError, DataError, ProtocolError, ReIDImage
 from tmpa.data.synthetic import make_sysu
 from tmpa.data.readers import sysu_items
@@ -32,7 +32,7 @@ def gallery(n, block=None, **kw):
 
 
 @pytest.fixture
-def small_blocks(monkeypatch): monkeypatch.setattr(search, 'BLOCK', 32)
+def small_blocks(monkeypatch): monkeypatch.setattr(Gallery, 'block', 32)
 
 
 @pytest.fixture(scope='module')
@@ -291,15 +291,15 @@ def added_slowly(items, rounds):
 def test_adding_takes_no_longer_in_a_large_gallery(monkeypatch):
     "One add looks at its own images alone, and so do the labels of the search after it."
     asked = []
-    monkeypatch.setattr(search, '_key', lambda o, key=search._key: asked.append(o) or key(o))
+    monkeypatch.setattr(filling, '_key', lambda o, key=filling._key: asked.append(o) or key(o))
     g = gallery(500)
     for i, o in enumerate(records(20, seed=1)):
         asked.clear()
         assert g.add(o, feats=coarse(1)) == 1 and len(asked) == 1
-        assert g._numbers()[:, -1].tolist() == [o.pid, o.cam, o.modality]
+        assert g.numbers()[:, -1].tolist() == [o.pid, o.cam, o.modality]
     whole = gallery(500)
     whole.add(records(20, seed=1), feats=coarse(1).expand(20, -1))
-    assert g.items == whole.items and torch.equal(g._numbers(), whole._numbers())
+    assert g.items == whole.items and torch.equal(g.numbers(), whole.numbers())
     assert torch.equal(g.rows(range(520)), whole.rows(range(520)))
 
 @pytest.mark.parametrize('seed', range(5))

@@ -23,13 +23,13 @@ def records(n, seed=0):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(search, 'BLOCK', 32)
+    monkeypatch.setattr(Gallery, 'block', 32)
     monkeypatch.setattr(store, 'PIECE', 8)
     monkeypatch.setattr(store, 'SEGMENT', 64)
 
 def same(a, b):
     assert len(a) == len(b) and list(a.items) == list(b.items) and [o.as_stored for o in a.items] == [o.as_stored for o in b.items]
-    assert torch.equal(a._numbers(), b._numbers())
+    assert torch.equal(a.numbers(), b.numbers())
     if not len(a): return
     assert torch.equal(a.rows(range(len(a))), b.rows(range(len(a)))) and a.dim == b.dim
     assert a.search(feats(3, 99), k=7) == b.search(feats(3, 99), k=7)

@@ -43,30 +43,34 @@ class FaissIndex:
 
     def _rows(self, places): return np.ascontiguousarray(self.gallery.rows(places).float().cpu().numpy())
 
-    def follow(self):
-        "Take in what the gallery has more, and begin anew where it is another, or four times as large."
-        g = self.gallery
-        if (self.inner is None and not self._read()) or len(g) > 4*self.trained or self.inner.d != g.dim: self.train()
-        elif self.of != _generation(g) or len(self.ids) > len(g):
-            self.inner.reset()
-            self.ids = self.ids[:0]
-        self.of = _generation(g)
-        for s in range(len(self.ids), len(g), 2**14):
-            new = np.arange(s, min(s + 2**14, len(g)))
-            ids = new - s + (self.ids[-1] + 1 if len(self.ids) else 0)  # beyond all that were there before
-            self.inner.add_with_ids(self._rows(new), ids)
-            self.ids = np.concatenate([self.ids, ids])
+# %% ../nbs/21b_approximate.ipynb #6c87e2fc
+@patch
+def follow(self:FaissIndex):
+    "Take in what the gallery has more, and begin anew where it is another, or four times as large."
+    g = self.gallery
+    if (self.inner is None and not self._read()) or len(g) > 4*self.trained or self.inner.d != g.dim: self.train()
+    elif self.of != _generation(g) or len(self.ids) > len(g):
+        self.inner.reset()
+        self.ids = self.ids[:0]
+    self.of = _generation(g)
+    for s in range(len(self.ids), len(g), 2**14):
+        new = np.arange(s, min(s + 2**14, len(g)))
+        ids = new - s + (self.ids[-1] + 1 if len(self.ids) else 0)  # beyond all that were there before
+        self.inner.add_with_ids(self._rows(new), ids)
+        self.ids = np.concatenate([self.ids, ids])
 
-    def remove(self,
-        places, # That the gallery has just taken out
-        was=None, # Its generation before; None: a gallery in memory
-    ):
-        "Follow a removal: the others keep their order. What another process had removed before is left to `follow`."
-        if self.inner is None or self.of != was: return
-        gone = np.zeros(len(self.ids), bool)
-        gone[[p for p in places if p < len(gone)]] = True
-        self.inner.remove_ids(self.ids[gone])
-        self.ids, self.of = self.ids[~gone], _generation(self.gallery)
+# %% ../nbs/21b_approximate.ipynb #e55e9cdd
+@patch
+def remove(self:FaissIndex,
+    places, # That the gallery has just taken out
+    was=None, # Its generation before; None: a gallery in memory
+):
+    "Follow a removal: the others keep their order. What another process had removed before is left to `follow`."
+    if self.inner is None or self.of != was: return
+    gone = np.zeros(len(self.ids), bool)
+    gone[[p for p in places if p < len(gone)]] = True
+    self.inner.remove_ids(self.ids[gone])
+    self.ids, self.of = self.ids[~gone], _generation(self.gallery)
 
 # %% ../nbs/21b_approximate.ipynb #da65881d
 def _generation(g): return g.store.head['generation'] if g.store is not None else None

@@ -92,7 +92,9 @@ def one_line_errors(
     return _f
 
 # %% ../nbs/00d_console.ipynb #e0dae403
-def parse_size(s):
+def parse_size(
+    s, # Height x width
+):
     "'288x144' -> (288, 144), height first."
     from tmpa.core import ConfigError
     try: h, w = (int(o) for o in str(s).lower().split('x'))
@@ -100,13 +102,18 @@ def parse_size(s):
     if min(h, w) < 1: raise ConfigError(f'size {s!r}: both must be positive')
     return h, w
 
-def parse_ints(s, what):
+def parse_ints(
+    s, # Whole numbers with commas
+    what, # Name of the option, for messages
+):
     "'0,1,2' -> [0, 1, 2]; '5,' -> [5]"
     from tmpa.core import ConfigError
     try: return [int(o) for o in str(s).removesuffix(',').split(',')]
     except ValueError: raise ConfigError(f'{what} {s!r}: give whole numbers with commas, for instance 0,1,2') from None
 
-def parse_range(s):
+def parse_range(
+    s, # Lowest and highest value with a comma, or None
+):
     "'0,65535' -> (0, 65535); None stays None."
     from tmpa.core import ConfigError
     if s is None: return None

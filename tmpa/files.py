@@ -162,7 +162,8 @@ def weights_in(
     path='',   # Where it comes from, for messages
 )->dict:       # Name -> tensor
     "The weights in a checkpoint of any program; `CheckpointError` where there are none, or several."
-    sets = {k: t for k, v in file.items() if isinstance(v, dict) and (t := _tensors(v))}
+    sets = {k: _tensors(v) for k, v in file.items() if isinstance(v, dict)}
+    sets = {k: t for k, t in sets.items() if t}
     name = next((k for k in (*_usual, *sets) if k in sets), None)
     if len(sets) > 1 and name not in _usual:
         names = ', '.join(map(str, sets))

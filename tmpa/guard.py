@@ -47,8 +47,8 @@ def check_metrics(
         theirs = 'fastai.metrics' in (type(m).__module__, getattr(getattr(m, 'func', None), '__module__', ''))
         if isinstance(m, LossMetric) or not theirs and (type(m) is not AvgMetric or _takes_four(m.func)): continue
         raise ConfigError(f'metrics={m.name}: compares a prediction with a label, and people in validation belong to '
-                          'no class: mAP and rank1 are columns already (ReIDMetrics); a function of yours is called with '
-                          '(features, label, identity, camera)')
+                          'no class: mAP and rank1 are columns already (ReIDMetrics); a function of yours is called '
+                          'with (features, label, identity, camera)')
 
 def check_losses(
     losses # One an image
@@ -133,23 +133,26 @@ class ReIDLearner(Learner):
         finally:
             if not self._grab_cbs(MixedPrecision): self.add_cbs(before)
 
-    def leave_autocast(self):
-        "fastai enters it before a batch, and leaves it after the loss where nothing fails."
-        for c in self._grab_cbs(AsyncMixedPrecision): c.leave()
+# %% ../nbs/15c_guard.ipynb #27f4f001
+@patch
+def leave_autocast(self:ReIDLearner):
+    "fastai enters it before a batch, and leaves it after the loss where nothing fails."
+    for c in self._grab_cbs(AsyncMixedPrecision): c.leave()
 
-    @contextmanager
-    def guarded(self):
-        "Errors of memory as one line, and nothing left of a batch that failed."
-        self.check()
-        try:
-            with enough_memory(self._work, self._smaller): yield
-        except BaseException as e:
-            self.leave_autocast()
-            if self.opt is not None: self.opt.zero_grad()
-            if isinstance(e, OutOfMemory):
-                self._end_cleanup()
-                self.loss_grad = None
-            raise
+@patch
+@contextmanager
+def guarded(self:ReIDLearner):
+    "Errors of memory as one line, and nothing left of a batch that failed."
+    self.check()
+    try:
+        with enough_memory(self._work, self._smaller): yield
+    except BaseException as e:
+        self.leave_autocast()
+        if self.opt is not None: self.opt.zero_grad()
+        if isinstance(e, OutOfMemory):
+            self._end_cleanup()
+            self.loss_grad = None
+        raise
 
 # %% ../nbs/15c_guard.ipynb #8c3d1191
 @patch

@@ -42,6 +42,7 @@ def _start():
     PartialState(cpu)  # the process group, and this process's GPU
     if _hub is None: _hub = dist.new_group(backend='gloo', timeout=timedelta(hours=12))
 
+# %% ../nbs/00a_processes.ipynb #edfcd2cc
 @contextmanager
 def together():
     "All processes run the code in this block, and share its work. Nothing is different where there is one."
@@ -124,6 +125,7 @@ def is_told(e:Exception)->bool:
     "Whether another process tells the user."
     return getattr(e, 'told', False)
 
+# %% ../nbs/00a_processes.ipynb #eb6b1f7f
 def on_rank0(
     f # Function without arguments
 ): # What it returned there

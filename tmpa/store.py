@@ -175,30 +175,33 @@ class Store:
     @property
     def n(self): return self.head['n']
 
-    def refresh(self)->bool: # Whether there was anything new
-        "Look at the folder again."
-        for again in range(10):
-            head = read_head(self.folder)
-            if head == self.head: return False
-            try: self._open(head)
-            except DataError: raise
-            except (FileNotFoundError, ValueError) as e:  # a removal has just made new files
-                if again < 9 and read_head(self.folder) != head: continue
-                raise _damaged(self.folder, f'{type(e).__name__}: a file is missing or too short') from None
-            return True
+# %% ../nbs/21a_store.ipynb #1c03796d
+@patch
+def refresh(self:Store)->bool: # Whether there was anything new
+    "Look at the folder again."
+    for again in range(10):
+        head = read_head(self.folder)
+        if head == self.head: return False
+        try: self._open(head)
+        except DataError: raise
+        except (FileNotFoundError, ValueError) as e:  # a removal has just made new files
+            if again < 9 and read_head(self.folder) != head: continue
+            raise _damaged(self.folder, f'{type(e).__name__}: a file is missing or too short') from None
+        return True
 
-    def _open(self, head):
-        "Map the files that a head counts; nothing changes where they are not what was written."
-        old = self.head if self.head and self.head['generation'] == head['generation'] else dict(n=0)
-        f, n, first = _files(self.folder, head), head['n'], old['n']//PIECE
-        records, names = _map(f['records'], _RECORD, n), _map(f['names'], np.uint8, head['names'])
-        sums = np.vstack([_map(f['sums'], '<u4', n//PIECE*3).reshape(-1, 3), np.array([head['tail']], '<u4')])
-        _check_records(self.folder, records, names, sums, first)
-        segments, same = range(0, n, SEGMENT), old['n']//SEGMENT
-        maps = [self.maps[i] if i < same else _segment(f['features'], head, s) for i, s in enumerate(segments)]
-        fine = np.zeros(-(-n//PIECE), bool)
-        if first: fine[:first] = self.fine[:first]
-        self.head, self.maps, self.records, self.names, self.sums, self.fine = head, maps, records, names, sums, fine
+@patch
+def _open(self:Store, head):
+    "Map the files that a head counts; nothing changes where they are not what was written."
+    old = self.head if self.head and self.head['generation'] == head['generation'] else dict(n=0)
+    f, n, first = _files(self.folder, head), head['n'], old['n']//PIECE
+    records, names = _map(f['records'], _RECORD, n), _map(f['names'], np.uint8, head['names'])
+    sums = np.vstack([_map(f['sums'], '<u4', n//PIECE*3).reshape(-1, 3), np.array([head['tail']], '<u4')])
+    _check_records(self.folder, records, names, sums, first)
+    segments, same = range(0, n, SEGMENT), old['n']//SEGMENT
+    maps = [self.maps[i] if i < same else _segment(f['features'], head, s) for i, s in enumerate(segments)]
+    fine = np.zeros(-(-n//PIECE), bool)
+    if first: fine[:first] = self.fine[:first]
+    self.head, self.maps, self.records, self.names, self.sums, self.fine = head, maps, records, names, sums, fine
 
 # %% ../nbs/21a_store.ipynb #d47f294e
 def _segment(f, head, start):
@@ -338,13 +341,15 @@ class StoredNames:
         while j < len(self.keys) and self.keys[j] == key: j += 1
         return self.order[i:j].tolist() + self.later.get(key, [])
 
-    def __contains__(self, path):
-        if self.generation != self.store.head['generation']: self.__init__(self.store)  # a removal moves places
-        if self.n != self.store.n: self._look()
-        items, here = StoredItems(self.store), os.path.dirname(os.path.abspath('x'))
-        for key in map(_hash, _spellings(path, here)):
-            if any(os.path.abspath(user_path(items.path(p))) == path for p in self._at(key)): return True
-        return False
+# %% ../nbs/21a_store.ipynb #f52dd063
+@patch
+def __contains__(self:StoredNames, path):
+    if self.generation != self.store.head['generation']: self.__init__(self.store)  # a removal moves places
+    if self.n != self.store.n: self._look()
+    items, here = StoredItems(self.store), os.path.dirname(os.path.abspath('x'))
+    for key in map(_hash, _spellings(path, here)):
+        if any(os.path.abspath(user_path(items.path(p))) == path for p in self._at(key)): return True
+    return False
 
 # %% ../nbs/21a_store.ipynb #d27dd96c
 def _commit(folder, head):
@@ -411,6 +416,7 @@ def write_store(
         for x, names, records in parts: head = _write(folder, head, x, names, records)
         _commit(folder, head)
 
+# %% ../nbs/21a_store.ipynb #badd878f
 @patch
 def _parts(self:Store, keep=None):
     "Rows, names and records, some thousand at a time."

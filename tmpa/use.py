@@ -23,9 +23,17 @@ def _notes(command):
         warnings.showwarning = say
         yield
 
+_KINDS = 'visible', 'infrared'
+
+def _kind_of(what):
+    "The option --modality of a command."
+    how = f'Of the {what}; default: by folder names (visible, infrared), or guessed from the pixels'
+    return Param(how, str, choices=_KINDS)
+
+# %% ../nbs/23_use.ipynb #2b32b9d3
 def _modality(word):
     "0, 1, or None."
-    return None if word is None else ('visible', 'infrared').index(word)
+    return None if word is None else _KINDS.index(word)
 
 def _device(name):
     "Where features are made; default: a GPU, where there is one."
@@ -33,15 +41,18 @@ def _device(name):
     from tmpa.core import ConfigError
     try: device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
     except RuntimeError: raise ConfigError(f'device={name}: give cpu or cuda') from None
-    if device.type == 'cuda' and not torch.cuda.is_available(): raise ConfigError(f'device={name}: there is no GPU that PyTorch can use')
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError(f'device={name}: there is no GPU that PyTorch can use')
     return device
 
 def _new_file(path, endings=()):
     "A file that is not there yet."
     from tmpa.core import ConfigError, user_path
     path = user_path(path)
-    if path.exists() or path.is_symlink(): raise ConfigError(f'{path} exists already: choose another name, or move it away')
-    if endings and path.suffix.lower() not in endings: raise ConfigError(f"{path}: give a name that ends in {' or '.join(endings)}")
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f'{path} exists already: choose another name, or move it away')
+    if endings and path.suffix.lower() not in endings:
+        raise ConfigError(f"{path}: give a name that ends in {' or '.join(endings)}")
     return path
 
 def _counted(items):
@@ -59,7 +70,7 @@ def _images_of(where, modality, ir_range, split):
     path = user_path(where)
     if path.suffix.lower() == '.csv' and path.is_file():
         found = Found([o for o in csv_items(path, split) if modality in (None, o.modality)], {}, [])
-        if not found.items: raise ConfigError(f"{path} has no {('visible', 'infrared')[modality]} image of split '{split}'")
+        if not found.items: raise ConfigError(f"{path} has no {_KINDS[modality]} image of split '{split}'")
     else: found = find_records(path, modality, ir_range, 'skip' if path.is_dir() else 'raise')
     items = [o._replace(path=type(path)(os.path.abspath(user_path(o.path)))) for o in found.items]
     return found._replace(items=with_name_labels(items))
@@ -78,7 +89,8 @@ def _say_broken(command, broken, n):
     if not broken: return
     print(f'{command}: {len(broken)} of {n} images cannot be read and are left out:', file=sys.stderr)
     for why in broken.values():
-        print(f"  {why.removeprefix('image ').removesuffix(': restore the file, or take it out of the items')}", file=sys.stderr)
+        why = why.removeprefix('image ').removesuffix(': restore the file, or take it out of the items')
+        print(f'  {why}', file=sys.stderr)
 
 # %% ../nbs/23_use.ipynb #3f9759cb
 SAVE_EVERY = 2 # Seconds, at least
@@ -103,6 +115,7 @@ class _Saver:
         self.cost = self.last - start
         if more: print(f'{self.saved:,} images are in {self.out}', flush=True)
 
+# %% ../nbs/23_use.ipynb #a6aa9033
 @contextmanager
 def _alone(out):
     "Only one process writes a file; folders have locks of their own."
@@ -121,6 +134,7 @@ def _is_blank(out):
     "A folder with nothing in it, or with no more than an interrupted start leaves."
     return out.is_dir() and all(re.fullmatch(r'\.head-[a-z0-9_-]+\.tmpa\.json', f.name) for f in out.iterdir())
 
+# %% ../nbs/23_use.ipynb #69c73b41
 def _gone_on_with(g, out, weights, size, ir_range):
     "A gallery with its model; and whether its file says something else beside the images."
     from tmpa.core import ConfigError
@@ -145,6 +159,7 @@ def _gallery_for(out, weights, size, ir_range, **kwargs):
     stored.weights, stored.threshold = g.weights, g.threshold
     return stored, False
 
+# %% ../nbs/23_use.ipynb #3afbce66
 def _add(g, found, out, quiet, changed=False):
     "Add images, and save what is there also where something ends it; paths that cannot be read, and why."
     from tmpa.core import TMPAError
@@ -161,9 +176,9 @@ def _add(g, found, out, quiet, changed=False):
 @one_line_errors
 def tmpa_index(
     folder:str, # Folder of images, with any folders below it; or a list of them (.csv with file,pid,cam,modality,split)
-    weights:str=None, # File that tmpa_train wrote, or folder of save_pretrained (default: what an --out that is there knows, or the weights of the package)
-    modality:Param('Of the images; default: by folder names (visible, infrared), or guessed from the pixels', str, choices=('visible','infrared'))=None,
-    out:str='gallery.npz', # Gallery to make or to add to: a .npz file, or a folder (a name without ending) for very many images
+    weights:str=None, # File or folder of weights (default: what an --out that is there knows, or those of the package)
+    modality:_kind_of('images')=None,
+    out:str='gallery.npz', # Gallery to make or to add to: a .npz file, or a folder (no ending) for very many images
     size:str=None, # Image height x width; default: what the weights say
     ir_range:str=None, # low,high of 16-bit infrared files; default: what the weights say
     split:str='test', # Of a list: which lines
@@ -177,7 +192,8 @@ def tmpa_index(
     load_fastai()
     from tmpa.core import ConfigError, DataError, check_ranges, user_path
     out = user_path(out)
-    if out.suffix not in ('', '.npz'): raise ConfigError(f'{out}: a gallery is a .npz file, or a folder, whose name has no ending')
+    if out.suffix not in ('', '.npz'):
+        raise ConfigError(f'{out}: a gallery is a .npz file, or a folder, whose name has no ending')
     if bs < 1: raise ConfigError(f'bs={bs}: give 1 or more')
     check_ranges(num_workers=workers)
     with _notes('tmpa_index'), _alone(out) if out.suffix else nullcontext():
@@ -200,20 +216,26 @@ def _nearest_lines(found, n=None):
     "Each query with its nearest hit, as lines."
     from tmpa.results import TextTable
     from tmpa.vis.hits import hit_name
-    rows = [['query', 'distance', *(['verdict'] if found[0].threshold is not None else []), 'nearest']]
+    judged = found[0].threshold is not None
+    rows = [['query', 'distance', *['verdict']*judged, 'nearest']]
     for h in found[:n]:
-        best = [f'{h[0].distance:.3f}' if h else '-', *([_of_nearest(h) or ''] if h.threshold is not None else []), hit_name(h[0].item) if h else 'no hits']
-        rows.append([hit_name(h.query), *best])
+        verdict = [_of_nearest(h) or '']*judged
+        distance, nearest = (f'{h[0].distance:.3f}', hit_name(h[0].item)) if h else ('-', 'no hits')
+        rows.append([hit_name(h.query), distance, *verdict, nearest])
     more = f'\n... and {len(found)-n:,} more' if n is not None and len(found) > n else ''
     return f'{TextTable(rows)}{more}'
 
+# %% ../nbs/23_use.ipynb #25262b07
 def _limit(g, word):
     "A distance in words: a number, match or maybe."
     from tmpa.core import ConfigError
     if word in ('match', 'maybe') and g.threshold is None:
-        raise ConfigError(f'max_distance {word}: these weights have no threshold, see tmpa.verify: give a distance, 0 to 2')
-    named = dict(match=lambda: g.threshold.distance, maybe=lambda: g.threshold.maybe)
-    try: return None if word is None else named[word]() if word in named else float(word)
+        raise ConfigError(f'max_distance {word}: these weights have no threshold, see tmpa.verify: '
+                          'give a distance, 0 to 2')
+    if word is None: return None
+    if word == 'match': return g.threshold.distance
+    if word == 'maybe': return g.threshold.maybe
+    try: return float(word)
     except ValueError: raise ConfigError(f'max_distance {word!r}: give a distance, 0 to 2, or match or maybe') from None
 
 def _answer(g, gallery, found, broken, k):
@@ -221,21 +243,38 @@ def _answer(g, gallery, found, broken, k):
     import os
     from tmpa import __version__
     threshold = None if g.threshold is None else g.threshold.to_dict()
-    return dict(tmpa=__version__, gallery=os.path.abspath(gallery), images=len(g), weights=g.weights, fingerprint=g.made_by, k=k,
-                threshold=threshold, left_out={str(p): why for p, why in broken.items()}, queries=[h.to_dict() for h in found])
+    return dict(tmpa=__version__, gallery=os.path.abspath(gallery), images=len(g), weights=g.weights,
+                fingerprint=g.made_by, k=k, threshold=threshold,
+                left_out={str(p): why for p, why in broken.items()}, queries=[h.to_dict() for h in found])
 
 # %% ../nbs/23_use.ipynb #489f4f4d
+_ENDINGS = dict(json=('.json',), html=('.html', '.htm'), sheet=('.png', '.pdf', '.svg', '.jpg'))
+
+def _write(files, g, gallery, found, broken, k, rows):
+    "The files that were asked for, whole or not at all."
+    from tmpa.run_files import write_json
+    from tmpa.vis.hits import hits_page, plot_hits, save_page, save_sheet
+    for kind, path in files.items():
+        _new_file(path)
+        if kind == 'json': write_json(path, _answer(g, gallery, found, broken, k))
+        if kind == 'html':
+            title, what = f'Search in {gallery}', f'{len(found):,} queries in {len(g):,} images'
+            save_page(path, hits_page(found, title, what, k))
+        if kind == 'sheet': save_sheet(path, plot_hits(found, k, rows))
+        print(f'{kind}: {path}')
+
+# %% ../nbs/23_use.ipynb #d87b4908
 @call_parse
 @one_line_errors
 def tmpa_search(
     gallery:str, # Gallery that tmpa_index made
     query:str, # Image, folder of images, or list (.csv)
     weights:str=None, # Default: those that the gallery was made with
-    modality:Param('Of the query; default: by folder names (visible, infrared), or guessed from the pixels', str, choices=('visible','infrared'))=None,
+    modality:_kind_of('query')=None,
     k:int=10, # Hits a query
     cams:str=None, # Only images of these cameras, with commas
-    only:Param('Only images of this modality', str, choices=('visible','infrared'))=None,
-    max_distance:str=None, # Only hits up to this distance; match or maybe: those that the threshold of the weights calls so
+    only:Param('Only images of this modality', str, choices=_KINDS)=None,
+    max_distance:str=None, # Only hits up to this distance; match or maybe: what the threshold of the weights calls so
     json:str=None, # File to make: all hits, for other programs
     html:str=None, # File to make: a page with pictures, which needs nothing else
     sheet:str=None, # File to make: a figure of the first queries and their hits (.png, .pdf, .svg, .jpg)
@@ -253,14 +292,15 @@ def tmpa_search(
     if bs < 1: raise ConfigError(f'bs={bs}: give 1 or more')
     if rows < 1: raise ConfigError(f'rows={rows}: give 1 or more')
     check_ranges(num_workers=workers)
-    wanted = dict(json=(json, ('.json',)), html=(html, ('.html', '.htm')), sheet=(sheet, ('.png', '.pdf', '.svg', '.jpg')))
-    files = {kind: _new_file(path, ends) for kind, (path, ends) in wanted.items() if path is not None}
+    wanted = dict(json=json, html=html, sheet=sheet)
+    files = {kind: _new_file(path, _ENDINGS[kind]) for kind, path in wanted.items() if path is not None}
     with _notes('tmpa_search'):
         g = Gallery.load(gallery, device=_device(device), bs=bs, num_workers=workers).use_weights(weights)
         queries = _images_of(query, _modality(modality), g.ir_range, split)
         if user_path(query).is_dir(): _say_found('tmpa_search', queries, query)
-        kwargs = dict(cams=cams, only=_modality(only), max_distance=_limit(g, max_distance), on_error='raise' if len(queries.items) == 1 else 'skip')
-        found = g.search(queries.items, k, **kwargs)
+        on_error = 'raise' if len(queries.items) == 1 else 'skip'
+        found = g.search(queries.items, k, cams=cams, only=_modality(only), on_error=on_error,
+                         max_distance=_limit(g, max_distance))
         broken = {**queries.broken, **g.skipped}
     n = len(queries.items) + len(queries.broken)
     _say_broken('tmpa_search', broken, n)
@@ -268,24 +308,13 @@ def tmpa_search(
     print(found[0] if len(found) == 1 else _nearest_lines(found, 10 if files else None))
     _write(files, g, gallery, found, broken, k, rows)
 
-def _write(files, g, gallery, found, broken, k, rows):
-    "The files that were asked for, whole or not at all."
-    from tmpa.run_files import write_json
-    from tmpa.vis.hits import hits_page, plot_hits, save_sheet, save_page
-    for kind, path in files.items():
-        _new_file(path)
-        if kind == 'json': write_json(path, _answer(g, gallery, found, broken, k))
-        if kind == 'html': save_page(path, hits_page(found, f'Search in {gallery}', f'{len(found):,} queries in {len(g):,} images', k))
-        if kind == 'sheet': save_sheet(path, plot_hits(found, k, rows))
-        print(f'{kind}: {path}')
-
 # %% ../nbs/23_use.ipynb #ca5cbb5e
 @call_parse
 @one_line_errors
 def tmpa_features(
     folder:str, # Folder of images, or a list of them (.csv with file,pid,cam,modality,split)
-    weights:str=None, # File that tmpa_train wrote, or folder of save_pretrained (default: the weights of the package)
-    modality:Param('Of the images; default: by folder names (visible, infrared), or guessed from the pixels', str, choices=('visible','infrared'))=None,
+    weights:str=None, # File that tmpa_train wrote, or folder of save_pretrained (default: those of the package)
+    modality:_kind_of('images')=None,
     out:str='features.npz', # File to make (.npz, .pt or .mat), which tmpa_evaluate --features reads
     size:str=None, # Image height x width; default: what the weights say
     ir_range:str=None, # low,high of 16-bit infrared files; default: what the weights say
@@ -313,5 +342,6 @@ def tmpa_features(
     if not len(g): raise DataError(f'none of the {n} images of {folder} can be read: restore them')
     pids, cams, modalities = ([int(getattr(o, k)) for o in g.items] for k in ('pid', 'cam', 'modality'))
     _new_file(out)
-    save_features(out, g.rows(range(len(g))).cpu(), pids, cams if any(cams) else None, modalities, [str(o.path) for o in g.items])
+    names = [str(o.path) for o in g.items]
+    save_features(out, g.rows(range(len(g))).cpu(), pids, cams if any(cams) else None, modalities, names)
     print(f'features of {len(g):,} images, {g.dim} numbers each, are in {out}')

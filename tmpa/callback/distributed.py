@@ -96,17 +96,6 @@ class ShareFit:
             for c in self.learn.cbs:
                 if isinstance(c, CSVLogger): c.run = False  # in this fit; the first process writes
 
-    def _wrapped(self, model):
-        from accelerate import DistributedDataParallelKwargs
-        acc = self.accelerator
-        if acc.ddp_handler is None: acc.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of broadcast_buffers: newer names for it are not known to every torch
-            ddp = acc.prepare(model)  # with the weights of the first process
-        acc._models.clear()       # which would keep each fit's
-        for b in model.buffers(): dist.broadcast(b, 0)
-        return ddp
-
     def before_batch(self):
         if self.training: self.learn.model = self.ddp
     def after_pred(self): self._bare()
@@ -114,19 +103,35 @@ class ShareFit:
     def _bare(self):
         if self.ddp is not None: self.learn.model = self.ddp.module
 
-    def after_loss(self):
-        "What is shown, and judged, is the mean over processes."
-        if not self.training: return
-        names = [t for t in dict.fromkeys(self.named) if isinstance(getattr(self.loss_func, t, None), Tensor)]
-        values = [self.learn.loss, *(getattr(self.loss_func, t) for t in names)]
-        self.learn.loss, *means = mean_of(torch.stack([v.detach().float().mean() for v in values]))
-        for t,v in zip(names, means): setattr(self.loss_func, t, v)
+# %% ../../nbs/15b_callback.distributed.ipynb #605588a4
+@patch
+def _wrapped(self:ShareFit, model):
+    from accelerate import DistributedDataParallelKwargs
+    acc = self.accelerator
+    if acc.ddp_handler is None: acc.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of broadcast_buffers: newer names for it are not known to every torch
+        ddp = acc.prepare(model)  # with the weights of the first process
+    acc._models.clear()       # which would keep each fit's
+    for b in model.buffers(): dist.broadcast(b, 0)
+    return ddp
 
-    def after_train(self):
-        stats = [b for k,b in self.learn.model.named_buffers() if k.endswith(('running_mean', 'running_var'))]
-        if not stats or self.sync_bn: return
-        means = mean_of(torch.cat([b.flatten() for b in stats]))
-        for b,v in zip(stats, means.split([b.numel() for b in stats])): b.copy_(v.view_as(b))
+# %% ../../nbs/15b_callback.distributed.ipynb #191557b2
+@patch
+def after_loss(self:ShareFit):
+    "What is shown, and judged, is the mean over processes."
+    if not self.training: return
+    names = [t for t in dict.fromkeys(self.named) if isinstance(getattr(self.loss_func, t, None), Tensor)]
+    values = [self.learn.loss, *(getattr(self.loss_func, t) for t in names)]
+    self.learn.loss, *means = mean_of(torch.stack([v.detach().float().mean() for v in values]))
+    for t,v in zip(names, means): setattr(self.loss_func, t, v)
+
+@patch
+def after_train(self:ShareFit):
+    stats = [b for k,b in self.learn.model.named_buffers() if k.endswith(('running_mean', 'running_var'))]
+    if not stats or self.sync_bn: return
+    means = mean_of(torch.cat([b.flatten() for b in stats]))
+    for b,v in zip(stats, means.split([b.numel() for b in stats])): b.copy_(v.view_as(b))
 
 # %% ../../nbs/15b_callback.distributed.ipynb #8677101a
 @patch
@@ -144,6 +149,7 @@ def after_validate(self:ShareFit):
     sums = in_order((float(mean.total), mean.count))
     mean.total, mean.count = torch.tensor(sum(t for t,_ in sums)), sum(n for _,n in sums)
 
+# %% ../../nbs/15b_callback.distributed.ipynb #c38f5802
 @patch
 def after_epoch(self:ShareFit): self._whole()
 
@@ -180,6 +186,7 @@ def _import_theirs():
 
 if num_distrib() > 1: _import_theirs()
 
+# %% ../../nbs/15b_callback.distributed.ipynb #ce2837bf
 def _check_accelerator(kwargs):
     "Unknown names are refused in one process too, which has no use for the others."
     try: from accelerate import Accelerator

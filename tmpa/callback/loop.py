@@ -89,25 +89,28 @@ class TorchOptim(OptimWrapper):
         self.opt._step_supports_amp_scaling = bool(fused)
         return bool(fused)
 
-    def step(self, closure=None):
-        skip,self.skip = self.skip,None
-        if not self.fuse(): return self.opt.step(closure)
-        if isinstance(self.opt, torch.optim.SGD): self._momentum()
-        if skip is None: return self.opt.step(closure)
-        self.opt.grad_scale,self.opt.found_inf = None,skip  # torch's agreement between its scaler and fused optimisers
-        try: return self.opt.step(closure)
-        finally: del self.opt.grad_scale,self.opt.found_inf
+# %% ../../nbs/15a_callback.loop.ipynb #c3428cd9
+@patch
+def step(self:TorchOptim, closure=None):
+    skip,self.skip = self.skip,None
+    if not self.fuse(): return self.opt.step(closure)
+    if isinstance(self.opt, torch.optim.SGD): self._momentum()
+    if skip is None: return self.opt.step(closure)
+    self.opt.grad_scale,self.opt.found_inf = None,skip  # torch's agreement between its scaler and fused optimisers
+    try: return self.opt.step(closure)
+    finally: del self.opt.grad_scale,self.opt.found_inf
 
-    def _momentum(self):
-        "Start it at zero: torch leaves it uninitialised where the first step is skipped, and takes no late parameters."
-        for g in self.opt.param_groups:
-            if not g['momentum']: continue
-            for p in g['params']:
-                if p.grad is None: continue
-                v = self.opt.state[p].get('momentum_buffer')
-                if v is not None and v.stride() == p.stride(): continue
-                new = torch.zeros_like(p)
-                self.opt.state[p]['momentum_buffer'] = new if v is None else new.copy_(v)  # of another memory format
+@patch
+def _momentum(self:TorchOptim):
+    "Start it at zero: torch leaves it uninitialised where the first step is skipped, and takes no late parameters."
+    for g in self.opt.param_groups:
+        if not g['momentum']: continue
+        for p in g['params']:
+            if p.grad is None: continue
+            v = self.opt.state[p].get('momentum_buffer')
+            if v is not None and v.stride() == p.stride(): continue
+            new = torch.zeros_like(p)
+            self.opt.state[p]['momentum_buffer'] = new if v is None else new.copy_(v)  # of another memory format
 
 # %% ../../nbs/15a_callback.loop.ipynb #e40235c6
 class AsyncMixedPrecision(MixedPrecision):
@@ -138,24 +141,27 @@ class AsyncMixedPrecision(MixedPrecision):
 
     def after_loss(self): self.leave()
 
-    def leave(self):
-        "Leave autocast, unless that has been done."
-        if self.inside: self.autocast.__exit__(None, None, None)
-        self.inside = False
-
-    def before_step(self):
-        fused = isinstance(self.opt, TorchOptim) and self.opt.fuse()
-        if not (fused and self.scaler.is_enabled()): return self._asking()
-        opt = self.opt.opt
-        self.scaler.unscale_(opt)  # callbacks after this one see the true gradients
-        found = sum(self.scaler._per_optimizer_states[id(opt)]['found_inf_per_device'].values())
-        self.learn.opt.skip = found if self.opt.skip is None else torch.maximum(found, self.opt.skip)
-        self.skips = (self.skips + 1)*(found > 0)
-
     def _asking(self):
         "fastai's way."
         try: super().before_step()
         finally: self.skips = self.skips + 1 if self.skipped else 0
+
+# %% ../../nbs/15a_callback.loop.ipynb #10e184b8
+@patch
+def leave(self:AsyncMixedPrecision):
+    "Leave autocast, unless that has been done."
+    if self.inside: self.autocast.__exit__(None, None, None)
+    self.inside = False
+
+@patch
+def before_step(self:AsyncMixedPrecision):
+    fused = isinstance(self.opt, TorchOptim) and self.opt.fuse()
+    if not (fused and self.scaler.is_enabled()): return self._asking()
+    opt = self.opt.opt
+    self.scaler.unscale_(opt)  # callbacks after this one see the true gradients
+    found = sum(self.scaler._per_optimizer_states[id(opt)]['found_inf_per_device'].values())
+    self.learn.opt.skip = found if self.opt.skip is None else torch.maximum(found, self.opt.skip)
+    self.skips = (self.skips + 1)*(found > 0)
 
 # %% ../../nbs/15a_callback.loop.ipynb #fd12ca48
 class RunawayError(TMPAError):
@@ -192,22 +198,24 @@ class StopRunaway(Callback):
         columns = [t for c in self.learn.cbs if isinstance(c, LossTerms) for t in c.terms]
         self.terms = list(dict.fromkeys([*getattr(self.loss_func, 'terms', ()), *columns]))
 
-    def after_loss(self):
-        self.now = None
-        if hasattr(self, 'lr_finder') or not len(self.yb): return
-        loss = self.learn.loss.detach()  # with several processes their mean, so that all stop in the same batch
-        there = [(t, getattr(self.loss_func, t, None)) for t in self.terms]
-        there = [(t, v.detach()) for t,v in there if isinstance(v, torch.Tensor) and v.device == loss.device]
-        values = torch.stack([v.float().mean() for v in (loss, *(v for _,v in there))])
-        self.now = ['the loss', *(t for t,_ in there)],values
-        if self.bad is None: self.bad = torch.zeros_like(values[0])
-        if not self._late(values): self._judge(*self.now, self._place())
-        elif isinstance(self.opt, TorchOptim):
-            self.bad = torch.maximum((~values[0].isfinite()).float(), self.bad)
-            self.learn.opt.skip = self.bad
-
     def _late(self, values): return values.is_cuda if self.late is None else self.late
     def _place(self): return self.epoch,self.iter,self.n_iter
+
+# %% ../../nbs/15a_callback.loop.ipynb #774dbd4b
+@patch
+def after_loss(self:StopRunaway):
+    self.now = None
+    if hasattr(self, 'lr_finder') or not len(self.yb): return
+    loss = self.learn.loss.detach()  # with several processes their mean, so that all stop in the same batch
+    there = [(t, getattr(self.loss_func, t, None)) for t in self.terms]
+    there = [(t, v.detach()) for t,v in there if isinstance(v, torch.Tensor) and v.device == loss.device]
+    values = torch.stack([v.float().mean() for v in (loss, *(v for _,v in there))])
+    self.now = ['the loss', *(t for t,_ in there)],values
+    if self.bad is None: self.bad = torch.zeros_like(values[0])
+    if not self._late(values): self._judge(*self.now, self._place())
+    elif isinstance(self.opt, TorchOptim):
+        self.bad = torch.maximum((~values[0].isfinite()).float(), self.bad)
+        self.learn.opt.skip = self.bad
 
 # %% ../../nbs/15a_callback.loop.ipynb #bd4478f8
 @patch
@@ -266,6 +274,7 @@ def _stop(self:StopRunaway, what, place, terms):
         if isinstance(c, SaveModelCallback) and c.last_saved_path is None: c.run = False
     raise CancelFitException
 
+# %% ../../nbs/15a_callback.loop.ipynb #207b2e2e
 @patch
 def after_train(self:StopRunaway):
     before,self.waiting = self.waiting,None

@@ -167,10 +167,6 @@ class AttentiveCutMix(SlotMix):
             raise self.error(f"scorer={scorer!r}: give None, 'imagenet', or a module whose output is a map")
         self.top, self.scorer, self._imagenet = top, scorer, None
 
-    def check(self, size):
-        if all(k <= s for k, s in zip(self.grid, size)): return
-        raise self.error(f'grid={self.grid}: has more cells than the images ({size[0]}x{size[1]}) have pixels')
-
     def before_fit(self):
         super().before_fit()
         self.network()  # weights that cannot be had are found out before the first batch
@@ -178,6 +174,12 @@ class AttentiveCutMix(SlotMix):
     def after_fit(self):
         super().after_fit()
         self._imagenet = None  # nor does a second network
+
+# %% ../../nbs/06_callback.mix.ipynb #8e508285
+@patch
+def check(self:AttentiveCutMix, size):
+    if all(k <= s for k, s in zip(self.grid, size)): return
+    raise self.error(f'grid={self.grid}: has more cells than the images ({size[0]}x{size[1]}) have pixels')
 
 # %% ../../nbs/06_callback.mix.ipynb #117c437b
 def _imagenet_scorer():
@@ -202,7 +204,9 @@ def network(self:AttentiveCutMix):
     return net
 
 @patch
-def scores(self:AttentiveCutMix, images):
+def scores(self:AttentiveCutMix,
+    images, # (B, 3, height, width), normalised
+):
     "Attention to each cell (B, rows, columns)."
     net, x = self.network(), images
     if self.scorer is None: x = images.to(next(net.parameters()).device)  # the learner's network stays where it is

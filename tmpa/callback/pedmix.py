@@ -129,7 +129,9 @@ def resume_state(self:SlotMix):
     return None if self.rng is None else [g.get_state() for g in (self.rng, self.device_rng) if g is not None]
 
 @patch
-def set_resume_state(self:SlotMix, s):
+def set_resume_state(self:SlotMix,
+    s, # What `resume_state` gave
+):
     "Go on with the masks where a fit was cut off."
     if s is None: return
     states = s if isinstance(s, list) else [s]  # up to version 0.4 there was one
@@ -147,7 +149,10 @@ def coin(self:SlotMix)->float:
 
 # %% ../../nbs/05_callback.pedmix.ipynb #3c71d7a9
 @patch
-def partners(self:SlotMix, modality, labels=None):
+def partners(self:SlotMix,
+    modality, # LongTensor (B,)
+    labels=None, # Identities (B,), for same
+):
     "Row that each row is mixed with (B,), as `partner` says."
     if self.partner == 'other': return other_partner(modality)
     if labels is None: raise self.error("partner='same' needs the labels of the batch: use ReIDDataLoaders")
@@ -202,7 +207,9 @@ class PedMix(SlotMix):
 
 # %% ../../nbs/05_callback.pedmix.ipynb #eb71f94d
 @patch
-def check(self:PedMix, size):
+def check(self:PedMix,
+    size, # Height and width of the images
+):
     self.at = tuple(size)  # for `repr`
     for name, r, s in zip(REGIONS, self.active_ratios, self.shares(size)):
         if s or not r: continue

@@ -48,7 +48,9 @@ def random_state()->dict:
         cuda = torch.cuda.get_rng_state_all() if n_processes() == 1 else [torch.cuda.get_rng_state()]
     return _plain(dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), cuda=cuda))
 
-def set_random_state(s:dict):
+def set_random_state(
+    s:dict, # As random_state gives it
+):
     "Put the generators back to what `random_state` gave."
     random.setstate(s['python'])
     np.random.set_state(s['numpy'])
@@ -58,7 +60,9 @@ def set_random_state(s:dict):
     elif len(s['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(s['cuda'])
 
 # %% ../../nbs/16c_callback.resume.ipynb #c3a10009
-def data_key(dls)->str:
+def data_key(
+    dls, # ReIDDataLoaders
+)->str:
     "Eight digits that differ when the training images, their order or the batches do."
     dl = dls.train
     items = getattr(getattr(dl, 'dataset', None), 'items', None)
@@ -91,20 +95,23 @@ class ResumeFit(Callback):
         self.resumed = []             # the epochs that a fit went on with
         self.inside = self.cut = False # within an epoch; stopped there
 
-    def before_fit(self):
-        self._reset()
-        if hasattr(self, 'lr_finder'): return
-        if not hasattr(self.learn, 'recorder'):
-            raise ConfigError('ResumeFit keeps what the Recorder has: leave that in the Learner')
-        if num_distrib() > 1 and n_processes() == 1:
-            raise ConfigError('ResumeFit: several processes would write one file: '
-                              'put the fit into `with learn.distrib_ctx():`')
-
-    def before_epoch(self):
-        if self.muted and self.epoch >= self.start: self._unmute()
-
     def after_epoch(self): self.inside = False
     def after_cancel_fit(self): self.cut = self.inside  # between epochs it is early stopping, and the fit is over
+
+# %% ../../nbs/16c_callback.resume.ipynb #1e4ef401
+@patch
+def before_fit(self:ResumeFit):
+    self._reset()
+    if hasattr(self, 'lr_finder'): return
+    if not hasattr(self.learn, 'recorder'):
+        raise ConfigError('ResumeFit keeps what the Recorder has: leave that in the Learner')
+    if num_distrib() > 1 and n_processes() == 1:
+        raise ConfigError('ResumeFit: several processes would write one file: '
+                          'put the fit into `with learn.distrib_ctx():`')
+
+@patch
+def before_epoch(self:ResumeFit):
+    if self.muted and self.epoch >= self.start: self._unmute()
 
 # %% ../../nbs/16c_callback.resume.ipynb #bd2f7436
 @patch

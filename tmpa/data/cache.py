@@ -7,6 +7,7 @@ __all__ = ['ImageCache', 'image_cache']
 
 # %% ../../nbs/01b_data.cache.ipynb #c040c601
 import hashlib, json, os, shutil
+from fastcore.basics import patch
 from itertools import accumulate
 from pathlib import Path
 import numpy as np
@@ -54,27 +55,30 @@ class ImageCache:
     @property
     def nbytes(self): return self.start[-1]
 
-    def rows(self,
-        items, # ReIDImages
-        ir_range:tuple|None=None, # As in read_image
-    )->list: # Place of each; None: not in here
-        "Where images are."
-        return [self.row.get(_name(o, ir_range)) for o in items]
-
-    def get(self,
-        o, # A ReIDImage
-        ir_range:tuple|None=None, # As in read_image
-    )->np.ndarray|None: # (1 or 3, height, width), mapped: changes stay in this process; None: not in here
-        "The pixels of a record."
-        i, = self.rows([o], ir_range)
-        return None if i is None else self[i]
-
     def __getitem__(self, i):
         "The pixels at a place."
         if self.bytes is None: self.bytes = np.asarray(np.memmap(self.file, mode='c', dtype=np.uint8))
         channels, dtype = _KINDS[self.kinds[i]]
         a = self.bytes[self.start[i]:self.start[i] + _n_bytes(self.kinds[i], self.size)]
         return a.view(dtype).reshape(channels, *self.size)
+
+# %% ../../nbs/01b_data.cache.ipynb #1ca889b8
+@patch
+def rows(self:ImageCache,
+    items, # ReIDImages
+    ir_range:tuple|None=None, # As in read_image
+)->list: # Place of each; None: not in here
+    "Where images are."
+    return [self.row.get(_name(o, ir_range)) for o in items]
+
+@patch
+def get(self:ImageCache,
+    o, # A ReIDImage
+    ir_range:tuple|None=None, # As in read_image
+)->np.ndarray|None: # (1 or 3, height, width), mapped: changes stay in this process; None: not in here
+    "The pixels of a record."
+    i, = self.rows([o], ir_range)
+    return None if i is None else self[i]
 
 # %% ../../nbs/01b_data.cache.ipynb #445df1de
 def _sources(names):

@@ -111,7 +111,9 @@ class Found(NamedTuple):
     broken:dict # Path -> why it cannot be read
     others:list # Paths of files that are no images
 
-def check_on_error(on_error):
+def check_on_error(
+    on_error, # As a user gives it
+):
     "Refuse what is neither 'raise' nor 'skip'."
     if on_error not in ('raise', 'skip'): raise ConfigError(f"on_error={on_error!r}: use 'raise' or 'skip'")
 

@@ -164,7 +164,9 @@ class ReIDAug(ItemTransform):
         generator:torch.Generator|None=None, # None: torch's own of the images' device
     ):
         super().__init__()
-        self.pad, self.flip, self.exchange, self.erase, self.generator = pad, flip, exchange, erase, generator
+        self.pad, self.flip = pad, flip
+        self.exchange, self.erase = exchange, erase
+        self.generator = generator
 
     def encodes(self, b):
         x, modality, *rest = b

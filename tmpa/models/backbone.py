@@ -232,7 +232,10 @@ class Tail(nn.Module):
 
 # %% ../../nbs/08_models.backbone.ipynb #3cbac5cd
 @patch
-def first_after(self:Tail, x, k):
+def first_after(self:Tail,
+    x, # (B, c, h, w)
+    k, # (B, width, h, w), as `project` gives it
+):
     "The first bottleneck of `x`, its projection `k` being known."
     first, y = self.layer4[0], k
     steps, relu = (self.torchvision, 'relu') if hasattr(first, 'relu') else (self.timm, 'act3')

@@ -11,6 +11,7 @@ __all__ = ['NETS', 'ReIDNet', 'check_setting', 'set_switches', 'scored_as', 'des
 import hashlib, inspect, json, torch
 from contextlib import contextmanager
 from numbers import Real
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from .. import __version__
@@ -40,38 +41,42 @@ class ReIDNet(nn.Module):
             cls.method = method
             NETS[method] = cls
 
-    def remember(self, args):
-        "Check the arguments of `__init__` and keep them: `settings` as attributes, the others for `meta`."
-        how = 'self', '__class__', 'kwargs', 'pretrained', 'weights', 'same_start'  # the last three: how weights begin
-        args = {k: v for k,v in args.items() if k not in how}
-        for k,v in args.items():
-            check_setting(self, k, v)
-            if k in self.settings: setattr(self, k, v)
-        named = {k: arch_name(v) if callable(v) else v for k,v in args.items()}  # a lambda cannot be pickled
-        self.arguments = {**self.arguments, **{k: v for k,v in named.items() if k not in self.settings}}
-
     def __setstate__(self, state):
         "Networks that version 0.4 pickled kept their arguments under another name; see `earlier` too."
         if '_fixed' in state: state['arguments'] = state.pop('_fixed')
         super().__setstate__({**self.earlier, **state})
 
-    @classmethod
-    def from_pretrained(cls, where, arch=None, attention=None, revision=None):
-        "A trained network of this class, see `tmpa.weights.from_pretrained`."
-        from tmpa.weights import from_pretrained
-        return from_pretrained(where, kind=cls, arch=arch, attention=attention, revision=revision)
+# %% ../../nbs/11a_models.net.ipynb #9d10985f
+@patch
+def remember(self:ReIDNet, args):
+    "Check the arguments of `__init__` and keep them: `settings` as attributes, the others for `meta`."
+    how = 'self', '__class__', 'kwargs', 'pretrained', 'weights', 'same_start'  # the last three: how weights begin
+    args = {k: v for k,v in args.items() if k not in how}
+    for k,v in args.items():
+        check_setting(self, k, v)
+        if k in self.settings: setattr(self, k, v)
+    named = {k: arch_name(v) if callable(v) else v for k,v in args.items()}  # a lambda cannot be pickled
+    self.arguments = {**self.arguments, **{k: v for k,v in named.items() if k not in self.settings}}
 
-    def save_pretrained(self, folder, **card):
-        "Write a folder that `from_pretrained` reads, see `tmpa.weights.save_pretrained`."
-        from tmpa.weights import save_pretrained
-        return save_pretrained(self, folder, **card)
+@patch(as_prop=True)
+def meta(self:ReIDNet):
+    "The arguments that describe this network, as plain values; settings that were changed since as they are now."
+    now = {k: getattr(self, k) for k in self.settings}
+    net = {} if self.method in ('', 'tmpa') else {'net': NETS[self.method].__name__}  # without a name: TMPANet
+    return {**self.arguments, **{k: list(v) if isinstance(v, tuple) else v for k,v in now.items()}, **net}
 
-    @property
-    def meta(self):
-        "The arguments that describe this network, as plain values; settings that were changed since as they are now."
-        now = {k: getattr(self, k) for k in self.settings}
-        net = {} if self.method in ('', 'tmpa') else {'net': NETS[self.method].__name__}  # without a name: TMPANet
-        return {**self.arguments, **{k: list(v) if isinstance(v, tuple) else v for k,v in now.items()}, **net}
+# %% ../../nbs/11a_models.net.ipynb #83394174
+@patch(cls_method=True)
+def from_pretrained(cls:ReIDNet, where, arch=None, attention=None, revision=None):
+    "A trained network of this class, see `tmpa.weights.from_pretrained`."
+    from tmpa.weights import from_pretrained
+    return from_pretrained(where, kind=cls, arch=arch, attention=attention, revision=revision)
+
+@patch
+def save_pretrained(self:ReIDNet, folder, **card):
+    "Write a folder that `from_pretrained` reads, see `tmpa.weights.save_pretrained`."
+    from tmpa.weights import save_pretrained
+    return save_pretrained(self, folder, **card)
 
 # %% ../../nbs/11a_models.net.ipynb #08e8f919
 def check_setting(

@@ -42,6 +42,7 @@ def resize_matrix(
     w = w/w.sum(1, keepdim=True)
     return (w.abs()*_PLACES + .5).floor()*w.sign()/_PLACES
 
+# %% ../../nbs/12d_models.onnx.ipynb #f814f1ad
 def pillow_resize(
     x:torch.Tensor, # (n, 3, H, W) pixels from 0 to 255, float64
     size:tuple,     # Height and width
@@ -118,6 +119,7 @@ def _difference(file, net, onnxruntime):
         worst = max(worst, float(abs(got - want).max()))
     return worst
 
+# %% ../../nbs/12d_models.onnx.ipynb #fa3e46bc
 def export_onnx(
     weights,    # A network, or what open_weights takes
     path,       # .onnx file to write

@@ -135,8 +135,14 @@ class TMPANet(ReIDNet, method='tmpa'):
 
 # %% ../../nbs/12_models.tmpa.ipynb #6f9ed58b
 @patch
-def view(self:TMPANet, images, f_vis=None, f_ir=None, modality=None, branches=None):
-    "Section III for images (B, 3, H, W) beside F^V_sp, F^I_sp (B, c, h, w); `modality` says which is missing."
+def view(self:TMPANet,
+    images, # (B, 3, H, W), normalised
+    f_vis=None, # (B, c, h, w) F^V_sp
+    f_ir=None, # (B, c, h, w) F^I_sp
+    modality=None, # (B,): which specific feature is missing
+    branches=None, # Of MFT, where they are known
+):
+    "Section III for images beside specific features."
     f_sh = self.shared(images, modality)                           # (B, c, h, w)   E_sh
     if f_vis is None: return self.view_of_one_trunk(f_sh)
     if self.mft is None: return self.view_of_three_trunks(f_sh, f_vis, f_ir, modality)
@@ -145,6 +151,7 @@ def view(self:TMPANet, images, f_vis=None, f_ir=None, modality=None, branches=No
     f_conv = self.tail(f_sh, k_sh)                                 # (B, 2c, h, w)  F^sh_Conv
     return ViewMaps(f_sh, gen_vis, gen_ir, self.completed(f_conv, gen_vis, gen_ir, f_vis, f_ir, modality))
 
+# %% ../../nbs/12_models.tmpa.ipynb #0f1eff29
 @patch
 def view_of_one_trunk(self:TMPANet, f_sh):
     "The baseline, with attention in MFT's place where it has one."
@@ -162,7 +169,14 @@ def view_of_three_trunks(self:TMPANet, f_sh, f_vis, f_ir, modality):
 
 # %% ../../nbs/12_models.tmpa.ipynb #539fa257
 @patch
-def completed(self:TMPANet, f_conv, gen_vis, gen_ir, f_vis, f_ir, modality):
+def completed(self:TMPANet,
+    f_conv, # (B, 2c, h, w) F^sh_Conv
+    gen_vis, # (B, c, h, w) F'^V_sp
+    gen_ir, # (B, c, h, w) F'^I_sp
+    f_vis, # (B, c, h, w) F^V_sp, or one a slot
+    f_ir, # (B, c, h, w) F^I_sp, or one a slot
+    modality, # (B,), for `eval_complete` miss
+):
     "F_C of eq. 12; scoring may ask for one `part` of it."
     f_vis, f_ir = repeated(f_vis, f_conv), repeated(f_ir, f_conv)   # in pairs, each slot has two rows
     if self.eval_complete == 'miss' and modality is not None:
@@ -175,25 +189,38 @@ def completed(self:TMPANet, f_conv, gen_vis, gen_ir, f_vis, f_ir, modality):
 
 # %% ../../nbs/12_models.tmpa.ipynb #91c515b2
 @patch
-def shared(self:TMPANet, images, modality=None):
+def shared(self:TMPANet,
+    images, # (B, 3, H, W), normalised
+    modality=None, # (B,) Modality of each
+):
     "E_sh: (B, 3, H, W) -> (B, c, h, w). A network whose trunk depends on the modality overrides this."
     return self.mfe.shared(images)
 
 @patch
-def specific(self:TMPANet, images, modality):
+def specific(self:TMPANet,
+    images, # (B, 3, H, W), normalised
+    modality, # (B,) Modality of each
+):
     "F^V_sp and F^I_sp of single images, (B, c, h, w) each; (None, None) with one trunk."
     if self.mfe.visible is None: return None, None
     if self.eval_complete == 'own': return (self.mfe.own(images, modality),)*2
     return self.mfe.visible(images), self.mfe.infrared(images)
 
+# %% ../../nbs/12_models.tmpa.ipynb #9830716f
 @patch
-def single(self:TMPANet, images, modality):
+def single(self:TMPANet,
+    images, # (B, 3, H, W), normalised
+    modality, # (B,) Modality of each
+):
     "The `ViewMaps` of single images, as evaluation takes it."
     f_vis, f_ir = self.specific(images, modality)
     return self.view(images, f_vis, f_ir, modality)
 
 @patch
-def features(self:TMPANet, images, modality):
+def features(self:TMPANet,
+    images, # (B, 3, H, W), normalised
+    modality, # (B,) Modality of each
+):
     "Pooled F_C of single images, before the neck: (B, D)."
     return self.pool(self.single(images, modality).f_c)
 
@@ -230,15 +257,25 @@ def both_views(self:TMPANet,
     if 'f_sh' in out: out['f_sh'] = second['f_sh']                     # MSS looks at the mixed images
     return out
 
+# %% ../../nbs/12_models.tmpa.ipynb #f57f5dda
 @patch
-def head(self:TMPANet, f_c, modality, index):
+def head(self:TMPANet,
+    f_c, # (B, 2c, h, w) F_C
+    modality, # (images,) of the batch
+    index, # (B,) images that the rows belong to
+):
     "The rows of F_C before and after the neck; `index` says which images they belong to."
     feat = self.pool(f_c)                                              # (B, D)
     return dict(feat=feat, logits=self.classifier(self.neck(feat)), modality=modality[index], index=index)
 
 # %% ../../nbs/12_models.tmpa.ipynb #58eea56c
 @patch
-def real(self:TMPANet, f_vis, f_ir, vis, ir):
+def real(self:TMPANet,
+    f_vis, # (N, c, h, w) F^V_sp
+    f_ir, # (N, c, h, w) F^I_sp
+    vis, # (N,) rows of V_i
+    ir, # (N,) rows of I_i
+):
     "Eq. 7: real specific features (N, c, h, w) of the slots, pooled and classified."
     if f_vis.shape[0] == 1 and self.classifier_vis[0].training:
         raise ConfigError('a batch of one slot (P=1, K=1): the classifiers of the specific features normalise over '
@@ -247,8 +284,14 @@ def real(self:TMPANet, f_vis, f_ir, vis, ir):
     return dict(f_vis=p_vis, f_ir=p_ir, slot_index=vis, ir_index=ir,
                 logits_vis=self.classifier_vis(p_vis), logits_ir=self.classifier_ir(p_ir))
 
+# %% ../../nbs/12_models.tmpa.ipynb #d7e305ca
 @patch
-def generated(self:TMPANet, view, index, vis, ir):
+def generated(self:TMPANet,
+    view, # ViewMaps
+    index, # (B,) images that its rows belong to
+    vis, # Rows of F'^V_sp that count
+    ir, # Rows of F'^I_sp that count
+):
     "Eq. 13: generated features classified, F'^V on the rows `vis`, F'^I on the rows `ir`; none without MFT."
     if self.mft is None: return {}
     return dict(logits_vis_gen=self.classifier_vis(avg_pool(view.gen_vis[vis])), gen_vis_index=index[vis],
