@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from types import SimpleNamespace
 import numpy as np
 from ..core import ConfigError, Modality
-from .canvas import Canvas, Dice
+from .canvas import FloatCanvas, SeededDice
 
 # %% ../../nbs/00f_data.painted.ipynb #13cecefa
 def _sin(a): return round(math.sin(a), 9)
@@ -102,7 +102,7 @@ def _add_belongings(p, d):
 @lru_cache(4096)
 def _identity(seed, pid):
     "Body, hair, clothes and belongings of one person."
-    d = Dice(seed, 0, pid)
+    d = SeededDice(seed, 0, pid)
     p = _body(d)
     _add_looks(p, d)
     p.top, p.low = _top(d, p.hip), _low(d, p.female)
@@ -113,7 +113,7 @@ def _identity(seed, pid):
 @lru_cache(256)
 def _camera(seed, modality, cam):
     "Optics and place of one camera."
-    d, ir = Dice(seed, 1, int(modality), cam), modality == Modality.INFRARED
+    d, ir = SeededDice(seed, 1, int(modality), cam), modality == Modality.INFRARED
     c = SimpleNamespace(ir=ir, scale=d.u(.85, .95), x=d.u(-.03, .03), y=d.u(-.015, .015), tilt=d.u(.93, 1.))
     c.yaw, c.horizon = d.u(-1., 1.), d.u(.55, .85)
     c.blur = d.pick((1, 1, 2)) if ir else d.pick((0, 0, 1))
@@ -436,10 +436,10 @@ def render_person(
     if modality not in (0, 1):
         raise ConfigError(f'modality must be 0 (visible) or 1 (infrared), got {modality}: pass one of the two')
     p, c = _identity(seed, pid), _camera(seed, int(modality), cam)
-    d = Dice(seed, 2, pid, int(modality), cam, shot)
+    d = SeededDice(seed, 2, pid, int(modality), cam, shot)
     q = _pose(d, c)
     scale, x, y = c.scale*d.u(.95, 1.05), c.x+.02*d.bell(), c.y+.012*d.bell()
-    cv = Canvas(size, 1 if c.ir else 3, scale, x, y, c.tilt, light=d.u(-1, 1))
+    cv = FloatCanvas(size, 1 if c.ir else 3, scale, x, y, c.tilt, light=d.u(-1, 1))
     _background(cv, c, d)
     _person(cv, p, q, partial(_ink, c))
     if d.chance(.08):  # something stands in the way

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from ..core import (ConfigError, DataError, Modality, arg_names, check_names, regular_file, remove_dead, shortened,
                        temp_folder, umask, user_path)
-from .canvas import GENERATOR_VERSION, Dice
+from .canvas import GENERATOR_VERSION, SeededDice
 from .painted import render_person
 
 _all_ = ['GENERATOR_VERSION', 'render_person']
@@ -125,7 +125,7 @@ def _regdb_trials(seed, pids, files):
     "The index files of ten trials; `files[modality, pid]` are the images of a person."
     texts, half = {}, len(pids)//2
     for trial in range(1, 11):
-        mixed = Dice(seed, 3, trial).shuffle(pids)
+        mixed = SeededDice(seed, 3, trial).shuffle(pids)
         for part, own in (('train', sorted(mixed[:half])), ('test', sorted(mixed[half:]))):
             for m, name in enumerate(('visible', 'thermal')):
                 lines = [f'{f} {k}\n' for k, pid in enumerate(own) for f in files[m, pid]]
@@ -231,7 +231,7 @@ def make_llcm(
     for m, kind in enumerate(('vis', 'nir')):
         cams = [k for k in range(1, 10) if not (m and k == 3)]  # camera 3 has no infrared
         for label, pid in enumerate(pids):
-            for cam in sorted(Dice(seed, 4, m, pid).shuffle(cams)[:n_cams]):
+            for cam in sorted(SeededDice(seed, 4, m, pid).shuffle(cams)[:n_cams]):
                 for s in range(per_cam):
                     folder = f'{kind}/{pid:04d}' if label < n_train else f'test_{kind}/cam{cam}/{pid:04d}'
                     rel = f'{folder}/{pid:04d}_c{cam:02d}_s{s+1:06d}_f{25*s+1:04d}_{kind}.jpg'
