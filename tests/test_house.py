@@ -8,11 +8,11 @@ ROOT = Path(__file__).parent.parent/'tmpa'
 FILES = sorted(f for f in ROOT.rglob('*.py') if f.name not in ('_modidx.py', '__init__.py'))
 
 CEILINGS = {
-    'lines over 120 columns': 323,
-    'modules over 250 lines': 24,
-    'export cells over 30 lines': 64,
-    'functions with 8 parameters or more': 43,
-    'own names in tmpa.all': 158,
+    'lines over 120 columns': 319,
+    'modules over 250 lines': 23,
+    'export cells over 30 lines': 63,
+    'functions with 8 parameters or more': 42,
+    'own names in tmpa.all': 155,
 }
 
 def name(f): return str(f.relative_to(ROOT))
