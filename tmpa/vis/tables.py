@@ -20,9 +20,10 @@ _PAPER, _HERE = '#E69F00', '#0072B2'
 _SETS = _HERE, '#009E73', '#CC79A7', '#56B4E9', '#D55E00'
 
 def _legend(ax):
-    "Each label once, where there is more than one."
+    "Each label once, above the axes, where there is more than one."
     named = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    if len(named) > 1: ax.legend(named.values(), named.keys(), fontsize=9)
+    place = dict(loc='lower right', bbox_to_anchor=(1, 1), ncols=len(named), frameon=False)
+    if len(named) > 1: ax.legend(named.values(), named.keys(), fontsize=9, **place)
 
 def _mean_and_spread(values): # Per cent of the runs of a row
     "Their mean, and their sample deviation; 0 of one run."
