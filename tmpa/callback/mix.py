@@ -265,10 +265,10 @@ def show_mixes(
 def _sheet(cols, figsize, dpi):
     "Columns of images under lettered titles."
     k, h, w = len(cols['visible']), *cols['visible'].shape[-2:]
-    figsize = figsize or (.9*len(cols), .9*k*h/w + .4)
+    figsize = figsize or (len(cols), k*h/w + .4)
     fig, axs = plt.subplots(k, len(cols), figsize=figsize, dpi=dpi, squeeze=False)
     for j, (name, col) in enumerate(cols.items()):
-        axs[0, j].set_title(f'({chr(97+j)}) {name}'.replace('Attentive CutMix', 'Attentive\nCutMix'), fontsize=8, pad=3)
+        axs[0, j].set_title(f'({chr(97+j)}) {name}'.replace('Attentive CutMix', 'Attentive\nCutMix'), fontsize=9, pad=3)
         for ax, x in zip(axs[:, j], col):
             ax.imshow(x.permute(1, 2, 0).clamp(0, 1).numpy())
             ax.axis('off')
