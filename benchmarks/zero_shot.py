@@ -1,23 +1,33 @@
 """Weights that have seen no photograph, on photographs of 50 real people; the infrared is *simulated*, see photographs.py.
 
 Every image of one camera is searched in all images of the other, both ways, for all people and for two halves of
-them: the renderer was chosen by half A, half B is what it was not chosen by.
+them, whose difference says how much the people matter.
 
     python benchmarks/zero_shot.py FOLDER rendered runs/rendered/last.pth --out runs/zero_shot
+    python benchmarks/zero_shot.py FOLDER --train runs/rendered            # as tmpa_rendered, scored after every epoch
+    python benchmarks/zero_shot.py FOLDER --start 5                        # trained on 30 of the people, from both starts
+    python benchmarks/zero_shot.py FOLDER --renderers                      # both renderers, at equal compute
 """
 import csv
 import sys
 from pathlib import Path
 
 import numpy as np
-from fastcore.script import Param, call_parse
+import torch
+from fastai.torch_core import set_seed
+from fastcore.script import Param, call_parse, store_true
 
 sys.path.insert(0, str(Path(__file__).parent))
 from photographs import prepare
 
-from tmpa.data.readers import csv_items
+from tmpa.data.load import ReIDDataLoaders
+from tmpa.data.readers import csv_items, regdb_items
+from tmpa.data.synthetic import make_regdb
+from tmpa.data.transforms import ReIDAug
 from tmpa.evaluation import evaluate
-from tmpa.learner import extract_features
+from tmpa.learner import extract_features, tmpa_learner
+from tmpa.pretrain import Rendered, train_rendered
+from tmpa.recipes import get_recipe
 from tmpa.weights import image_size, open_weights
 
 FIELDS = 'weights', 'people', 'v2i_R1', 'v2i_mAP', 'i2v_R1', 'i2v_mAP', 'mAP'
@@ -59,17 +69,80 @@ def chance(items, draws=20):
     return {name: one(pids) for name, pids in some.items()}
 
 
+def write(path, head, rows):
+    "A table as CSV, and on the console."
+    with open(path, 'w', newline='') as f: csv.writer(f).writerows([head, *rows])
+    for row in (head, *rows): print(*(f'{o!s:>9}' for o in row), flush=True)
+
+
+def followed(items, folder, out):
+    "Train the shipped weights, and score them after every epoch."
+    config, rows = Rendered(), []
+    def each(net, epoch):
+        with torch.random.fork_rng(): found = scores(net, items, config.size)  # the training goes on as without
+        rows.extend([epoch, k, *v] for k, v in found.items())
+        write(out/'curve.csv', ('epoch', *FIELDS[1:]), rows)
+    train_rendered(config, folder, 'cpu', each=each)
+
+
+class Version1(Rendered):
+    "The same training on people of the first renderer, 6 photographs of each in each modality."
+    folder = None
+    def loaders(self, device=None, num_workers=0):
+        made = make_regdb(self.folder, 2*self.n_ids, per_modality=6, size=self.size, seed=self.seed)  # half of them train
+        aug = [ReIDAug(exchange=self.exchange, erase=self.erase)]
+        return ReIDDataLoaders.from_items(regdb_items(made, 1, 'train'), size=self.size, P=self.P, K=self.K, seed=self.seed,
+                                          num_workers=num_workers, aug=aug, device=device)
+
+
+def both_renderers(items, out):
+    "24,000 training images of 1,000 people, 12,000 of them different, of each renderer."
+    Version1.folder, rows = out/'version1', []
+    for name, config in (('version 1', Version1(n_ids=1000, epochs=2)), ('version 2', Rendered(n_ids=1000, epochs=3))):
+        net = train_rendered(config, out/name, 'cpu')
+        rows += [(name, k, *v) for k, v in scores(net, items, config.size).items()]
+        write(out/'renderers.csv', FIELDS, rows)
+
+
+def trained(folder, out, split, start, epochs=8):
+    "Scores on 20 people after training on the 30 others, from the shipped weights or from random ones."
+    table, recipe, size = prepare(folder, out/'data', split), get_recipe('B+CA'), (128, 64)
+    train, test = csv_items(table, 'train'), csv_items(table, 'test')
+    set_seed(split)
+    dls = ReIDDataLoaders.from_items(train, size=size, seed=split, num_workers=0, cache=True, device='cpu')
+    learn = tmpa_learner(dls, 'ibn_resnet', pretrained=start, mfe=False, mix=None, loss_func=recipe.make_loss())
+    with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(epochs, lr=.03, warmup=.2, decay=(.6, .85), trunk=1.)
+    return both_ways(extract_features(learn.model, test, size, num_workers=0), test)
+
+
+def compared(folder, out, splits):
+    "Both starts, and no training, on the same splits."
+    rows, (net, card) = [], open_weights('rendered')
+    for split in range(splits):
+        test = csv_items(prepare(folder, out/'data', split), 'test')
+        rows.append([split, 'rendered, not trained', *both_ways(extract_features(net, test, image_size(card)), test)])
+        for start, name in ((False, 'random'), ('rendered', 'rendered')):
+            rows.append([split, name, *trained(folder, out, split, start)])
+            write(out/'start.csv', ('split', 'start', *FIELDS[2:]), rows)
+
+
 @call_parse
 def main(
     folder:str, # Folder of PKU-Reid: manifest.csv (file,pid,cam,orientation) and images/
-    weights:Param('Files or folders of weights, or rendered', str, nargs='+'),
+    weights:Param('Files or folders of weights, or rendered', str, nargs='*'),
     out:str='runs/zero_shot', # Folder to make or to add to
+    train:str=None, # Folder to train the shipped weights in, scored after every epoch
+    start:int=0, # Splits of the people on which to compare starts of training
+    renderers:store_true=False, # Train on what both renderers draw, at equal compute
 ):
     "Score weights on the 50 people."
-    items = csv_items(prepare(folder, Path(out)/'data', 0, n_test=50), 'test')
+    out = Path(out)
+    items = csv_items(prepare(folder, out/'zero', 0, n_test=50), 'test')
+    if train: return followed(items, train, out)
+    if start: return compared(folder, out, start)
+    if renderers: return both_renderers(items, out)
     rows = [('chance', k, *v) for k, v in chance(items).items()]
     for name in weights:
         model, card = open_weights(name)
         rows += [(name, k, *v) for k, v in scores(model, items, image_size(card)).items()]
-    with open(Path(out)/'scores.csv', 'w', newline='') as f: csv.writer(f).writerows([FIELDS, *rows])
-    for row in [FIELDS, *rows]: print(*(f'{o!s:>9}' for o in row))
+    write(out/'scores.csv', FIELDS, rows)
