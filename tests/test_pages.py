@@ -1,8 +1,9 @@
 """What pages show of cells that test: `.ci/shape.py`."""
-import ast, json, sys
+import ast, base64, io, json, re, sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'.ci'))
@@ -67,3 +68,18 @@ def test_every_notebook():
             try: stmts = ast.parse(source).body
             except SyntaxError: continue
             assert not any(map(is_test, stmts)), (path, source)
+
+
+def test_text_in_figures_can_be_read():
+    "A page shows a figure as large as its inches say: no text below 9 points, and none so wide that the page makes it smaller."
+    for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        for cell in json.loads(path.read_text(encoding='utf8'))['cells']:
+            source = ''.join(cell['source'])
+            small = [o for o in re.findall(r'(?:font|label)size=(\d+(?:\.\d+)?)\b', source) if float(o) < 9]
+            assert not small, (path.name, small, source[:80])
+            for out in cell.get('outputs', []):
+                for kind in ('image/png', 'image/jpeg'):
+                    if kind not in out.get('data', {}): continue
+                    image = Image.open(io.BytesIO(base64.b64decode(''.join(out['data'][kind]))))
+                    dpi = image.info.get('dpi', (0, 0))[0]
+                    assert dpi < 2 or image.width/dpi < 10.5, (path.name, image.width/dpi, source[-80:])
