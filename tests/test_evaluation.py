@@ -312,14 +312,14 @@ def test_on_a_device(rule, device):
 @pytest.mark.parametrize('rule', RULES)
 def test_path_of_other_devices(rule, monkeypatch):
     "Without numpy's sort, as on a GPU; and distances that are not contiguous."
-    import tmpa.ranking as ranking
+    import tmpa.counting as counting
     q, g, *labels = make()
     d = -q@g.T
     want = cmc_map(d, *labels, rule=rule)
     identical(want, cmc_map(np.asfortranarray(d), *labels, rule=rule))
     identical(want, cmc_map(torch.from_numpy(d.T.copy()).T, *labels, rule=rule))
-    monkeypatch.setattr(ranking, '_sorted_rows', lambda d: [d.sort(1).values])
-    monkeypatch.setattr(ranking, '_nearer', lambda d, own: d < own)
+    monkeypatch.setattr(counting, '_sorted_rows', lambda d: [d.sort(1).values])
+    monkeypatch.setattr(counting, '_nearer', lambda d, own: d < own)
     identical(want, cmc_map(d, *labels, rule=rule))
 
 def test_half_precision_features():

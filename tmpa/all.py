@@ -41,7 +41,8 @@ from .models.onnx import export_onnx
 from .losses import BetaWarmup, TMPALoss, id_loss, mft_loss, msi_loss, mss_loss, wrt_loss
 
 # %% ../nbs/24_all.ipynb #405f7ea1
-from .ranking import EvalResult, Rule, cmc_map
+from .ranking import EvalResult, cmc_map
+from .rules import Rule
 from .rerank import rerank
 from .features import load_features, save_features
 from .confidence import bootstrap, compare_runs, detectable, difference

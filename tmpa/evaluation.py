@@ -16,9 +16,10 @@ from fastcore.xml import to_xml
 from .core import ProtocolError, ReIDImage, known
 from .features import load_features
 from .protocols import Setting, cross_settings, cross_settings_of, llcm_settings, sysu_settings
-from .ranking import (IN_ITSELF, RULES, EvalResult, Rule, as_matrix, check_cameras, check_chunk, check_finite, check_label,
-                          check_labels, check_nonzero, check_rank, cmc_map, cmc_map_slow, get_rule, refuse_own, run_rule,
-                          same_rows)
+from .inputs import (IN_ITSELF, as_matrix, check_chunk, check_finite, check_label, check_labels, check_nonzero,
+                         check_rank, refuse_own, same_rows)
+from .ranking import EvalResult, cmc_map, cmc_map_slow, run_rule
+from .rules import RULES, Rule, check_cameras, get_rule
 from .rerank import reranker
 from .results import TextTable, mean_text
 

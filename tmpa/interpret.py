@@ -14,7 +14,7 @@ from .core import ConfigError, Modality, check_names, check_records, known, same
 from .protocols import cross_settings
 from .data.image import how_read, read_image
 from .evaluation import Setting, evaluate_settings
-from .ranking import check_cameras, get_rule
+from .rules import check_cameras, get_rule
 
 # %% ../nbs/17a_interpret.ipynb #06b53f75
 def top_matches(
@@ -29,11 +29,8 @@ def top_matches(
     "The `k` nearest gallery images of one query, after the rule's removals."
     pids, cams, g = np.asarray(pids), np.asarray(cams), np.asarray(gallery)
     check_cameras(cams, rule, 'cams')
-    remove = get_rule(rule).remove
-    keep = g != query
-    if remove == 'place': keep &= ~((cams[query] == 3) & (cams[g] == 2))
-    if remove == 'same_cam' and known(pids[query]): keep &= ~((pids[g] == pids[query]) & (cams[g] == cams[query]))
-    g = g[keep]
+    hidden = get_rule(rule).hidden(pids[query], cams[query], pids[g], cams[g])
+    g = g[(g != query) & ~hidden]
     exact = 'donot_use_mm_for_euclid_dist'  # equal images have equal distances
     d = torch.cdist(feats[query][None].float(), feats[torch.as_tensor(g)].float(), compute_mode=exact)[0].cpu().numpy()
     order = np.argsort(d, kind='stable')[:k]

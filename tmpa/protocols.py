@@ -16,7 +16,7 @@ import torch
 from .core import (DataError, Modality, ProtocolError, check_records, known, regular_file, user_path,
                        whole_number)
 from .files import read_mat
-from .ranking import check_cameras
+from .rules import check_cameras
 
 # %% ../nbs/00f_protocols.ipynb #3904ec61
 @dataclass(eq=False)

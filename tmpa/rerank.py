@@ -9,7 +9,8 @@ __all__ = ['rerank_slow', 'reranker', 'rerank']
 import numpy as np, torch, torch.nn.functional as F
 from scipy import sparse
 from .core import ProtocolError, in_memory
-from .ranking import as_matrix, check_finite, top_columns
+from .inputs import as_matrix, check_finite
+from .ranking import top_columns
 
 # %% ../nbs/13b_rerank.ipynb #d234c73b
 def rerank_slow(q_feats, g_feats, k1:int=20, k2:int=6, lam:float=0.3):

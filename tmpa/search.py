@@ -16,7 +16,8 @@ from .gallery import kind_of_numbers
 from .gallery_files import Gallery
 from .hits import Hit, Hits
 from .models.net import fingerprint
-from .ranking import check_cameras, get_rule, top_columns
+from .ranking import top_columns
+from .rules import check_cameras, get_rule
 
 _all_ = ['Gallery', 'Hit', 'Hits', 'fingerprint', 'top_columns']
 
@@ -37,17 +38,16 @@ def _allowed(self:Gallery, cams, only):
 def _hidden(self:Gallery, queries, cams, only, rule):
     "A function from a slice of the gallery to what is hidden there, (n, ) or (n_q, n); None hides nothing."
     allowed = self._allowed(cams, only)
-    remove = get_rule(rule).remove
-    if remove == 'none': return None if allowed.all() else lambda s: ~allowed[s]
-    if any(q is None or q.cam < 1 or (remove == 'same_cam' and not known(q.pid)) for q in queries):
-        needs = 'camera and identity' if remove == 'same_cam' else 'camera'
+    its, same_cam = get_rule(rule), get_rule(rule).remove == 'same_cam'
+    if its.remove == 'none': return None if allowed.all() else lambda s: ~allowed[s]
+    if any(q is None or q.cam < 1 or (same_cam and not known(q.pid)) for q in queries):
+        needs = 'camera and identity' if same_cam else 'camera'
         raise ProtocolError(f'rule={rule!r} needs the {needs} of each query: pass ReIDImages, or records=')
     pid, cam, _ = self.numbers()
     check_cameras([q.cam for q in queries], rule, lambda i: queries[i].path)
     check_cameras(cam.cpu(), rule, lambda i: self.items[i].path)
     q_pid, q_cam = (torch.tensor([getattr(q, k) for q in queries], device=self.device)[:, None] for k in ('pid', 'cam'))
-    if remove == 'place': return lambda s: ~allowed[s] | ((q_cam == 3) & (cam[s] == 2))
-    return lambda s: ~allowed[s] | ((q_pid == pid[s]) & (q_cam == cam[s]))
+    return lambda s: ~allowed[s] | its.hidden(q_pid, q_cam, pid[s], cam[s])
 
 # %% ../nbs/22_search.ipynb #f86c1693
 _TOGETHER = 2**21 # Similarities at a time

@@ -10,7 +10,7 @@ import numpy as np, torch
 from dataclasses import dataclass
 from fastcore.basics import patch
 from .core import ConfigError, ProtocolError, TrackedImage
-from .ranking import as_matrix, check_finite, check_nonzero
+from .inputs import as_matrix, check_finite, check_nonzero
 
 # %% ../nbs/14a_tracks.ipynb #bb1c9449
 @dataclass(eq=False)

@@ -17,7 +17,8 @@ from .confidence import Interval
 from .core import (CheckpointError, ConfigError, DataError, ProtocolError, atomic_write, in_memory, known,
                        user_path)
 from .files import first_wrong, load_torch
-from .ranking import as_matrix, check_cameras, check_finite, check_labels, check_nonzero, get_rule
+from .inputs import as_matrix, check_finite, check_labels, check_nonzero
+from .rules import check_cameras, get_rule
 
 # %% ../nbs/13e_verify.ipynb #b9f8db8e
 def unit_distances(
@@ -71,19 +72,18 @@ def pairs(
         raise ProtocolError(f'there is no pair of {kind} of known people among {len(items)} records: add some')
     with in_memory(f'{len(a):,} x {len(b):,} pairs', 60*len(a)*len(b), 'take fewer images'):
         d = unit_distances(x[a], x[b])
-        i, j = np.nonzero(_allowed(pid, cam, file, a, b, get_rule(rule).remove, cross))
+        i, j = np.nonzero(_allowed(pid, cam, file, a, b, get_rule(rule), cross))
         groups = np.stack([pid[a[i]], pid[b[j]]], 1)
         return Pairs(d[i,j], groups[:,0] == groups[:,1], groups, np.stack([a[i], b[j]], 1), cross)
 
 # %% ../nbs/13e_verify.ipynb #068f7a0c
-def _allowed(pid, cam, file, a, b, remove, cross):
-    "Which pairs of rows `a` and `b` count (n_a, n_b)."
+def _allowed(pid, cam, file, a, b, rule, cross):
+    "Which pairs of rows `a` and `b` count (n_a, n_b): neither hidden as query from the other."
     ok = file[a][:,None] != file[b]
     if not cross: ok &= a[:,None] < b
-    c, d = cam[a][:,None], cam[b]
-    if remove == 'same_cam': ok &= (pid[a][:,None] != pid[b]) | (c != d)
-    if remove == 'place': ok &= ~((c == 2) & (d == 3) | (c == 3) & (d == 2))
-    return ok
+    if rule.remove == 'none': return ok
+    first, second = (pid[a][:,None], cam[a][:,None]), (pid[b], cam[b])
+    return ok & ~rule.hidden(*first, *second) & ~rule.hidden(*second, *first)
 
 # %% ../nbs/13e_verify.ipynb #c09f47ce
 def _checked(distances, same):
@@ -382,11 +382,8 @@ class OpenSet(Roc):
 def _hidden(labels, rule, s):
     "What the queries of a slice must not see (n, n_g)."
     q_pids, g_pids, q_cams, g_cams = labels
-    hide = np.broadcast_to(~known(g_pids), (len(q_pids[s]), len(g_pids)))
-    remove = get_rule(rule).remove
-    if remove == 'same_cam': hide = hide | (q_pids[s,None] == g_pids) & (q_cams[s,None] == g_cams)
-    if remove == 'place': hide = hide | (q_cams[s,None] == 3) & (g_cams == 2)
-    return hide
+    cams = None if q_cams is None else q_cams[s,None]
+    return get_rule(rule).hidden(q_pids[s,None], cams, g_pids, g_cams) | ~known(g_pids)
 
 # %% ../nbs/13e_verify.ipynb #f63dd4da
 def _found(d, mate, rank):

@@ -13,7 +13,7 @@ from pathlib import Path
 from warnings import warn
 from ..core import (PublishedImage, ReIDImage, TrackedImage, DataError, regular_file, shortened, user_path,
                        whole_number)
-from ..ranking import SYSU_INFRARED
+from ..rules import SYSU_INFRARED
 from .image import as_float, decoded, image_exts, item_range, load_resized, read_image
 
 # %% ../../nbs/01_data.readers.ipynb #81ed5730
