@@ -5,7 +5,8 @@ import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from sklearn.metrics import average_precision_score
 from tmpa.core import UNKNOWN, ConfigError, DataError, ProtocolError
-from tmpa.evaluation import (EvalResult, RULES, Rule, Setting, cmc_map, cmc_map_slow, compare_protocols, evaluate, evaluate_features,
+from tmpa.conventions import compare_protocols
+from tmpa.evaluation import (EvalResult, RULES, Rule, Setting, cmc_map, cmc_map_slow, evaluate, evaluate_features,
                              evaluate_settings)
 from tmpa.confidence import bootstrap, compare_runs
 from tmpa.features import load_features, save_features

@@ -48,7 +48,8 @@ from .features import load_features, save_features
 from .confidence import bootstrap, compare_runs, detectable, difference
 from .verify import Threshold, open_set, pairs, plot_curves, plot_pairs, roc, threshold
 from .results import TextTable, difference_table, score_table
-from .evaluation import compare_protocols, evaluate, evaluate_features, evaluate_settings
+from .evaluation import evaluate, evaluate_features, evaluate_settings
+from .conventions import compare_protocols
 from .tracks import track_features
 
 # %% ../nbs/24_all.ipynb #708b141f

@@ -13,22 +13,30 @@ from .core import DataError, atomic_write, regular_file, user_path
 from .files import check_zip, read_mat, read_torch
 
 # %% ../nbs/13c_features.ipynb #05de8157
-_names = dict(feats=('feats', 'feat', 'features', 'feature', 'f', 'x', 'embeddings', 'embedding', 'emb', 'descriptors'),
-              pids=('pids', 'pid', 'labels', 'label', 'ids', 'id', 'person_id', 'person_ids', 'y', 'targets', 'identities'),
-              cams=('cams', 'cam', 'camids', 'camid', 'cam_ids', 'cam_id', 'cameras', 'camera', 'c'),
-              modality=('modality', 'modalities', 'modal', 'modals'))
+_names = dict(
+    feats=('feats', 'feat', 'features', 'feature', 'f', 'x', 'embeddings', 'embedding', 'emb', 'descriptors'),
+    pids=('pids', 'pid', 'labels', 'label', 'ids', 'id', 'person_id', 'person_ids', 'y', 'targets', 'identities'),
+    cams=('cams', 'cam', 'camids', 'camid', 'cam_ids', 'cam_id', 'cameras', 'camera', 'c'),
+    modality=('modality', 'modalities', 'modal', 'modals'))
 _sides = ('query_', 'gallery_', 'gall_', 'test_', 'train_', 'q_', 'g_')
 _other = dict(query=('gallery_', 'gall_', 'g_'), gallery=('query_', 'q_'))
 
 def _plain(name):
+    "A name without the side that it is of."
     name = name.lower()
     return next((name[len(p):] for p in _sides if name.startswith(p) and len(name) > len(p)), name)
 
+def _of_other_side(name, side):
+    "Whether a name says that it is of the side that was not asked for."
+    return side is not None and _plain(name) != name.lower() and name.lower().startswith(_other[side])
+
 def _pick(arrays, kind, path, side=None):
-    "The array of that kind; None if there is none. `side` decides between 'query' and 'gallery' where a file holds both."
-    hits = [k for k in arrays if _plain(k) in _names[kind] and not (side and _plain(k) != k.lower() and k.lower().startswith(_other[side]))]
+    "The array of that kind; None: there is none. `side` ('query', 'gallery') decides where a file holds both."
+    hits = [k for k in arrays if _plain(k) in _names[kind] and not _of_other_side(k, side)]
     if len(hits) > 1 and side: hits = [k for k in hits if k.lower().startswith(side[0])] or hits
-    if len(hits) > 1: raise DataError(f"{path} holds several arrays that could be the {kind} ({', '.join(hits)}): keep one kind of feature in a file, and say side='query' or side='gallery' where it holds both")
+    if len(hits) > 1:
+        raise DataError(f"{path} holds several arrays that could be the {kind} ({', '.join(hits)}): keep one kind of "
+                        "feature in a file, and say side='query' or side='gallery' where it holds both")
     return arrays[hits[0]] if hits else None
 
 # %% ../nbs/13c_features.ipynb #8c2957c6
@@ -39,56 +47,100 @@ class Features(NamedTuple):
     cams:np.ndarray|None = None # (n,) int64 cameras
     modality:np.ndarray|None = None # (n,) int64, 0 visible, 1 infrared
 
+def _read(path):
+    "What a file holds."
+    kind = path.suffix.lower()
+    if kind in ('.pt', '.pth'): return read_torch(path)
+    if kind == '.mat': return read_mat(path)
+    if kind != '.npz': raise DataError(f"{path}: features are read from .npz, .pt and .mat files, not from '{kind}'")
+    check_zip(path)
+    with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z.files}
+
 def _arrays(path):
     "All arrays of a file by name."
-    kind = path.suffix.lower()
     regular_file(path, 'feature file', 'give the path of a .npz, .pt or .mat file')
-    try:
-        if kind == '.npz':
-            check_zip(path)
-            with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z.files}
-        if kind in ('.pt', '.pth'): d = read_torch(path)
-        elif kind == '.mat': d = read_mat(path)
-        else: raise DataError(f"{path}: features are read from .npz, .pt and .mat files, not from '{kind}'")
+    try: d = _read(path)
     except DataError: raise
-    except Exception as e: raise DataError(f"{path} cannot be read as {kind} ({type(e).__name__}): write it again, with plain arrays only") from None
-    if not isinstance(d, dict): raise DataError(f"{path} holds a {type(d).__name__}: a dictionary with features and identities is needed")
-    return {str(k): v for k,v in d.items()}
+    except Exception as e:
+        raise DataError(f'{path} cannot be read as {path.suffix.lower()} ({type(e).__name__}): '
+                        'write it again, with plain arrays only') from None
+    if isinstance(d, dict): return {str(k): v for k,v in d.items()}
+    raise DataError(f'{path} holds a {type(d).__name__}: a dictionary with features and identities is needed')
 
 # %% ../nbs/13c_features.ipynb #977729e8
-def _numbers(x, kind, path, n=None):
-    "A float matrix, or `n` whole numbers."
-    try: x = x.detach().cpu().float().numpy() if torch.is_tensor(x) and x.dtype in (torch.bfloat16, torch.float16) else np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
-    except Exception: raise DataError(f"{path}: the {kind} are no plain array of numbers") from None
-    if x.dtype.kind not in 'fiub': raise DataError(f"{path}: the {kind} are of type {x.dtype}, numbers are needed")
-    if n is None:
-        if x.ndim != 2 or 0 in x.shape: raise DataError(f"{path}: the features have shape {x.shape}, (images, dimensions) is needed")
-        return x if x.dtype == np.float64 else x.astype(np.float32)
-    if x.size != n: raise DataError(f"{path}: {x.size} {kind} for {n} features, one for each is needed")
-    x = x.ravel()
-    if x.dtype.kind == 'f' and not (np.isfinite(x).all() and (x == np.round(x)).all()): raise DataError(f"{path}: the {kind} hold numbers that are not whole")
-    most = 2**(np.finfo(x.dtype).nmant + 1) if x.dtype.kind == 'f' else 2**63
+def _array(x, kind, path):
+    "An array of numbers."
+    try:
+        if torch.is_tensor(x):
+            x = x.detach().cpu()
+            if x.dtype in (torch.bfloat16, torch.float16): x = x.float()
+        x = np.asarray(x)
+    except Exception: raise DataError(f'{path}: the {kind} are no plain array of numbers') from None
+    if x.dtype.kind in 'fiub': return x
+    raise DataError(f'{path}: the {kind} are of type {x.dtype}, numbers are needed')
+
+def _feature_matrix(x, path):
+    "(n, D) float32 or float64."
+    x = _array(x, 'features', path)
+    if x.ndim != 2 or 0 in x.shape:
+        raise DataError(f'{path}: the features have shape {x.shape}, (images, dimensions) is needed')
+    return x if x.dtype == np.float64 else x.astype(np.float32)
+
+def _whole_numbers(x, kind, path, n):
+    "(n,) int64."
+    x = _array(x, kind, path)
+    if x.size != n: raise DataError(f'{path}: {x.size} {kind} for {n} features, one for each is needed')
+    x, floats = x.ravel(), x.dtype.kind == 'f'
+    if floats and not (np.isfinite(x).all() and (x == np.round(x)).all()):
+        raise DataError(f'{path}: the {kind} hold numbers that are not whole')
+    most = 2**(np.finfo(x.dtype).nmant + 1) if floats else 2**63
     if x.dtype.kind in 'fu' and (np.abs(x) >= most).any():
-        raise DataError(f"{path}: the {kind} are of type {x.dtype}, which takes numbers from {most} on for one another: write int64")
+        raise DataError(f'{path}: the {kind} are of type {x.dtype}, which takes numbers from {most} on for one '
+                        'another: write int64')
     return x.astype(np.int64)
+
+# %% ../nbs/13c_features.ipynb #42a4d450
+_words = dict(pids='identities', cams='cameras', modality='modalities')
+
+def _labels(arrays, path, n):
+    "The labels that are there, as whole numbers."
+    return {k: _whole_numbers(x, _words[k], path, n) for k,x in arrays.items() if x is not None}
 
 def load_features(
     path,      # `.npz`, `.pt`, `.pth` or `.mat` file
     side=None, # 'query' or 'gallery', for files that hold both (`query_f`, `gallery_f`, ...)
 ) -> Features:
-    "Features, identities and, where the file has them, cameras and modalities; `DataError` names the file and what it holds."
+    "Features and identities, cameras and modalities where there are any; `DataError` names the file and what it holds."
     path = user_path(path)
     d = _arrays(path)
-    feats, pids, cams, modality = (_pick(d, k, path, side) for k in _names)
-    missing = [what for x,what in ((feats, "features ('feats')"), (pids, "identities ('pids')")) if x is None]
-    if missing: raise DataError(f"{path} has no {' and no '.join(missing)}; it holds {', '.join(map(str, d)) or 'nothing'}: rename the arrays")
-    feats = _numbers(feats, 'features', path)
-    return Features(feats, *(None if x is None else _numbers(x, k, path, len(feats)) for x,k in ((pids, 'identities'), (cams, 'cameras'), (modality, 'modalities'))))
+    found = {k: _pick(d, k, path, side) for k in _names}
+    words = dict(feats="features ('feats')", pids="identities ('pids')")
+    missing = [word for k,word in words.items() if found[k] is None]
+    if missing:
+        raise DataError(f"{path} has no {' and no '.join(missing)}; it holds {', '.join(map(str, d)) or 'nothing'}: "
+                        'rename the arrays')
+    feats = _feature_matrix(found.pop('feats'), path)
+    return Features(feats, **_labels(found, path, len(feats)))
 
 # %% ../nbs/13c_features.ipynb #0f6a50db
 def _letters(name):
     "A name without bytes that are no letters, which MATLAB cannot hold."
     return str(name).encode('utf8', 'backslashreplace').decode()
+
+def _write(path, tmp, arrays, names):
+    "Arrays, and names of images where there are any, to a temporary file for `path`."
+    if path.suffix == '.npz':
+        if names is not None: arrays['names'] = np.array([str(o) for o in names])
+        np.savez(tmp, **arrays)
+    elif path.suffix in ('.pt', '.pth'):
+        tensors = {k: torch.from_numpy(v) for k,v in arrays.items()}
+        if names is not None: tensors['names'] = [str(o) for o in names]
+        torch.save(tensors, tmp)
+    elif path.suffix == '.mat':
+        from scipy.io import savemat
+        if names is not None: arrays['names'] = np.array([_letters(o) for o in names])
+        savemat(tmp, arrays, do_compression=True)  # which adds a checksum
+    else: raise DataError(f"{path}: features are written to .npz, .pt and .mat files, not to '{path.suffix}'")
 
 def save_features(
     path,          # File to write, `.npz`, `.pt` or `.mat`
@@ -99,16 +151,8 @@ def save_features(
 ):
     "Write features so that `load_features` reads them back; the file is whole or absent."
     path = user_path(path)
-    feats = _numbers(feats, 'features', path)
-    d = dict(feats=feats, **{k: _numbers(x, k, path, len(feats)) for k,x in (('pids', pids), ('cams', cams), ('modality', modality)) if x is not None})
-    if names is not None and len(names) != len(feats): raise DataError(f'{path}: {len(names)} names for {len(feats)} features, one for each is needed')
-    tensors = {k: torch.from_numpy(v) for k,v in d.items()}
-    if names is not None: d['names'] = np.array([str(o) for o in names])
-    with atomic_write(path) as tmp:
-        if path.suffix == '.npz': np.savez(tmp, **d)
-        elif path.suffix in ('.pt', '.pth'): torch.save(tensors if names is None else {**tensors, 'names': d['names'].tolist()}, tmp)
-        elif path.suffix == '.mat':
-            from scipy.io import savemat
-            if names is not None: d['names'] = np.array([_letters(o) for o in d['names']])
-            savemat(tmp, d, do_compression=True)  # which adds a checksum
-        else: raise DataError(f"{path}: features are written to .npz, .pt and .mat files, not to '{path.suffix}'")
+    feats = _feature_matrix(feats, path)
+    arrays = dict(feats=feats, **_labels(dict(pids=pids, cams=cams, modality=modality), path, len(feats)))
+    if names is not None and len(names) != len(feats):
+        raise DataError(f'{path}: {len(names)} names for {len(feats)} features, one for each is needed')
+    with atomic_write(path) as tmp: _write(path, tmp, arrays, names)

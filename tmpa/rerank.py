@@ -45,7 +45,7 @@ def _first_equal(x):
     return None if (first == np.arange(len(x))).all() else torch.as_tensor(first, device=x.device)
 
 def _neighbours(x, k, chunk, first=None):
-    "Nearest `k` of every row of `x` (n, D), themselves first: indices (n, k), equal distances by position; and the greatest squared distance of each row."
+    "Nearest `k` of every row of `x` (n, D), themselves first, equal ones by position; and each row's greatest square."
     near, top = [], []
     for i in range(0, len(x), chunk):
         d = (2 - 2*x[i:i+chunk]@x.T).clamp_min_(0)
@@ -68,7 +68,7 @@ def _encode(x, near, top, k1, chunk):
     core, friends = _mutual(near, k1), _mutual(near, half)
     for i in range(0, n, chunk):
         j, own = near[i:i+chunk,:k1+1], core[i:i+chunk]
-        f, ok = near[j,:half+1], friends[j]                                   # (b, k1+1, half+1): the friends of each neighbour
+        f, ok = near[j,:half+1], friends[j]                                   # (b, k1+1, half+1): of each neighbour
         shared = ok & ((f[...,None] == j[:,None,None]) & own[:,None,None]).any(3)
         join = own & (shared.sum(2)*3 > ok.sum(2)*2)
         member = torch.zeros(len(j), n + 1, dtype=torch.bool, device=x.device)  # column n takes what is masked out
@@ -76,13 +76,14 @@ def _encode(x, near, top, k1, chunk):
         member.scatter_(1, torch.where(join[...,None] & ok, f, n).flatten(1), True)
         r, c = member[:,:n].nonzero(as_tuple=True)
         d = (2 - 2*(x[i+r]*x[c]).sum(1)).clamp_min(0).masked_fill(i + r == c, 0)/top[i+r].clamp_min(1e-12)
-        rows.append(sparse.csr_matrix((torch.exp(-d).double().cpu().numpy(), (r.cpu().numpy(), c.cpu().numpy())), (len(j), n)))
+        weights, r, c = (o.cpu().numpy() for o in (torch.exp(-d).double(), r, c))
+        rows.append(sparse.csr_matrix((weights, (r, c)), (len(j), n)))
     v = sparse.vstack(rows).tocsr()
     return sparse.diags_array(1/np.asarray(v.sum(1)).ravel()) @ v
 
 # %% ../nbs/13b_rerank.ipynb #21f61b73
 def _shared(v, g, most=2**22):
-    "Sum of the smaller numbers of each row of `v` (b, n) and each of the gallery's (n_g, n) in CSC form; `most` pairs at a time."
+    "Sums of the smaller numbers of rows of `v` (b, n) and of the gallery's (n_g, n) in CSC form; `most` at a time."
     n = np.diff(g.indptr)[v.indices]
     if n.sum() > most and v.shape[0] > 1:
         half = v.shape[0]//2
@@ -90,7 +91,9 @@ def _shared(v, g, most=2**22):
     r = np.repeat(np.arange(v.shape[0]), np.diff(v.indptr))
     at = np.arange(n.sum()) + np.repeat(g.indptr[v.indices] - (n.cumsum() - n), n)
     least = np.minimum(np.repeat(v.data, n), g.data[at])
-    return np.bincount(np.repeat(r, n)*g.shape[0] + g.indices[at], least, minlength=v.shape[0]*g.shape[0]).reshape(v.shape[0], g.shape[0])
+    cells = np.repeat(r, n)*g.shape[0] + g.indices[at]
+    sums = np.bincount(cells, least, minlength=v.shape[0]*g.shape[0])
+    return sums.reshape(v.shape[0], g.shape[0])
 
 # %% ../nbs/13b_rerank.ipynb #f2371ca7
 def reranker(
@@ -102,9 +105,13 @@ def reranker(
 ): # A function from the numbers of some queries (b,) to their float64 distances (b, n_g)
     "What re-ranking has to know of all images, and the distances of a few queries from it."
     q, g = (check_finite(as_matrix(f, k), k) for f,k in ((q_feats, 'q_feats'), (g_feats, 'g_feats')))
-    if q.shape[1] != g.shape[1]: raise ProtocolError(f"q_feats have {q.shape[1]} columns and g_feats {g.shape[1]}: both must come from one model")
-    if not all(isinstance(k, (int, np.integer)) for k in (k1, k2)) or not 0 < k2 <= k1 or k1 >= len(q) + len(g): raise ProtocolError(f"k1={k1}, k2={k2}: re-ranking needs whole numbers 0 < k2 <= k1 < {len(q) + len(g)}, the number of images")
+    if q.shape[1] != g.shape[1]:
+        raise ProtocolError(f'q_feats have {q.shape[1]} columns and g_feats {g.shape[1]}: '
+                            'both must come from one model')
     n, n_q = len(q) + len(g), len(q)
+    if not all(isinstance(k, (int, np.integer)) for k in (k1, k2)) or not 0 < k2 <= k1 < n:
+        raise ProtocolError(f'k1={k1}, k2={k2}: re-ranking needs whole numbers 0 < k2 <= k1 < {n}, '
+                            'the number of images')
     what, size = f're-ranking {n_q:,} queries in a gallery of {len(g):,}', 3*n*q.shape[1]*g.element_size() + 64*chunk*n
     with in_memory(what, size, 'pass a smaller chunk, or fewer images', g.device):
         x = F.normalize(torch.cat([q.to(g), g]), dim=1)

@@ -22,10 +22,15 @@ def as_scores(
     "Results as plain numbers: fractions, their means and sample deviations over trials, and the counts."
     out = {}
     for name,trials in results.items():
-        vals = {**{f'rank{k}': [t.cmc[k-1] for t in trials] for k in (1,5,10,20)}, 'mAP': [t.mAP for t in trials], 'mINP': [t.mINP for t in trials]}
-        out[name] = dict(n_queries=trials[0].n_queries, n_valid=trials[0].n_valid, n_gallery=n_gallery[name], n_trials=len(trials))
-        if trials[0].n_unknown: out[name]['n_unknown'] = trials[0].n_unknown  # of unknown people, not scored
-        for k,v in vals.items(): out[name] |= {k: float(np.mean(v)), f'{k}_std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.}
+        first = trials[0]
+        out[name] = dict(n_queries=first.n_queries, n_valid=first.n_valid, n_gallery=n_gallery[name],
+                         n_trials=len(trials))
+        if first.n_unknown: out[name]['n_unknown'] = first.n_unknown  # of unknown people, not scored
+        values = {f'rank{k}': [t.cmc[k-1] for t in trials] for k in (1,5,10,20)}
+        values |= dict(mAP=[t.mAP for t in trials], mINP=[t.mINP for t in trials])
+        for k,v in values.items():
+            out[name][k] = float(np.mean(v))
+            out[name][f'{k}_std'] = float(np.std(v, ddof=1)) if len(v) > 1 else 0.
     return out
 
 # %% ../nbs/17c_scoring.ipynb #9c3b887b
@@ -36,9 +41,10 @@ def score_feats(
     rerank:bool=False, # k-reciprocal re-ranking
 )->tuple: # Scores by setting, and the `SettingResult` of each
     "Score every setting."
-    pids,cams = np.array([o.pid for o in items]),np.array([o.cam for o in items])
+    pids, cams = (np.array([getattr(o, k) for o in items]) for k in ('pid', 'cam'))
     results = evaluate_settings(feats, pids, cams, settings, rerank=rerank)
-    return as_scores({k: r.trials for k,r in results.items()}, {s.name: len(s.g_idxs[0]) for s in settings}),results
+    trials = {k: r.trials for k,r in results.items()}
+    return as_scores(trials, {s.name: len(s.g_idxs[0]) for s in settings}), results
 
 def score_model(
     model, # A network with `model(images, modality) -> features`
@@ -54,9 +60,19 @@ def score_model(
     "Extract features once and score every setting."
     check_range(items, ir_range)
     feats = extract_features(model, items, size, bs, ir_range, num_workers, flip=flip)
-    return score_feats(feats, items, settings, rerank)[0],feats
+    return score_feats(feats, items, settings, rerank)[0], feats
 
 # %% ../nbs/17c_scoring.ipynb #a83cdb6b
+_QUERY_FIELDS = 'setting', 'trial', 'query', 'pid', 'cam', 'image', 'ap', 'inp', 'first_hit'
+
+def _query_lines(setting, trials, items):
+    "A line for each trial and query; the scores are empty where a query has no match."
+    for t,r in enumerate(trials):
+        for i,ap,inp,hit,ok in zip(map(int, setting.q_idx), r.ap, r.inp, r.first_hit, r.valid):
+            image = '/'.join(Path(items[i].path).parts[-2:])
+            scores = (repr(float(ap)), repr(float(inp)), int(hit)) if ok else ('', '', '')
+            yield csv_cell(setting.name), t, i, items[i].pid, items[i].cam, csv_cell(image), *scores
+
 def save_queries(
     path, # CSV file to write
     results:dict, # Setting name -> `SettingResult`
@@ -65,8 +81,5 @@ def save_queries(
     "One line a setting, trial and query; empty where a query has no match in the gallery."
     with atomic_write(path) as tmp, open(tmp, 'w', newline='', encoding='utf8', errors='surrogateescape') as f:
         w = csv.writer(f)
-        w.writerow(['setting','trial','query','pid','cam','image','ap','inp','first_hit'])
-        for s in settings:
-            who = [(i, items[i].pid, items[i].cam, csv_cell('/'.join(Path(items[i].path).parts[-2:]))) for i in map(int, s.q_idx)]
-            for t,r in enumerate(results[s.name].trials):
-                w.writerows([csv_cell(s.name), t, *q, *((repr(float(ap)), repr(float(inp)), int(hit)) if ok else ('', '', ''))] for q,ap,inp,hit,ok in zip(who, r.ap, r.inp, r.first_hit, r.valid))
+        w.writerow(_QUERY_FIELDS)
+        for s in settings: w.writerows(_query_lines(s, results[s.name].trials, items))

@@ -143,20 +143,22 @@ def regdb(cls:Dataset,
                regdb_settings, dict(path=str(user_path(path)), trial=trial))
 
 # %% ../../nbs/01d_data.datasets.ipynb #1af39e70
-def _people(make, trial, part):
-    "Rendered people, three quarters of them to train on."
+def _people(make, trial, test_share, part):
+    "Rendered people of one part."
     path = make()
+    if test_share is None: return regdb_items(path, trial, part)
     everybody = [o for split in ('train', 'test') for o in regdb_items(path, trial, split)]
-    return split_by_pid(everybody, .25, seed=trial)[part == 'test']
+    return split_by_pid(everybody, test_share, seed=trial)[part == 'test']
 
 @patch(cls_method=True)
 def synthetic(cls:Dataset,
     path:str|Path|None=None, # Folder to render into, or to use again; None: one in TMPA_HOME or ~/.cache/tmpa
     trial:str|int=1, # Split, 1 to 10
-    n_ids:int=400, # People, three quarters of them for training
+    n_ids:int=400, # People
     per_modality:int=10, # Images of each in each modality
     size:tuple=(288, 144), # (height, width) in pixels
     seed:int=0, # Of the renderer: other numbers are other people
+    test_share:float|None=.25, # Who is searched for; None: half of them, as in RegDB
 ) -> Dataset:
     "The built-in data set; its images are rendered when they are first asked for."
     trial = _trial_number('synthetic', trial, _SPLITS)
@@ -165,7 +167,7 @@ def synthetic(cls:Dataset,
     path = user_path(path) if path else tmpa_home()/name
     make = partial(make_regdb, path, n_ids, per_modality=per_modality, size=size, seed=seed)
     source = dict(path=str(path), trial=trial, n_ids=n_ids, per_modality=per_modality, size=tuple(size), data_seed=seed)
-    return cls('synthetic', {part: partial(_people, make, trial, part) for part in ('train', 'test')},
+    return cls('synthetic', {part: partial(_people, make, trial, test_share, part) for part in ('train', 'test')},
                regdb_settings, source)
 
 # %% ../../nbs/01d_data.datasets.ipynb #a2a5d27e
@@ -209,7 +211,7 @@ def facts(self:Dataset): "What is known of it beforehand."; return DATASETS.get(
 class DataSpec:
     "A data set in plain values, for a command line or a JSON file."
     data:str = 'synthetic' # A name in `DATASETS`
-    path:str|None = None # Folder (csv: the file); rendered people: where to, default a folder in TMPA_HOME or ~/.cache/tmpa
+    path:str|None = None # Folder (csv: the file) of the images; of rendered people: where to, default TMPA_HOME
     trial:str = '1' # RegDB: the split, 1 to 10; SYSU and LLCM: gallery trial 0 to 9, or 'all'
     n_ids:int = 400 # Rendered people, three quarters of them for training
     size:tuple = (288,144) # Height and width

@@ -21,9 +21,15 @@ _all_ = ['as_float', 'decoded', 'item_range', 'load_resized', 'read_image']  # w
 
 # %% ../../nbs/01_data.readers.ipynb #7bf59653
 def _root(path, hint):
+    "The folder of a data set."
     path = user_path(path)
-    if not os.path.isdir(path): raise DataError(f'no folder {shortened(path, 500)}: pass the folder that holds {hint}')
-    return path
+    if os.path.isdir(path): return path
+    raise DataError(f'no folder {shortened(path, 500)}: pass the folder that holds {hint}')
+
+def _check_split(split, splits, data):
+    if split in splits: return
+    *some, last = map(repr, splits)
+    raise DataError(f"split '{split}' does not exist in {data}: use {', '.join(some)} or {last}")
 
 def _text(f):
     "A text file; file names in it that are not UTF-8 stay what they are to the system."
@@ -38,33 +44,40 @@ def _remedy(path):
     utf8 = str(path).isprintable()
     return 'restore the image, or delete the line' if utf8 else 'save the list in UTF-8, or correct the line'
 
+# %% ../../nbs/01_data.readers.ipynb #91e4df2e
 def _read(f):
+    "The text of an index file."
     regular_file(f, 'index file', 'copy it from the data set, or correct the path or the trial')
     try: return _text(f)
-    except OSError as e: raise DataError(f'cannot read index file {f} ({type(e).__name__}): copy it from the data set again') from None
+    except OSError as e:
+        raise DataError(f'cannot read index file {f} ({type(e).__name__}): copy it from the data set again') from None
 
 def _label(word):
     "A number without a sign as lists hold it; None: it is none."
     return whole_number(word) if word.isdecimal() else None
 
 def _read_ids(f):
+    "Identities, as the split files of SYSU-MM01 and LLCM list them."
     words = re.split(r'[,;\s]+', _read(f).strip())
     ids = [_label(o) for o in words]
-    if None in ids:
-        bad = shortened(words[ids.index(None)], 40)
-        raise DataError(f'index file {f} should hold identity numbers separated by commas, not {bad!r}: copy it from the data set again')
-    return sorted(set(ids))
+    if None not in ids: return sorted(set(ids))
+    bad = shortened(words[ids.index(None)], 40)
+    raise DataError(f'index file {f} should hold identity numbers separated by commas, not {bad!r}: '
+                    'copy it from the data set again')
 
+# %% ../../nbs/01_data.readers.ipynb #d9b10969
 _litter = {'thumbs.db', 'desktop.ini'} # what Windows leaves in folders
 
-def _images(folder, others=None):
+def _images(folder, others):
     "Image files of `folder` by name; no folder, no images. What else lies there goes to the list `others`."
     try: names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError): return []
-    except OSError as e: raise DataError(f'cannot read folder {shortened(folder, 500)} ({e.strerror}): restore it, or take it away') from None
+    except OSError as e:
+        raise DataError(f'cannot read folder {shortened(folder, 500)} ({e.strerror}): '
+                        'restore it, or take it away') from None
     files = [Path(folder)/o for o in names if not o.startswith('.') and o.lower() not in _litter]
     images = [f for f in files if f.suffix.lower() in image_exts()]
-    if others is not None and len(images) < len(files): others += sorted(set(files) - set(images))
+    if len(images) < len(files): others += sorted(set(files) - set(images))
     return images
 
 def _say_others(others, path):
@@ -75,29 +88,40 @@ def _say_others(others, path):
     warn(f'{len(others)} files in {path} are no images that can be read here and are left out ({kinds}; '
          f'the first is {others[0]}): convert them to PNG if they are images')
 
+def _say_missing(pids, items, path):
+    "Identities that are listed and have no image."
+    gone = sorted(set(pids) - {o.pid for o in items})
+    if not gone: return
+    first = ', '.join(map(str, gone[:10])) + ' ...'*(len(gone) > 10)
+    warn(f'{path} has no image of {len(gone)} of {len(pids)} listed identities ({first}): '
+         'numbers will not be comparable to published ones')
+
 # %% ../../nbs/01_data.readers.ipynb #d0143024
+_SYSU_SPLITS = 'train', 'val', 'train+val', 'test'
+
 def sysu_items(
     path:str|Path, # Folder that holds `cam1` ... `cam6` and `exp`
     split:str='train+val', # 'train', 'val', 'train+val' or 'test'
 ) -> list: # ReIDImage by identity, camera, file name
     "Images of one split of SYSU-MM01; `DataError` for a missing folder or index file."
-    if split not in ('train', 'val', 'train+val', 'test'): raise DataError(f"split '{split}' does not exist in SYSU-MM01: use 'train', 'val', 'train+val' or 'test'")
+    _check_split(split, _SYSU_SPLITS, 'SYSU-MM01')
     path = _root(path, 'cam1 ... cam6 and exp')
     pids = sorted({p for o in split.split('+') for p in _read_ids(path/'exp'/f'{o}_id.txt')})
     missing = [f'cam{c}' for c in range(1, 7) if not (path/f'cam{c}').is_dir()]
-    if len(missing)==6: raise DataError(f'no camera folder in {path}: pass the folder that holds cam1 ... cam6 and exp')
+    if len(missing) == 6:
+        raise DataError(f'no camera folder in {path}: pass the folder that holds cam1 ... cam6 and exp')
     if missing: warn(f"{path} has no {', '.join(missing)}: numbers will not be comparable to published ones")
-    others = []
-    res = [PublishedImage(f, p, c, int(c in SYSU_INFRARED)) for p in pids for c in range(1, 7)
-           for f in _images(path/f'cam{c}'/f'{p:04d}', others)]
+    res, others = [], []
+    for p in pids:
+        for c in range(1, 7):
+            files = _images(path/f'cam{c}'/f'{p:04d}', others)
+            res += [PublishedImage(f, p, c, int(c in SYSU_INFRARED)) for f in files]
     _say_others(others, path)
-    if not res: raise DataError(f'no image of the {split} identities in {path}: images should be cam1/0001/0001.jpg and so on')
-    _all_there(pids, res, path)
+    if not res:
+        raise DataError(f'no image of the {split} identities in {path}: '
+                        'images should be cam1/0001/0001.jpg and so on')
+    _say_missing(pids, res, path)
     return res
-
-def _all_there(pids, items, path):
-    if gone := sorted(set(pids)-{o.pid for o in items}):
-        warn(f"{path} has no image of {len(gone)} of {len(pids)} listed identities ({', '.join(map(str, gone[:10]))}{' ...' if len(gone)>10 else ''}): numbers will not be comparable to published ones")
 
 # %% ../../nbs/01_data.readers.ipynb #00d20d6d
 def _names_in(folder):
@@ -105,102 +129,142 @@ def _names_in(folder):
     try: return set(os.listdir(folder))
     except (OSError, ValueError): return set()
 
+def _say_twice(files, f):
+    "Published code takes an image as often as its list names it, and so do we, but not in silence."
+    n = len(files) - len(set(files))
+    if not n: return
+    twice = next(o for o, times in Counter(files).items() if times > 1)
+    warn(f'{f} names {n} images again, the first of them {twice}: they count twice in every score')
+
 def _read_index(root, f):
-    "Rows (file, label, folder number or None) of an index file, each line checked; one listing per folder, since that is cheaper than asking for each file."
-    rows,listing = [],{}
+    "Rows (file, label, folder number or None) of an index file, each line checked."
+    rows, names = [], {}                         # one listing a folder is cheaper than asking for each file
     for n, line in enumerate(_read(f).splitlines(), 1):
         if not line.strip(): continue
-        name,_,label = _name(line).rpartition(' ')
-        if not name or _label(label) is None: raise DataError(f"{f}, line {n}: '{shortened(line)}' should be 'relative/path label': correct the line")
+        name, _, label = _name(line).rpartition(' ')
+        if not name or _label(label) is None:
+            raise DataError(f"{f}, line {n}: '{shortened(line)}' should be 'relative/path label': correct the line")
         img = root/name.strip()
-        if img.parent not in listing: listing[img.parent] = _names_in(img.parent)
-        if img.name not in listing[img.parent] or img.suffix=='' and img.is_dir(): raise DataError(f'{f}, line {n}: no image {shortened(img, 500)}: {_remedy(img)}')
+        if img.parent not in names: names[img.parent] = _names_in(img.parent)
+        if img.name not in names[img.parent] or img.suffix == '' and img.is_dir():
+            raise DataError(f'{f}, line {n}: no image {shortened(img, 500)}: {_remedy(img)}')
         rows.append((img, _label(label), _label(img.parent.name)))
     if not rows: raise DataError(f'index file {f} is empty: copy it from the data set again')
-    _once([r[0] for r in rows], f)
+    _say_twice([r[0] for r in rows], f)
     return rows
 
-def _once(files, f):
-    "Published code takes an image as often as its list names it, and so do we, but not in silence."
-    if len(files)>len(set(files)):
-        twice = next(o for o, n in Counter(files).items() if n>1)
-        warn(f'{f} names {len(files)-len(set(files))} images again, the first of them {twice}: they count twice in every score')
+# %% ../../nbs/01_data.readers.ipynb #f94ba870
+def _with_pids(rows):
+    "(file, identity) of rows: the number of its folder where these agree with the labels, else the label."
+    pairs = {(label, folder) for _, label, folder in rows}
+    labels, folders = (set(o) for o in zip(*pairs))
+    agree = None not in folders and len(pairs) == len(labels) == len(folders)
+    return [(file, folder if agree else label) for file, label, folder in rows]
 
-def _pid_is_folder(rows):
-    pairs = {(l, d) for _, l, d in rows}
-    return None not in {d for _, d in pairs} and len(pairs)==len({l for l, _ in pairs})==len({d for _, d in pairs})
+def _read_lists(root, files):
+    "(file, identity, modality) of two index files, visible and infrared."
+    rows = [_read_index(root, f) for f in files]
+    modality = [m for m, o in enumerate(rows) for _ in o]
+    return [(f, p, m) for (f, p), m in zip(_with_pids(rows[0] + rows[1]), modality)]
 
 def regdb_items(
     path:str|Path, # Folder that holds `idx`, `Visible` and `Thermal`
     trial:int=1, # 1 to 10
     split:str='train', # 'train' or 'test'
 ) -> list: # ReIDImage: visible (camera 1), then thermal (camera 2), each by identity and file
-    "Images of one split of one trial of RegDB; `DataError` names a missing index file, or the line of an image that is missing."
-    if split not in ('train', 'test'): raise DataError(f"split '{split}' does not exist in RegDB: use 'train' or 'test'")
+    "Images of one split of one trial of RegDB; `DataError` names what is missing: an index file, or a line's image."
+    _check_split(split, ('train', 'test'), 'RegDB')
     path = _root(path, 'idx, Visible and Thermal')
-    rows = [_read_index(path, path/'idx'/f'{split}_{m}_{trial}.txt') for m in ('visible', 'thermal')]
-    pid = 2 if _pid_is_folder(rows[0]+rows[1]) else 1
-    return [PublishedImage(r[0], r[pid], m+1, m) for m in range(2) for r in sorted(rows[m], key=lambda r: (r[pid], str(r[0])))]
+    rows = _read_lists(path, [path/'idx'/f'{split}_{m}_{trial}.txt' for m in ('visible', 'thermal')])
+    items = [PublishedImage(f, p, m+1, m) for f, p, m in rows]
+    return sorted(items, key=lambda o: (o.modality, o.pid, str(o.path)))
 
 # %% ../../nbs/01_data.readers.ipynb #ee73b45e
 def _llcm_cam(f):
-    m = re.search(r'_c(\d+)(?:_|$)', f.stem) or next((m for m in map(re.compile(r'cam(\d+)$').match, reversed(f.parts[-4:-1])) if m), None)
+    "The camera of a training image, from its name or its folders; 0: they do not say."
+    m = re.search(r'_c(\d+)(?:_|$)', f.stem)
+    folders = (re.match(r'cam(\d+)$', o) for o in reversed(f.parts[-4:-1]))
+    m = m or next(filter(None, folders), None)
     return whole_number(m[1]) or 0 if m else 0
+
+def _llcm_test(path):
+    "Images of the test, by their folders."
+    pids = _read_ids(path/'idx'/'test_id.txt')
+    folders = [_root(path/f'test_{m}', 'cam1 ... cam9 of LLCM') for m in ('vis', 'nir')]
+    res, others = [], []
+    for m, folder in enumerate(folders):
+        for p in pids:
+            for c in range(1, 10):
+                res += [PublishedImage(f, p, c, m) for f in _images(folder/f'cam{c}'/f'{p:04d}', others)]
+    _say_others(others, path)
+    if not res:
+        raise DataError(f'no image of the test identities in {path}: '
+                        'images should be test_vis/cam1/0001/*.jpg and so on')
+    _say_missing(pids, res, path)
+    return res
 
 def llcm_items(
     path:str|Path, # Folder that holds `idx`, `test_vis` and `test_nir`
     split:str='train', # 'train' or 'test'
 ) -> list: # ReIDImage: visible, then near infrared, each by identity, camera and file
     "Images of one split of LLCM; camera 0 where a training file name has no camera."
-    if split not in ('train', 'test'): raise DataError(f"split '{split}' does not exist in LLCM: use 'train' or 'test'")
-    path,mods = _root(path, 'idx, test_vis and test_nir'),('vis', 'nir')
-    if split=='train':
-        rows = [_read_index(path, path/'idx'/f'train_{m}.txt') for m in mods]
-        pid = 2 if _pid_is_folder(rows[0]+rows[1]) else 1
-        res = [PublishedImage(r[0], r[pid], _llcm_cam(r[0]), m) for m in range(2) for r in rows[m]]
+    _check_split(split, ('train', 'test'), 'LLCM')
+    path = _root(path, 'idx, test_vis and test_nir')
+    if split == 'test': res = _llcm_test(path)
     else:
-        pids = _read_ids(path/'idx'/'test_id.txt')
-        for o in mods: _root(path/f'test_{o}', 'cam1 ... cam9 of LLCM')
-        others = []
-        res = [PublishedImage(f, p, c, m) for m in range(2) for p in pids for c in range(1, 10)
-               for f in _images(path/f'test_{mods[m]}'/f'cam{c}'/f'{p:04d}', others)]
-        _say_others(others, path)
-        if not res: raise DataError(f'no image of the test identities in {path}: images should be test_vis/cam1/0001/*.jpg and so on')
-        _all_there(pids, res, path)
+        rows = _read_lists(path, [path/'idx'/f'train_{m}.txt' for m in ('vis', 'nir')])
+        res = [PublishedImage(f, p, _llcm_cam(f), m) for f, p, m in rows]
     return sorted(res, key=lambda o: (o.modality, o.pid, o.cam, str(o.path)))
 
 # %% ../../nbs/01_data.readers.ipynb #e33c4fd7
-def _lines(rows, path):
-    "Records of a CSV file; one line where it is none."
-    try: yield from rows
-    except csv.Error as e: raise DataError(f'{path}, line {rows.line_num} is no line of a CSV file ({e}): correct it') from None
+_FIELDS = {'file', 'pid', 'cam', 'modality', 'split'}
+_MODALITIES = {'visible': 0, 'infrared': 1, '0': 0, '1': 1}
+
+def _no_line(path, n, e): return DataError(f'{path}, line {n} is no line of a CSV file ({e}): correct it')
+
+def _rows(path):
+    "Lines of a CSV file with their numbers; their columns are there."
+    regular_file(path, remedy='pass a CSV file with the columns file, pid, cam, modality and split')
+    try: text = _text(path)
+    except OSError as e:
+        raise DataError(f'{path} cannot be read ({type(e).__name__}): save it as CSV in UTF-8') from None
+    rows = csv.DictReader(io.StringIO(text, newline=''))
+    try: rows.fieldnames = [o.strip().lower() for o in rows.fieldnames or ()]
+    except csv.Error as e: raise _no_line(path, 1, e) from None
+    missing = sorted(_FIELDS - set(rows.fieldnames))
+    if missing:
+        raise DataError(f'{path} has no column {", ".join(missing)}: '
+                        'the first line should be file,pid,cam,modality,split')
+    try: yield from ((rows.line_num, r) for r in rows)
+    except csv.Error as e: raise _no_line(path, rows.line_num, e) from None
 
 def _number(cell):
-    if (n := whole_number(cell)) is None: raise ValueError
+    n = whole_number(cell)
+    if n is None: raise ValueError
     return n
 
+# %% ../../nbs/01_data.readers.ipynb #07502802
+def _record(row, folder):
+    "The image of a line and the split that it is of."
+    modality = _MODALITIES[row['modality'].strip().lower()]
+    item = ReIDImage(folder/_name(row['file']), _number(row['pid']), _number(row['cam']), modality)
+    track = (row.get('track') or '').strip()
+    return TrackedImage(*item, track) if track else item, row['split'].strip().lower()
+
 def csv_items(
-    path:str|Path, # CSV file with the columns `file` (relative to it), `pid`, `cam`, `modality` (visible or infrared), `split` and perhaps `track`
+    path:str|Path, # CSV file: columns `file` (relative to it), `pid`, `cam`, `modality`, `split`, perhaps `track`
     split:str='train', # Which lines: those with this word in `split`
 ) -> list: # ReIDImage, in the order of the file
     "Images listed in a CSV file; `DataError` names the line that cannot be used."
-    path,res,mods = user_path(path),[],{'visible': 0, 'infrared': 1, '0': 0, '1': 1}
-    regular_file(path, remedy='pass a CSV file with the columns file, pid, cam, modality and split')
-    try: text = _text(path)
-    except OSError as e: raise DataError(f'{path} cannot be read ({type(e).__name__}): save it as CSV in UTF-8') from None
-    rows = csv.DictReader(io.StringIO(text, newline=''))
-    try: rows.fieldnames = [o.strip().lower() for o in rows.fieldnames or ()]
-    except csv.Error as e: raise DataError(f'{path}, line 1 is no line of a CSV file ({e}): correct it') from None
-    missing = {'file', 'pid', 'cam', 'modality', 'split'} - set(rows.fieldnames)
-    if missing: raise DataError(f'{path} has no column {", ".join(sorted(missing))}: the first line should be file,pid,cam,modality,split')
-    for r in _lines(rows, path):
-        try: o,of = ReIDImage(path.parent/_name(r['file']), _number(r['pid']), _number(r['cam']), mods[r['modality'].strip().lower()]),r['split'].strip().lower()
-        except (AttributeError, KeyError, TypeError, ValueError): raise DataError(f'{path}, line {rows.line_num}: pid and cam should be whole numbers, modality visible or infrared') from None
+    path, res = user_path(path), []
+    for n, row in _rows(path):
+        try: item, of = _record(row, path.parent)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise DataError(f'{path}, line {n}: pid and cam should be whole numbers, '
+                            'modality visible or infrared') from None
         if of != split.lower(): continue  # whose images need not be there
-        track = (r.get('track') or '').strip()
-        if track: o = TrackedImage(*o, track)
-        regular_file(o.path, f'image, which line {rows.line_num} of {path} names:', _remedy(o.path))
-        res.append(o)
+        regular_file(item.path, f'image, which line {n} of {path} names:', _remedy(item.path))
+        res.append(item)
     if not res: raise DataError(f"{path} has no line of split '{split}'")
-    _once([o.path for o in res], path)
+    _say_twice([o.path for o in res], path)
     return res
