@@ -1,5 +1,5 @@
 "Evaluation against published code's outputs, its own slow definition, scikit-learn, and the laws that any ranking score obeys."
-import importlib.util, json, os
+import importlib.util, json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -337,6 +337,15 @@ def test_settings_average_trials():
     assert r['a'].mAP == pytest.approx(np.mean([o.mAP for o in one]), abs=1e-12)
     assert r['a'].std['mAP'] == pytest.approx(100*np.std([o.mAP for o in one], ddof=1)) and np.isnan(r['b'].std['mAP'])
     assert evaluate_settings(feats, pids, None, [Setting('b', np.arange(60), trials[:1], 'regdb')])['b'].mAP == r['b'].mAP
+
+# Without fastai
+
+@pytest.mark.parametrize('module', ('evaluation', 'conventions', 'verify', 'data.datasets'))
+def test_scores_and_data_sets_need_no_fastai(module):
+    "In a program where it is not installed."
+    code = f"import sys; sys.modules['fastai'] = None; import tmpa.{module}"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 # Files, re-ranking, confidence, conventions
 
