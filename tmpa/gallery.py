@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .core import CheckpointError, ConfigError, arg_names, check_names, user_path
 from .approximate import FaissIndex
 from .models.net import fingerprint, scored_as
-from .ranking import as_matrix, check_finite, check_nonzero
+from .inputs import as_matrix, check_finite, check_nonzero
 from .store import StoredBlocks, StoredItems, StoredNames
 from .verify import Threshold
 
