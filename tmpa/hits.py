@@ -86,7 +86,7 @@ def _draw_hit(ax, o, title, right, ir_range):
     ax.imshow(read_image(o.path, **how_read(o, ir_range)).permute(1, 2, 0).numpy())
     ax.set(xticks=[], yticks=[])
     ax.set_title(f'✗ {title}' if right is False else title, fontsize=9, pad=3)
-    ax.set_xlabel(f'cam {o.cam}' if o.cam else '', fontsize=8)
+    ax.set_xlabel(f'cam {o.cam}' if o.cam else '', fontsize=9)
     how = dict(color='#117733', linestyle='-') if right else dict(color='#CC3311', linestyle='--')
     for s in ax.spines.values(): s.set(visible=right is not None, linewidth=2.5, **how)
 
