@@ -8,9 +8,9 @@ ROOT = Path(__file__).parent.parent/'tmpa'
 FILES = sorted(f for f in ROOT.rglob('*.py') if f.name not in ('_modidx.py', '__init__.py'))
 
 CEILINGS = {
-    'lines over 120 columns': 319,
+    'lines over 120 columns': 176,
     'modules over 250 lines': 23,
-    'export cells over 30 lines': 63,
+    'export cells over 30 lines': 67,
     'functions with 8 parameters or more': 42,
     'own names in tmpa.all': 155,
 }
