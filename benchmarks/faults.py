@@ -21,7 +21,8 @@ from tmpa.data.readers import csv_items, llcm_items, regdb_items, sysu_items
 from tmpa.data.synthetic import make_regdb
 from tmpa.demo import compare, demo_rows, summary_table
 from tmpa.evaluation import cross_settings_of
-from tmpa.experiment import Watch, train_run
+from tmpa.callback.run import Watch
+from tmpa.experiment import train_run
 from tmpa.features import load_features, save_features
 from tmpa.files import load_torch
 from tmpa.models.backbone import micro_resnet

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tmpa import cli
+from tmpa import cli, many_runs
 from tmpa.core import ConfigError
 from tmpa.data.synthetic import make_llcm, make_regdb, make_sysu
-from tmpa.experiment import evaluate_run, train_run
+from tmpa.experiment import train_run
+from tmpa.scoring import evaluate_run
 from tmpa.models.backbone import tiny_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
 from tmpa.recipes import get_recipe
@@ -277,18 +278,19 @@ def test_ten_trials_go_on_where_they_were_cut_off(run, regdb, tmp_path, monkeypa
     args = ('tmpa_train', '--data', 'regdb', '--path', regdb, '--trial', 'all', '--out', tmp_path/'all', '--recipe', 'B', *SMALL)
     one_line(run(*args, '--patch', 7, '--recipe', 'TMPA'), '7')
     assert not (tmp_path/'all').exists()
-    from tmpa import run as folder
+    from tmpa import run_files as folder
+    from tmpa.run import earlier_run
     seen = []
     def train(cfg, quiet, resume):
         "Stands in for the training."
-        if resume and (before := folder.earlier_run(cfg)): return before
+        if resume and (before := earlier_run(cfg)): return before
         if cfg.spec.trial == '3' and len(seen) == 2: raise KeyboardInterrupt
         seen.append(cfg.spec.trial)
         folder.write_json(folder.new_folder(cfg.out)/'config.json', cfg.asdict())
         m = dict(scores={'v2t': dict(n_queries=9, n_valid=9, n_gallery=9, n_trials=1, **{k: int(cfg.spec.trial)/10 for k in ('rank1', 'rank10', 'rank20', 'mAP', 'mINP')})})
         folder.write_json(Path(cfg.out)/'metrics.json', m)
         return m
-    monkeypatch.setattr(cli, 'train_run', train)
+    monkeypatch.setattr(many_runs, 'train_run', train)
     assert run(*args)[0] == 2 and seen == ['1', '2']
     (tmp_path/'all'/'trial2'/'metrics.json').unlink()  # as if the second was cut off before its scores were written
     one_line(run(*args), 'exists', '--out')
@@ -305,14 +307,14 @@ def test_ten_trials_go_on_where_they_were_cut_off(run, regdb, tmp_path, monkeypa
 
 
 TEN_TRIALS = '''
-from tmpa import cli, run
+from tmpa import cli, many_runs, run_files
 from pathlib import Path
 def train(cfg, quiet, resume):
     "Stands in for the training."
-    run.new_folder(cfg.out)
+    run_files.new_folder(cfg.out)
     numbers = dict.fromkeys(('rank1', 'rank10', 'rank20', 'mAP', 'mINP'), int(cfg.spec.trial)/10)
     return dict(scores={'v2t': dict(n_queries=9, n_valid=9, n_gallery=9, n_trials=1, **numbers)})
-cli.train_run = train
+many_runs.train_run = train
 cli.tmpa_train(data='regdb', path='nowhere', trial='all', out=%r, recipe='B', arch='tiny_resnet', scratch=True)
 '''
 

@@ -16,14 +16,13 @@ from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import make_regdb, make_sysu
 from tmpa.results import read_lines, write_lines
 from tmpa.evaluation import cmc_map, cross_settings_of, evaluate, evaluate_settings
-from tmpa.experiment import evaluate_run
 from tmpa.features import load_features
 from tmpa.learner import tmpa_learner
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, load_tmpa, read_meta, save_weights
 from tmpa.report import read_log
 from tmpa.run_files import read_json
-from tmpa.scoring import save_queries
+from tmpa.scoring import evaluate_run, save_queries
 from tmpa.search import Gallery
 
 

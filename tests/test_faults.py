@@ -9,12 +9,13 @@ import torch
 
 from tmpa.callback.loop import RunawayError
 from tmpa.callback.resume import ResumeFit
-from tmpa.cli import trials_folder
 from tmpa.core import CheckpointError, ConfigError, LostLoader, TMPAError
 from tmpa.data.synthetic import make_regdb
 from tmpa.demo import FIELDS, compare, demo_rows
-from tmpa.experiment import Watch, make_learner, train_run
+from tmpa.callback.run import Watch
+from tmpa.experiment import make_learner, train_run
 from tmpa.learner import extract_features
+from tmpa.many_runs import trials_folder
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
 from tmpa.report import read_log

@@ -7,7 +7,7 @@ from tmpa import cli
 from tmpa.core import OutOfMemory
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import make_regdb
-from tmpa.experiment import SaveWeights
+from tmpa.callback.run import SaveWeights
 from tmpa.learner import extract_features, tmpa_learner
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet

@@ -17,18 +17,17 @@ from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import make_llcm, make_regdb, make_sysu
 from tmpa.results import read_lines, write_lines
 from tmpa.evaluation import evaluate_features
-from tmpa.experiment import SaveWeights
+from tmpa.callback.run import SaveWeights
 from tmpa.features import load_features, save_features
 from tmpa.models.backbone import make_resnet, tiny_resnet
 from tmpa.models.tmpa import TMPANet, load_tmpa, load_weights, read_meta, save_weights
 from tmpa.recipes import Recipe
 from tmpa.report import read_log, write_report
 from tmpa.provenance import save_environment
-from tmpa.run import RunConfig, earlier_run
+from tmpa.run import RunConfig, earlier_run, run_state
 from tmpa.run_files import new_folder, read_json, write_json
 from tmpa.data.datasets import DataSpec, read_data
 from tmpa.search import Gallery
-from tmpa.setup import run_state
 
 
 @pytest.fixture(scope='module')

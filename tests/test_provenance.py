@@ -8,9 +8,11 @@ from PIL import Image
 
 from tmpa.core import ConfigError
 from tmpa.data.synthetic import make_regdb
-from tmpa.experiment import Watch, evaluate_run, train_run
+from tmpa.callback.run import Watch
+from tmpa.experiment import train_run
 from tmpa.provenance import git_state, read_images
 from tmpa.recipes import get_recipe
+from tmpa.scoring import evaluate_run
 from tmpa.run import OtherImages, RunConfig, earlier_run, run_images
 from tmpa.data.datasets import DataSpec, read_data
 

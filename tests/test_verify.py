@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tmpa import verify
-from tmpa.experiment import held_out_split, train_run
+from tmpa.experiment import train_run
 from tmpa.models.net import load_tmpa, read_meta
 from tmpa.recipes import get_recipe
 from tmpa.run import RunConfig
@@ -71,7 +71,7 @@ def test_a_run_leaves_a_threshold_of_its_held_out_people(tmp_path, device, n_ids
     t = Threshold.from_dict(kept)
     assert (t.n_people, t.far, t.cross, t.note) == (3, .01, True, '3 held-out people of the training')
     assert Gallery.from_weights(tmp_path/'run'/'last.pth').threshold == t
-    items = held_out_split(cfg, read_data(spec)[0])[1]
+    items = spec.dataset().held_out(cfg.seed)[1]
     assert abs(threshold_of(load_tmpa(tmp_path/'run'/'last.pth'), items, spec.size).distance - t.distance) < 1e-3
 
 

@@ -65,8 +65,10 @@ from .callback.resume import ResumeFit
 # %% ../nbs/24_all.ipynb #ed121e19
 from .recipes import RECIPES, Recipe, field_values, get_recipe, with_fields
 from .paper import TABLES, RecipeTable, TableRow, get_table
+from .scoring import evaluate_run
 from .run import RunConfig
-from .experiment import evaluate_run, train_run, train_runs
+from .experiment import train_run
+from .many_runs import train_runs
 from .check import check_data
 from .setup import make_setup
 from .reproduce import pick_tables, reproduce, sweep

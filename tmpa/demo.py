@@ -13,7 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .core import ConfigError, arg_names, atomic_write, check_names, check_ranges, regular_file, remove_all_dead, user_path
 from .data.synthetic import GENERATOR_VERSION
-from .experiment import mean_map, train_runs
+from .experiment import mean_map
+from .many_runs import train_runs
 from .provenance import environment
 from .run import ARCHS, RunConfig, earlier_run, run_images
 from .run_files import folder_lock, new_folder, read_json, write_json

@@ -11,15 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from .callback.loop import RunawayError
 from .core import ConfigError, TMPAError, check_names, regular_file, remove_all_dead, user_path, check_ranges
-from .experiment import OverBudget, evaluate_run, train_runs
-from .run import OtherImages, earlier_run, run_images
+from .callback.run import OverBudget
+from .many_runs import train_runs
+from .scoring import evaluate_run
+from .run import OtherImages, earlier_run, run_images, run_state
 from .run_files import folder_lock, new_folder, write_json
 from .paper import TABLES, RecipeTable, TableRow, get_table
 from .recipes import get_recipe, short_hash, short_value, with_fields
 from .results import COLUMNS, read_lines
 from .data.datasets import read_data
 from .demo import folder_slug
-from .setup import Setup, collect_runs, row_key, run_state
+from .setup import Setup, collect_runs, row_key
 from .table_files import save_table
 from .tables import fill_rows
 from .vis.tables import ratio_strip, save_figure

@@ -65,10 +65,11 @@ def folder_lock(
             raise ConfigError(f'{folder} is in use by another command: wait for it, or choose another --out') from None
         yield
 
-# %% ../nbs/17f_run_files.ipynb #dd30e6f8
-RUN_FILES = ('environment.json', 'image_files.csv', 'history.csv', 'last.pth', 'best.pth', 'resume.pth', 'ran_away.json',
-             'over_budget.json', 'failed.json', 'metrics.json', 'queries.csv', 'report.html', 'curves.png',
-             'mixed_images.png', 'ranked_lists.png', 'config.json')  # the last: without it a folder is no run of tmpa
+# %% ../nbs/17f_run_files.ipynb #9391f299
+RUN_FILES = (
+    'environment.json', 'image_files.csv', 'history.csv', 'last.pth', 'best.pth', 'resume.pth', 'ran_away.json',
+    'over_budget.json', 'failed.json', 'metrics.json', 'queries.csv', 'report.html', 'curves.png', 'mixed_images.png',
+    'ranked_lists.png', 'config.json')  # the last: without it a folder is no run of tmpa
 _more_files = ('scores-' + '[0-9a-f]'*8 + '.json', 'tensorboard/events.out.tfevents.*')
 
 def remove_leftovers(
