@@ -112,7 +112,7 @@ def msi_loss(
     logits_ir:Tensor,  # Scores of the infrared classifier (rows, classes)
     labels_vis:Tensor, # Labels of the visible rows
     labels_ir:Tensor|None=None, # Labels of the infrared rows (default: the same)
-    label_smoothing:float=0.
+    label_smoothing:float=0. # Share of the target spread evenly over all classes
 )->Tensor: # Scalar
     "Modality-specific identity loss on real specific features (equation 7)."
     if labels_ir is None: labels_ir = labels_vis
@@ -123,7 +123,7 @@ def mft_loss(
     logits_ir:Tensor,  # Scores of the infrared classifier on generated infrared features (rows, classes)
     labels_vis:Tensor, # Labels of the generated visible rows
     labels_ir:Tensor|None=None, # Labels of the generated infrared rows (default: the same)
-    label_smoothing:float=0.
+    label_smoothing:float=0. # Share of the target spread evenly over all classes
 )->Tensor: # Scalar
     "Modality-transfer identity loss on generated features (equation 13): the form of `msi_loss`."
     return msi_loss(logits_vis, logits_ir, labels_vis, labels_ir, label_smoothing)
@@ -215,7 +215,9 @@ def forward(self:TMPALoss,
 
 # %% ../nbs/13_losses.ipynb #d7f0ea0d
 @patch
-def outputs(self:TMPALoss, p):
+def outputs(self:TMPALoss,
+    p, # Output of the model
+):
     "What each network gave."
     return [p]
 
@@ -245,7 +247,10 @@ def weighted(self:TMPALoss,
 class BetaWarmup(Callback):
     "Ramp `loss_func.beta_scale` linearly from 0 to 1 over the first `epochs` epochs (fractions allowed; 0: no ramp)."
     run_valid = False
-    def __init__(self, epochs:float=5): self.epochs = epochs
+    def __init__(self,
+        epochs:float=5, # From the first one on
+    ): self.epochs = epochs
+
     def before_fit(self):
         if not hasattr(self.learn.loss_func, 'beta_scale'):
             raise ConfigError('BetaWarmup needs a loss with a beta_scale: use TMPALoss as loss_func')
