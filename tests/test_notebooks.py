@@ -29,7 +29,7 @@ def printed(path):
 
 
 # these take a minute or more on the stand-in
-LONG = 'ablation.ipynb', 'own_method.ipynb', 'gallery.ipynb', 'train.ipynb', 'departures.ipynb', '18_experiment.ipynb', \
+LONG = 'ablation.ipynb', 'own_method.ipynb', 'pictures.ipynb', 'train.ipynb', 'departures.ipynb', '18_experiment.ipynb', \
     'threshold.ipynb'
 
 # a backward pass that was broken off keeps its graph, and the stand-in moves no weights that a graph still holds
