@@ -33,10 +33,16 @@ def fit_patch(
     fits = [d for d in range(1, min(size)+1) if size[0] % d == 0 and size[1] % d == 0]
     return min(fits, key=lambda d: abs(math.log(12*d/(patch*unit))))
 
-def scaled(recipe, size, unit=None): # `unit` as in fit_patch; None: the paper's images
+def scaled(
+    recipe, # A Recipe or its name
+    size:tuple, # Height, width
+    unit:int|None=None, # As in fit_patch; None: the paper's images
+)->Recipe:
     "The recipe with its patch made to fit the images; one that is given as (height, width) is taken as it is."
     r = get_recipe(recipe)
-    return r if unit is None or not r.mix or not isinstance(r.mix.get('patch'), int) else r.but(mix={**r.mix, 'patch': fit_patch(r.mix['patch'], size, unit)})
+    patch = r.mix.get('patch') if r.mix else None
+    if unit is None or not isinstance(patch, int): return r
+    return r.but(mix={**r.mix, 'patch': fit_patch(patch, size, unit)})
 
 # %% ../nbs/18aa_setup.ipynb #37578036
 @dataclass(frozen=True)
@@ -86,6 +92,17 @@ def _trials(data, trial):
     try: return list(dict.fromkeys(str(int(t)) for t in str(1 if trial is None else trial).split(',')))
     except ValueError: raise ConfigError(f"trial {trial!r}: give numbers from 1 to 10 with commas, or 'all'") from None
 
+def _seeds_text(seeds):
+    "Seeds as the command line takes them: how many, or which."
+    if seeds == tuple(range(len(seeds))): return str(len(seeds))
+    return ','.join(map(str, seeds)) + ','*(len(seeds) == 1)
+
+def _arguments(seeds, **given):
+    "What the command line needs; None stands for a default."
+    words = [f'--{k} {shlex.quote(str(v))}' for k,v in given.items() if v is not None]
+    return ' '.join([*words, f'--seeds {_seeds_text(seeds)}'])
+
+# %% ../nbs/18aa_setup.ipynb #f8092cec
 def make_setup(
     scale:str='paper', # A name of `SCALES`
     data:str|None=None, # As in DataSpec; default the built-in data at the small scale
@@ -102,18 +119,22 @@ def make_setup(
     check_names(run, [*arg_names(make_setup), *arg_names(RunConfig, ['recipe','spec','out','seed'])], 'make_setup')
     if scale not in SCALES: raise ConfigError(f"scale {scale!r}: choose one of {', '.join(SCALES)}")
     s = SCALES[scale]
-    if data is None and scale == 'paper': raise ConfigError('--scale paper needs --data and --path; for the built-in data on a CPU pass --scale small')
-    data,size,seeds = data or 'synthetic',tuple(size or s['size']),tuple(range(seeds) if isinstance(seeds, int) else seeds)
+    if data is None and scale == 'paper':
+        raise ConfigError('--scale paper needs --data and --path; for the built-in data on a CPU pass --scale small')
+    data, size = data or 'synthetic', tuple(size or s['size'])
+    seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
     if not seeds: raise ConfigError('seeds: give at least one')
     check_given(data, trial, ids)
     if patch is not None: grid_size(size, patch)
     coarse = demo_patch(size) if scale == 'small' else None
-    given = dict(data=data if data != 'synthetic' else None, path=path, trial=trial, epochs=epochs if epochs != s['epochs'] else None, ids=ids if ids != 400 else None,
-                 patch=None if patch == coarse else patch)
-    args = [f'--{k} {shlex.quote(str(v))}' for k,v in given.items() if v is not None] + [f"--seeds {len(seeds) if seeds == tuple(range(len(seeds))) else ','.join(map(str, seeds)) + ','*(len(seeds) == 1)}"]
-    more = {**s['run'], **({'patch': patch or coarse} if patch or coarse else {}), 'epochs': s['epochs'] if epochs is None else epochs, **run}
-    setup = Setup(tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial)), more, seeds,
-                  s['budget'] if budget is None else budget, scale, None if run or size != s['size'] else ' '.join(args))
+    fields_of_run = {**s['run'], 'epochs': s['epochs'] if epochs is None else epochs, **run}
+    if patch or coarse: fields_of_run = {'patch': patch or coarse, **fields_of_run}
+    args = _arguments(seeds, data=None if data == 'synthetic' else data, path=path, trial=trial,
+                      epochs=None if epochs == s['epochs'] else epochs, ids=None if ids == 400 else ids,
+                      patch=None if patch == coarse else patch)
+    specs = tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial))
+    said = not run and size == s['size']  # by the command line
+    setup = Setup(specs, fields_of_run, seeds, s['budget'] if budget is None else budget, scale, args if said else None)
     setup.check()
     return setup
 
