@@ -6,7 +6,6 @@ import pytest, torch
 
 import tmpa
 from tmpa.callback.loop import AsyncMixedPrecision
-from tmpa.callback.mix import make_mix
 from tmpa.core import ConfigError, ReIDImage
 from tmpa.dart import TwinNet, dart_learner
 from tmpa.data.load import ReIDDataLoaders, ReIDDL, ReIDDataset
@@ -38,7 +37,7 @@ CALLS = {
     'dart_learner': (lambda: dart_learner(dls, warm_up=3), 'warm_up', 'warmup'),
     'dart_learner model_kw': (lambda: dart_learner(dls, model_kw=dict(evalate='a')), 'evalate', 'evaluate'),
     'TwinNet': (lambda: TwinNet(4, micro_resnet, False, pool=3), 'pool', 'pool_p'),
-    'make_mix': (lambda: make_mix('pedmix', patches=3), 'patches', 'patch'),
+    'Recipe.mix': (lambda: Recipe('r', mix=dict(kind='pedmix', patches=3)).check(), 'patches', 'patch'),
     'Recipe.but': (lambda: get_recipe('TMPA').but(mixes=None), 'mixes', 'mix'),
     'Recipe.model': (lambda: net(head=2), 'head', 'heads'),
     'Recipe.model of DART': (lambda: net('dart', keep_original=True), 'keep_original', 'keep_originals'),

@@ -6,12 +6,13 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from tmpa.callback.mix import (MIXES, AttentiveCutMix, PatchMix, SlotCutMix, SlotMixup, attention_scores, beta_lambdas, box_mask, make_mix, patch_mask,
+from tmpa.callback.mix import (MIXES, AttentiveCutMix, PatchMix, SlotCutMix, SlotMixup, attention_scores, beta_lambdas, box_mask, patch_mask,
                                show_mixes, to_pixels, top_patches)
 from tmpa.callback.pedmix import PedMix, SlotMix, other_partner, slots
 from tmpa.core import CheckpointError, ConfigError
 from tmpa.models.backbone import tiny_resnet
 from tmpa.models.tmpa import TMPANet
+from tmpa.recipes import Recipe
 
 def gen(s=0): return torch.Generator().manual_seed(s)
 
@@ -22,7 +23,7 @@ def batch(P=3, K=2, size=(24, 12), seed=0):
 
 def mixes(patch=2, grid=(4, 3), **kw):
     own = dict(pedmix=dict(patch=patch), patchmix=dict(patch=patch), attentive_cutmix=dict(scorer=energy, grid=grid, top=min(6, grid[0]*grid[1])))
-    return [make_mix(k, **own.get(k, {}), **kw) for k in MIXES]
+    return [MIXES[k](**own.get(k, {}), **kw) for k in MIXES]
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -175,10 +176,11 @@ def test_imagenet_scorer_is_built_once_and_dropped(monkeypatch):
     assert cb._imagenet is None
 
 def test_registry():
-    assert isinstance(make_mix(), PedMix) and make_mix('patchmix', patch=4, ratio=.3).ratio == .3
+    mix = lambda **kw: Recipe('r', mix=kw)
+    assert isinstance(mix().make_mix(), PedMix) and mix(kind='patchmix', patch=4, ratio=.3).make_mix().ratio == .3
     for kind in ('Mixup', None, 3):
-        with pytest.raises(ConfigError, match='use one of pedmix, mixup'): make_mix(kind)
-    with pytest.raises(ConfigError, match="has no argument ratios"): make_mix('cutmix', ratios=.4)
+        with pytest.raises(ConfigError, match='choose one of pedmix, mixup'): mix(kind=kind).check()
+    with pytest.raises(ConfigError, match="has no argument ratios"): mix(kind='cutmix', ratios=.4).check()
     with pytest.raises(ConfigError): AttentiveCutMix(grid=(7, 0))
     with pytest.raises(ConfigError): AttentiveCutMix(grid=(7, 7, 7))
 

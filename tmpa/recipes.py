@@ -65,8 +65,9 @@ def mix_parts(self:Recipe)->tuple|None:
     if self.mix is None: return None
     args = _tuples(self.mix)
     kind = args.pop('kind', 'pedmix')
-    if isinstance(kind, str) and kind not in MIXES: raise ConfigError(f"mix {kind!r}: choose one of {', '.join(MIXES)}")
-    return MIXES.get(kind, kind), args
+    cls = MIXES.get(kind, kind)
+    if not callable(cls): raise ConfigError(f"mix {kind!r}: choose one of {', '.join(MIXES)}")
+    return cls, args
 
 @patch
 def net_parts(self:Recipe)->tuple:
