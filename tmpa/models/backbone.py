@@ -49,9 +49,9 @@ class _HalfInstance(nn.Module):
     "Normalise the first half of the channels within each image, the others over the batch."
     def __init__(self, channels):
         super().__init__()
-        self.half = channels//2
-        self.image, self.batch = nn.InstanceNorm2d(self.half, affine=True), nn.BatchNorm2d(channels - self.half)
-    def forward(self, x): return torch.cat([self.image(x[:, :self.half]), self.batch(x[:, self.half:])], 1)
+        self.image, self.batch = nn.InstanceNorm2d(channels//2, affine=True), nn.BatchNorm2d(channels - channels//2)
+    def forward(self, x):
+        return torch.cat([norm(o) for norm, o in zip((self.image, self.batch), x.tensor_split([x.shape[1]//2], 1))], 1)
 
 def ibn_resnet(
     width:int=32, # Channels of the stem and layer 1; layer 4 has eight times as many
@@ -153,16 +153,13 @@ def _shipped_trunk(name):
     "The ResNet in weights that the package carries, as torchvision names its parts; None for another name."
     from tmpa.weights import SHIPPED, open_weights
     if name not in SHIPPED or Path(name).exists(): return None
-    parts = 'mfe.shared.', 'tail.'
-    weights = open_weights(name)[0].state_dict()
-    return {k.removeprefix(p): v for p in parts for k, v in weights.items() if k.startswith(p)}
+    weights = open_weights(name)[0].state_dict().items()
+    return {k.removeprefix(p): v for p in ('mfe.shared.', 'tail.') for k, v in weights if k.startswith(p)}
 
 def _load_trunk(m, source, name):
     "Put a file or a state dict into a ResNet; ImageNet's classes play no part."
-    given = isinstance(source, dict)
-    where = 'pretrained' if given else source
-    got = source if given else _shipped_trunk(source) or load_torch(source)
-    got = weights_in(got, where)
+    if isinstance(source, dict): got = weights_in(source, where := 'pretrained')
+    else: got = weights_in(_shipped_trunk(source) or load_torch(source), where := source)
     got, want = ({k: v for k, v in o.items() if not k.startswith('fc.')} for o in (got, m.state_dict()))
     if bad := first_mismatch(want, got):
         raise CheckpointError(f'{where}: not the weights of {name}: {bad}: pass the state dict of that ResNet')
