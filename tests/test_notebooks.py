@@ -57,6 +57,8 @@ def test_is_kept_as_agreed(path):
     assert path.stat().st_size <= 200_000, 'figures are to be small: 200 kB a notebook'
     first = next(c for c in cells(path) if c['cell_type'] == 'markdown')
     assert re.match(r'# .+\n\n?> .+|---\n', ''.join(first['source'])), 'a notebook opens with a title and a one-line promise'
+    said = [l for l in first['source'] if l.strip()]
+    assert len(said) <= 2 or said[0].startswith('---'), f'a page leaves out what else is in the first cell: {said[2]!r}'
     source = '\n'.join(code(path))
     assert not re.search(r'^#(slow|cuda|skip)\b', source, re.M), 'nbdev reads `#| slow`; the bare form runs'
     assert 'filterwarnings' not in source
