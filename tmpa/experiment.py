@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from warnings import warn
+import matplotlib.pyplot as plt
 import numpy as np
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
@@ -297,6 +298,7 @@ def _pictures(self:Run, feats):
     if feats is not None: figs['Ranked lists'] = plot_ranks(self.test, feats, self.settings[0], ir_range=cfg.ir_range)
     for name,fig in figs.items():
         with atomic_write(self.out/f"{name.lower().replace(' ', '_')}.png") as t: fig.savefig(t)
+        plt.close(fig)  # or a notebook shows it, and many runs keep many
     return figs
 
 # %% ../nbs/18_experiment.ipynb #c6f02282
