@@ -13,11 +13,12 @@ from tmpa.data.synthetic import show_gallery
 from tmpa.demo import compare
 from tmpa.interpret import ReIDInterpretation
 from tmpa.learner import reid_learner, tmpa_learner
-from tmpa.models.backbone import micro_resnet, tiny_resnet
+from tmpa.models.backbone import ibn_resnet, micro_resnet, tiny_resnet
 from tmpa.models.net import ReIDNet
 from tmpa.recipes import Recipe, get_recipe
 from tmpa.reproduce import sweep
 from tmpa.robust import group_confidence
+from tmpa.scoring import evaluate_run
 from tmpa.search import Gallery
 from tmpa.setup import make_setup
 
@@ -47,6 +48,8 @@ CALLS = {
     'group_confidence': (lambda: group_confidence([1.], [0], max_iters=3), 'max_iters', 'max_iter'),
     'tiny_resnet': (lambda: tiny_resnet(widht=3), 'widht', 'width'),
     'micro_resnet': (lambda: micro_resnet(num_class=3), 'num_class', 'num_classes'),
+    'ibn_resnet': (lambda: ibn_resnet(num_class=3), 'num_class', 'num_classes'),
+    'evaluate_run': (lambda: evaluate_run('weights.pth', flp=True), 'flp', 'flip'),
     'AsyncMixedPrecision': (lambda: AsyncMixedPrecision(init_scal=3), 'init_scal', 'init_scale'),
     'show_gallery': (lambda: show_gallery(sise=(48, 24)), 'sise', 'size'),
     'Gallery.from_learner': (lambda: Gallery.from_learner(None, irange=3), 'irange', 'ir_range'),
@@ -99,7 +102,7 @@ def test_whatever_takes_more_checks_it():
         kw = [p for p in f.__code__.co_varnames[f.__code__.co_argcount:] if f.__code__.co_flags & inspect.CO_VARKEYWORDS and p in ('kwargs', 'kw', 'run', 'changes', 'meta', 'where', 'switches')]
         if not kw or name.removesuffix('.__init__') in ANY: continue
         code = inspect.getsource(f)
-        if not ('check_names' in code or '_check_a' in code or name in ('tiny_resnet', 'micro_resnet', 'ReIDDL.new', 'ReIDDataLoaders.test_dl')): missing[name] = kw
+        if not ('check_names' in code or '_check_a' in code or name in ('tiny_resnet', 'micro_resnet', 'ibn_resnet', 'ReIDDL.new', 'ReIDDataLoaders.test_dl')): missing[name] = kw
     assert not missing
 
 

@@ -1,5 +1,5 @@
 "The benchmarks run, at a size that shows only that they do."
-import importlib.util, itertools, json, sys
+import ast, importlib.util, itertools, json, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,9 +105,11 @@ def page_of(folder, monkeypatch):
     shown, here = [], {}
     for cell in json.loads(Path('scale.ipynb').read_text())['cells']:
         if cell['cell_type'] != 'code': continue
-        exec(''.join(cell['source']).replace("'results/paper_scale'", repr(str(folder))), here)
-        here['Markdown'] = shown.append  # which the first cell imported
-    return '\n'.join(shown)
+        code = ast.parse(''.join(cell['source']).replace("'results/paper_scale'", repr(str(folder))))
+        last = code.body.pop() if isinstance(code.body[-1], ast.Expr) else None
+        exec(compile(code, 'scale.ipynb', 'exec'), here)
+        if last: shown.append(eval(compile(ast.Expression(last.value), 'scale.ipynb', 'eval'), here))
+    return '\n'.join(o if isinstance(o, str) else getattr(o, 'data', None) or o.markdown() for o in shown)
 
 def same_but_for_time(records):
     "Records without what a clock or another folder changes."

@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 import numpy as np, torch
 from .core import CheckpointError, ConfigError, ProtocolError
-from .core import atomic_write, check_ranges, csv_cell, shortened, user_path
+from .core import atomic_write, check_names, check_ranges, csv_cell, shortened, user_path
 from .data.datasets import DATASETS, DataSpec, also_trained, also_trained_note, check_given
 from .data.image import check_range
 from .evaluation import evaluate_settings
@@ -142,6 +142,7 @@ def evaluate_run(
     **how # `flip`, `rerank`, `num_workers`, `ir_range` (default: as trained) and `bs` of score_model
 )->tuple: # Scores, and one line on how they were made
     "Score a file of weights by a data set's protocol."
+    check_names(how, ['flip', 'rerank', 'num_workers', 'ir_range', 'bs'], 'evaluate_run')
     check_ranges(num_workers=how.get('num_workers'))
     meta = _read_meta(weights)
     spec = _spec_of(meta, weights, data, path, trial)
