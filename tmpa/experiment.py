@@ -6,7 +6,7 @@
 __all__ = ['make_learner', 'Run', 'train_run', 'mean_map']
 
 # %% ../nbs/18_experiment.ipynb #5725cae6
-import os, sys
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +16,11 @@ import numpy as np
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
 from fastcore.basics import patch
-from fastprogress.core import IN_NOTEBOOK
 from .callback.loop import RunawayError
 from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
 from .callback.run import OverBudget, SaveWeights, Watch, log_callbacks
+from .console import bar_shows
 from .core import ConfigError, OutOfMemory, ProtocolError, TMPAError, atomic_write, regular_file
 from .dart import dart_learner
 from .data.datasets import also_trained, also_trained_note, read_data
@@ -165,7 +165,7 @@ def _epoch_line(learn):
 
 def _show_progress(learn, quiet, silence):
     "Nothing, a line an epoch where the output goes to a file, or a bar."
-    bar = not quiet and (sys.stdout.isatty() or IN_NOTEBOOK)
+    bar = not quiet and bar_shows()
     if not bar: silence.enter_context(learn.no_bar())
     if quiet: silence.enter_context(learn.no_logging())
     elif not bar: learn.logger = _epoch_line(learn)

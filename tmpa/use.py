@@ -9,7 +9,7 @@ __all__ = ['SAVE_EVERY', 'tmpa_index', 'tmpa_search', 'tmpa_features']
 import hashlib, re, sys, time, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from fastcore.script import call_parse, Param, store_true
-from .console import load_fastai, one_line_errors, parse_ints, parse_range, parse_size
+from .console import bar_shows, load_fastai, one_line_errors, parse_ints, parse_range, parse_size
 
 # %% ../nbs/23_use.ipynb #f492a102
 @contextmanager
@@ -101,7 +101,7 @@ class _Saver:
         from fastprogress import progress_bar
         self.g, self.out, self.saved, self.cost, self.last = g, out, len(g), 0, time.monotonic()
         self.changed = changed  # something beside the images, which is to be saved too
-        self.bar = None if quiet or not n else progress_bar(range(n), leave=False)
+        self.bar = progress_bar(range(n), leave=False) if n and not quiet and bar_shows() else None
         if self.bar is not None: self.bar.update(0)
     def __call__(self, n):
         if self.bar is not None: self.bar.update(n)

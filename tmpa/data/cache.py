@@ -14,6 +14,7 @@ import numpy as np
 import PIL
 import torch
 from fastprogress.fastprogress import progress_bar
+from ..console import bar_shows
 from ..core import ConfigError, DataError, atomic_write, enough_memory, leftovers, locked, regular_file
 from ..core import tmpa_home, user_path
 from ..processes import end_with_parent
@@ -150,7 +151,7 @@ def image_cache(
     ir_range:tuple|None=None, # As in read_image
     folder:str|Path|None=None, # Where files are kept; None: in TMPA_HOME
     num_workers:int|None=None, # Processes that decode; None: up to 16 for many images
-    progress:bool|None=None, # Show a progress bar; None: for many images
+    progress:bool|None=None, # Show a progress bar; None: for many images, where one can be seen
 )->ImageCache:
     "The decoded images of all `items`, made now or found; `ConfigError` where there is no place for them."
     names = sorted({_name(o, ir_range) for o in items}, key=str)
@@ -162,7 +163,7 @@ def image_cache(
     if (cache := _open(file, size, names, sources)) is not None: return cache
     many = len(names) > 500
     if num_workers is None: num_workers = min(16, os.cpu_count()) if many else 0
-    if progress is None: progress = many
+    if progress is None: progress = many and bar_shows()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(file.with_suffix('.lock')):  # one process at a time; the others wait here
