@@ -43,7 +43,7 @@ PROBE = r"""(async width => {
         if (copy.textContent.includes('\\')) faults.push(['unrendered maths', short(copy.textContent)]);
     }
     for (const box of document.querySelectorAll('.math.display')) if (box.scrollWidth > box.clientWidth + 1) faults.push(['cut equation', short(box.textContent)]);
-    if (document.querySelector('math') && document.querySelector('link[href$="styles.css"]') && !document.fonts.check('16px "tmpa math"')) faults.push(['no font for equations', document.URL]);
+    if (document.querySelector('math') && document.querySelector('link[href$="styles.css"]') && ![...document.fonts].some(f => f.family.includes('tmpa math') && f.status === 'loaded')) faults.push(['no font for equations', document.URL]);
     const wide = document.documentElement.scrollWidth;
     if (wide > width) faults.push(['wider than the screen', wide + ' px']);
     for (const e of main.querySelectorAll('*')) {
