@@ -1,5 +1,5 @@
 """The site as a reader meets it: built into a temporary folder, every page opened in a real browser at desktop and phone width, without a network."""
-import functools, http.server, json, pkgutil, re, subprocess, sys, threading
+import functools, http.server, importlib, json, pkgutil, re, subprocess, sys, threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
@@ -140,6 +140,7 @@ def test_dotted_names_exist():
     "Prose and docstrings name our modules, classes and methods as they are. nbdev makes links of the names that it knows, and passes over others in silence."
     home = {name.removeprefix(f'{module}.'): module for module,names in index['syms'].items() for name in names}
     wrong = []
+    for module in index['syms']: importlib.import_module(module)  # some give classes of others more methods
     for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
         for name in re.findall(r'`(\w+(?:\.\w+)+)', '\n'.join(''.join(c['source']) for c in json.loads(path.read_text(encoding='utf8'))['cells'])):
             first,_,rest = name.partition('.')
