@@ -39,13 +39,16 @@ def test_opened_by_name(tmp_path, monkeypatch):
     assert card['licence'] == 'Apache-2.0' and card['threshold'] is None and 'decisions about people' in card['not_for']
     assert 'simulated' in json.dumps(card['scores']) and 'rendered people' in card['data']
     assert type(TMPANet.from_pretrained('rendered')) is TMPANet
-    monkeypatch.chdir(tmp_path)                # what lies there under that name counts
+    monkeypatch.chdir(tmp_path)                # the name stays the package's, whatever lies there
     (tmp_path/'rendered').mkdir()
-    assert find_weights('rendered') == Path('rendered')
-    with pytest.raises(CheckpointError, match='rendered'): open_weights('rendered')
+    assert find_weights('rendered') == SHIPPED['rendered']
+    for folder in ('./rendered', Path('rendered')):
+        with pytest.raises(CheckpointError, match='rendered'): open_weights(folder)
 
 
-def test_the_default_of_a_gallery(folder, tmp_path, capsys):
+def test_the_default_of_a_gallery(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'rendered').mkdir()              # somebody's own
     g = Gallery.from_weights()
     said = capsys.readouterr().err
     assert said.count('\n') == 1 and 'rendered people alone' in said and 'not for decisions about people' in said

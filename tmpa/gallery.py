@@ -98,8 +98,10 @@ def from_learner(cls:Gallery,
 
 # %% ../nbs/21d_gallery.ipynb #f76fc853
 def _as_named(where):
-    "A path that means the same in every folder; names of the hub stay as they are."
-    return os.path.abspath(user_path(where)) if os.path.exists(user_path(where)) else str(where)
+    "A path that means the same in every folder; names of the package's weights and of the hub stay as they are."
+    from tmpa.weights import SHIPPED
+    if where in SHIPPED or not os.path.exists(user_path(where)): return str(where)
+    return os.path.abspath(user_path(where))
 
 def stored_threshold(
     card:dict, # Of weights, or what a gallery stores

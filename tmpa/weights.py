@@ -289,7 +289,7 @@ def find_weights(
 )->Path:           # A file or a folder; it may not be there
     "Where weights lie; what is no file and no folder here, and may be a name of the hub, is fetched."
     path = user_path(where)
-    if where in SHIPPED and not path.exists(): return SHIPPED[where]
+    if where in SHIPPED: return SHIPPED[where]  # './rendered' is a folder of that name
     if path.exists() or not _is_id(where): return path.parent if path.name == _WEIGHTS else path
     return _from_hub(where, revision)
 

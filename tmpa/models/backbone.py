@@ -152,7 +152,7 @@ def make_resnet(
 def _shipped_trunk(name):
     "The ResNet in weights that the package carries, as torchvision names its parts; None for another name."
     from tmpa.weights import SHIPPED, open_weights
-    if name not in SHIPPED or Path(name).exists(): return None
+    if name not in SHIPPED: return None
     weights = open_weights(name)[0].state_dict().items()
     return {k.removeprefix(p): v for p in ('mfe.shared.', 'tail.') for k, v in weights if k.startswith(p)}
 
