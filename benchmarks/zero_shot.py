@@ -7,9 +7,17 @@ them, whose difference says how much the people matter.
     python benchmarks/zero_shot.py FOLDER --train runs/rendered            # as tmpa_rendered, scored after every epoch
     python benchmarks/zero_shot.py FOLDER --start 5                        # trained on 30 of the people, from both starts
     python benchmarks/zero_shot.py FOLDER --renderers                      # both renderers, at equal compute
+    python benchmarks/zero_shot.py FOLDER --recipes 3                      # the rows of table II, so many seeds of each
+    python benchmarks/zero_shot.py FOLDER --sizes                          # networks of other sizes, other people
+    python benchmarks/zero_shot.py FOLDER --start 5 --rows                 # the rows of table II, from the shipped weights
+
+What ends early goes on where it was: finished rows stay in the table.
 """
 import csv
+import shutil
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +33,13 @@ from tmpa.data.readers import csv_items, regdb_items
 from tmpa.data.synthetic import make_regdb
 from tmpa.data.transforms import ReIDAug
 from tmpa.evaluation import evaluate
-from tmpa.learner import extract_features, tmpa_learner
+from tmpa.learner import extract_features, reid_learner
+from tmpa.models.backbone import get_arch, ibn_resnet
 from tmpa.pretrain import Rendered, train_rendered
 from tmpa.recipes import get_recipe
 from tmpa.weights import image_size, open_weights
 
+TABLE2 = 'B', 'B+CA', 'B+CA+PedMix', 'TMPA'
 FIELDS = 'weights', 'people', 'v2i_R1', 'v2i_mAP', 'i2v_R1', 'i2v_mAP', 'mAP'
 
 
@@ -104,13 +114,15 @@ def both_renderers(items, out):
         write(out/'renderers.csv', FIELDS, rows)
 
 
-def trained(folder, out, split, start, epochs=8):
+def trained(folder, out, split, start, recipe='B+CA', epochs=8):
     "Scores on 20 people after training on the 30 others, from the shipped weights or from random ones."
-    table, recipe, size = prepare(folder, out/'data', split), get_recipe('B+CA'), (128, 64)
+    table, recipe, size = prepare(folder, out/'data', split), get_recipe(recipe), (128, 64)
     train, test = csv_items(table, 'train'), csv_items(table, 'test')
     set_seed(split)
-    dls = ReIDDataLoaders.from_items(train, size=size, seed=split, num_workers=0, cache=True, device='cpu')
-    learn = tmpa_learner(dls, 'ibn_resnet', pretrained=start, mfe=False, mix=None, loss_func=recipe.make_loss())
+    dls = ReIDDataLoaders.from_items(train, size=size, seed=split, num_workers=0, cache=True, device='cpu',
+                                     aug=bool(recipe.channel_exchange) or [ReIDAug(exchange=0)])
+    net = recipe.make_net(len(dls.vocab), get_arch('ibn_resnet'), start)
+    learn = reid_learner(dls, net, recipe.make_loss(), mix=recipe.make_mix(16))
     with learn.no_bar(), learn.no_logging(): learn.fit_tmpa(epochs, lr=.03, warmup=.2, decay=(.6, .85), trunk=1.)
     return both_ways(extract_features(learn.model, test, size, num_workers=0), test)
 
@@ -126,6 +138,57 @@ def compared(folder, out, splits):
             write(out/'start.csv', ('split', 'start', *FIELDS[2:]), rows)
 
 
+def rows_compared(folder, out, splits):
+    "B, B+CA, B+CA+PedMix and TMPA from the shipped weights, on the same splits."
+    rows = []
+    for split in range(splits):
+        for name in TABLE2:
+            began = time.monotonic()
+            found = trained(folder, out, split, 'rendered', name)
+            rows.append([split, name, round(time.monotonic() - began), *found])
+            write(out/'rows.csv', ('split', 'recipe', 'seconds', *FIELDS[2:]), rows)
+
+
+def grown(path, head, jobs, items):
+    """Train and score what a table lacks, row by row.
+
+    `jobs` are (name, config); a row of the table is the name, the seconds of the training, and scores.
+    """
+    rows = [list(o.values()) for o in csv.DictReader(open(path))] if path.exists() else []
+    done = {tuple(o[:len(jobs[0][0])]) for o in rows}
+    for name, config in jobs:
+        name = tuple(map(str, name))
+        if name in done: continue
+        folder = path.parent/'-'.join(name).replace(' ', '_')
+        shutil.rmtree(folder, ignore_errors=True)  # of a training that was stopped
+        began = time.monotonic()
+        net = train_rendered(config, folder, 'cpu')
+        seconds = round(time.monotonic() - began)
+        rows += [[*name, seconds, k, *v] for k, v in scores(net, items, config.size).items()]
+        write(path, (*head, 'seconds', *FIELDS[1:]), rows)
+
+
+FEW = dict(n_ids=1000, epochs=4)  # 32,000 training images: minutes instead of an hour
+
+
+def trained_recipes(items, out, seeds):
+    "B, B+CA, B+CA+PedMix and TMPA on the same people; B+CA also for about as long as TMPA takes."
+    jobs = []
+    for seed in range(seeds):
+        jobs += [((name, seed, FEW['epochs']), Rendered(recipe=name, seed=seed, **FEW)) for name in TABLE2]
+    longer = {**FEW, 'epochs': 11}
+    jobs += [(('B+CA', seed, 11), Rendered(recipe='B+CA', seed=seed, **longer)) for seed in range(seeds)]
+    grown(out/'recipes.csv', ('recipe', 'seed', 'epochs'), jobs, items)
+
+
+def other_sizes(items, out):
+    "The recipe of the shipped weights with other networks, image sizes and numbers of people, at equal images."
+    jobs = [(('people', n), Rendered(n_ids=n, epochs=4000//n)) for n in (125, 500, 1000, 2000, 4000)]
+    jobs += [(('width', w), Rendered(partial(ibn_resnet, width=w), **FEW)) for w in (16, 64)]
+    jobs += [(('height', h), Rendered(size=(h, h//2), **FEW)) for h in (96, 192)]
+    grown(out/'sizes.csv', ('what', 'value'), jobs, items)
+
+
 @call_parse
 def main(
     folder:str, # Folder of PKU-Reid: manifest.csv (file,pid,cam,orientation) and images/
@@ -134,13 +197,18 @@ def main(
     train:str=None, # Folder to train the shipped weights in, scored after every epoch
     start:int=0, # Splits of the people on which to compare starts of training
     renderers:store_true=False, # Train on what both renderers draw, at equal compute
+    recipes:int=0, # Seeds with which to train each row of table II on rendered people
+    sizes:store_true=False, # Train networks of other sizes, on other numbers of people
+    rows:store_true=False, # With --start: each row of table II, from the shipped weights
 ):
     "Score weights on the 50 people."
     out = Path(out)
     items = csv_items(prepare(folder, out/'zero', 0, n_test=50), 'test')
     if train: return followed(items, train, out)
-    if start: return compared(folder, out, start)
+    if start: return (rows_compared if rows else compared)(folder, out, start)
     if renderers: return both_renderers(items, out)
+    if recipes: return trained_recipes(items, out, recipes)
+    if sizes: return other_sizes(items, out)
     rows = [('chance', k, *v) for k, v in chance(items).items()]
     for name in weights:
         model, card = open_weights(name)

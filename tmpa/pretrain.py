@@ -19,11 +19,12 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.torch_core import set_seed
 from fastcore.script import call_parse
-from .core import check_ranges, user_path
+from .core import ConfigError, check_ranges, user_path
 from .data.endless import RenderedPeople
 from .data.load import ReIDDataLoaders
 from .data.rendered import RENDERER_VERSION
 from .data.transforms import ReIDAug
+from .demo import demo_patch
 from .learner import reid_learner
 from .models.backbone import get_arch
 from .models.net import save_weights
@@ -44,7 +45,7 @@ class Rendered:
     fresh:int = 4            # Epochs that a photograph is kept
     epochs:int = 18
     lr:float = .05           # Highest learning rate
-    exchange:float = .4      # Chance that a visible image exchanges channels
+    exchange:float = .4      # Chance that a visible image exchanges channels; a recipe without that leaves it out
     erase:float = .4         # Chance that a part of an image is erased
     P:int = 8                # Identities in a batch
     K:int = 4                # Images of each identity and modality
@@ -53,7 +54,8 @@ class Rendered:
     def loaders(self, device=None, num_workers=0):
         "New photographs in every epoch."
         people = RenderedPeople(self.n_ids, self.per_modality, self.size, self.seed, self.fresh)
-        aug = [ReIDAug(exchange=self.exchange, erase=self.erase)]
+        exchange = self.exchange if get_recipe(self.recipe).channel_exchange else 0
+        aug = [ReIDAug(exchange=exchange, erase=self.erase)]
         return ReIDDataLoaders.from_rendered(people, P=self.P, K=self.K, seed=self.seed, aug=aug, device=device,
                                              num_workers=num_workers)
 
@@ -106,12 +108,15 @@ def train_rendered(
 ):                     # The network
     "Train on rendered people alone."
     check_ranges(epochs=config.epochs, lr=config.lr, seed=config.seed)
+    recipe = get_recipe(config.recipe)
+    if recipe.method != 'plain': raise ConfigError(f'{recipe.name} trains two networks: choose a recipe of one network')
     out = new_folder(out)
     set_seed(config.seed)
-    dls, recipe, mean = config.loaders(device, num_workers), get_recipe(config.recipe), MeanWeights()
+    dls, mean = config.loaders(device, num_workers), MeanWeights()
     net = recipe.make_net(config.n_ids, get_arch(config.arch), False)
     log = _Log(out, config, each)
-    learn = reid_learner(dls, net, recipe.make_loss(), mix=recipe.make_mix(), cbs=[mean, log])
+    learn = reid_learner(dls, net, recipe.make_loss(), mix=recipe.make_mix(demo_patch(config.size)),
+                         cbs=[mean, log])
     rate = ParamScheduler({'lr': lambda pct: cosine_rate(pct, config.lr)})
     with learn.no_bar(), learn.no_logging(): learn.fit(config.epochs, lr=config.lr, cbs=[rate])
     run = dict(asdict(config), renderer=RENDERER_VERSION, torch=torch.__version__.split('+')[0])
@@ -125,6 +130,7 @@ def train_rendered(
 @one_line_errors
 def tmpa_rendered(
     out:str='runs/rendered', # Folder to make: weights, log, and a folder with a card
+    recipe:str='B+CA', # B, B+CA, B+CA+PedMix, TMPA or another name of tmpa.recipes.RECIPES
     arch:str='ibn_resnet', # Backbone: ibn_resnet, micro_resnet, tiny_resnet, resnet18, resnet50 ...
     size:str='128x64', # Image height x width
     ids:int=3000, # People
@@ -133,6 +139,6 @@ def tmpa_rendered(
     workers:int=0, # Processes that draw people: without any, photographs are kept for some epochs
 ):
     "Train weights on rendered people alone: no data set is needed."
-    config = Rendered(arch=arch, size=parse_size(size), n_ids=ids, epochs=epochs, seed=seed)
+    config = Rendered(arch, get_recipe(recipe).name, size=parse_size(size), n_ids=ids, epochs=epochs, seed=seed)
     train_rendered(config, out, num_workers=workers)
     print(f'weights with a card are in {user_path(out)/"weights"}')
