@@ -1,5 +1,5 @@
 """What a disk, a user or a killed process leaves: pipes, leftovers, flipped bits, and lists of nonsense."""
-import importlib.util, os, signal, subprocess, sys, threading, time, warnings
+import importlib.util, os, signal, subprocess, sys, tempfile, threading, time, warnings
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -7,7 +7,7 @@ from fastai.callback.core import Callback
 from scipy.io import savemat
 
 from tmpa.callback.resume import ResumeFit, outline
-from tmpa.core import DataError, ProtocolError, ReIDImage, TMPAError, atomic_write, leftovers, remove_dead
+from tmpa.core import DataError, ProtocolError, ReIDImage, TMPAError, atomic_write, leftovers, remove_dead, temp_folder
 from tmpa.data.cache import image_cache
 from tmpa.protocols import load_perms
 from tmpa.data.readers import csv_items, regdb_items, sysu_items
@@ -114,6 +114,18 @@ def test_the_next_writer_removes_what_the_dead_left_and_nothing_else(tmp_path, h
         for p in (dead, living): p.kill(); p.wait(); p.stdout.close()
     remove_dead(tmp_path/f)
     assert not leftovers(tmp_path/f) and sorted(tmp_path.iterdir()) == sorted(mine)
+
+@pytest.mark.parametrize('make, how', [('mkstemp', atomic_write), ('mkdtemp', temp_folder)])
+def test_what_is_taken_for_dead_before_it_is_locked_is_made_again(tmp_path, monkeypatch, make, how):
+    "Two processes that begin the same file or folder at once."
+    made, whole = [], getattr(tempfile, make)
+    def taken_once(**kw):
+        made.append(whole(**kw))
+        if len(made) == 1: remove_dead(tmp_path/'v1')  # the other one, between making and locking
+        return made[-1]
+    monkeypatch.setattr(tempfile, make, taken_once)
+    with how(tmp_path/'v1') as t:
+        assert len(made) == 2 and leftovers(tmp_path/'v1') == [t]
 
 def test_galleries_and_rendered_people_clean_up(tmp_path):
     g = Gallery(made_by='test')

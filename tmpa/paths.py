@@ -79,13 +79,21 @@ def _is(tmp, fd):
     try: return os.path.samestat(os.lstat(tmp), os.fstat(fd))
     except FileNotFoundError: return False
 
+def _opened(made):
+    "Descriptor and name of what `mkstemp` or `mkdtemp` made; no descriptor where somebody took a folder for dead."
+    if isinstance(made, tuple): return made
+    try: return os.open(made, os.O_RDONLY), made
+    except FileNotFoundError: return None, made
+
 def _made(make, path):
     "A new temporary file or folder for `path`, and a descriptor with its lock, which ends with the process."
     while True:
         made = make(dir=path.parent, **_names(path))
-        fd, tmp = made if isinstance(made, tuple) else (None, made)
-        if fcntl is None: return _close(fd), Path(tmp)  # where open files cannot be renamed either
-        if fd is None: fd = os.open(tmp, os.O_RDONLY)
+        if fcntl is None:  # where open files cannot be renamed either
+            fd, tmp = made if isinstance(made, tuple) else (None, made)
+            return _close(fd), Path(tmp)
+        fd, tmp = _opened(made)
+        if fd is None: continue
         _lock(fd, wait=True)
         if _is(tmp, fd): return fd, Path(tmp)
         os.close(fd)  # somebody took it for dead before it was locked
