@@ -12,14 +12,15 @@ from .console import load_fastai, one_line_errors, parse_size
 load_fastai()
 
 # %% ../nbs/18d_pretrain.ipynb #c954a8f3
-import copy, math, time
+import copy, json, math, time
 from dataclasses import asdict, dataclass
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.torch_core import set_seed
-from fastcore.script import call_parse
+from fastcore.script import call_parse, store_true
 from .core import ConfigError, check_ranges, user_path
+from .callback.resume import ResumeFit
 from .data.endless import RenderedPeople
 from .data.load import ReIDDataLoaders
 from .data.rendered import RENDERER_VERSION
@@ -27,10 +28,10 @@ from .data.transforms import ReIDAug
 from .demo import demo_patch
 from .learner import reid_learner
 from .models.backbone import get_arch
-from .models.net import save_weights
-from .recipes import get_recipe
+from .models.net import load_tmpa, read_meta, save_weights
+from .recipes import get_recipe, plain_name
 from .results import write_lines
-from .run_files import new_folder
+from .run_files import folder_lock, new_folder, read_json, write_json
 from .weights import save_pretrained
 
 # %% ../nbs/18d_pretrain.ipynb #ee855ecc
@@ -82,48 +83,96 @@ class MeanWeights(Callback):
                 if now.is_floating_point(): mean.lerp_(now.detach(), share)
                 else: mean.copy_(now)
 
+    def resume_state(self):
+        "For `ResumeFit`."
+        return dict(mean=self.mean.state_dict(), seen=self.seen)
+
+    def set_resume_state(self, state):
+        self.mean.load_state_dict(state['mean'])
+        self.seen = state['seen']
+
 # %% ../nbs/18d_pretrain.ipynb #db392c74
 class _Log(Callback):
     "After every epoch a line of `history.csv`, and the mean weights so far."
     order, run_after = 90, MeanWeights
-    def __init__(self, folder, config, each): self.folder, self.config, self.each, self.rows = folder, config, each, []
+    def __init__(self, folder, config, each):
+        self.folder, self.config, self.each = folder, config, each
+        self.rows, self.before = [], 0  # `before`: seconds of a training that was stopped
+
     def before_fit(self): self.start = time.monotonic()
+
     def after_epoch(self):
         seen = (self.epoch + 1)*len(self.dls.train)*self.dls.train.bs
+        seconds = self.before + round(time.monotonic() - self.start)
         self.rows.append(dict(epoch=self.epoch + 1, images=seen, loss=round(float(self.learn.smooth_loss), 4),
-                              seconds=round(time.monotonic() - self.start)))
+                              seconds=seconds))
         write_lines(self.folder/'history.csv', self.rows, list(self.rows[0]))
-        meta = {**asdict(self.config), 'epoch': self.epoch + 1, 'data': 'rendered', 'size': list(self.config.size)}
-        save_weights(self.mean_weights.mean, self.folder/'last.pth', **meta)
+        meta = {k: v for k, v in self.config.items() if k != 'arch'}  # the network knows its own
+        save_weights(self.mean_weights.mean, self.folder/'last.pth', **meta, epoch=self.epoch + 1, data='rendered')
         print(', '.join(f'{k} {v}' for k, v in self.rows[-1].items()), flush=True)
         if self.each is not None: self.each(self.mean_weights.mean, self.epoch + 1)
 
+    def resume_state(self): return self.rows
+
+    def set_resume_state(self, rows):
+        self.rows = rows
+        self.before = rows[-1]['seconds'] if rows else 0
+
+# %% ../nbs/18d_pretrain.ipynb #1d9dab6c
+def _epochs_done(file):
+    "How many epochs a file of weights has seen; 0 without one."
+    return read_meta(file)['epoch'] if file.exists() else 0
+
 # %% ../nbs/18d_pretrain.ipynb #71dec085
+def _settings(config):
+    "A training as plain data, as JSON gives it back."
+    return json.loads(json.dumps({**asdict(config), 'renderer': RENDERER_VERSION}, default=plain_name))
+
+def _begin(config, out, resume):
+    "The folder of a training: a new one, or with `resume` one that was begun with the same settings."
+    out, settings = user_path(out), _settings(config)
+    if not (resume and out.exists()):
+        write_json(new_folder(out)/'config.json', settings)
+        return out
+    was = read_json(out/'config.json')
+    for k, v in settings.items():
+        if was.get(k) != v:
+            raise ConfigError(f'{out} was begun with {k}={was.get(k)!r}, not {v!r}: give that, or choose another --out')
+    return out
+
+def _fit(config, out, device, num_workers, each):
+    "Train; `last.pth` in `out` holds the mean weights of the last epoch that has ended."
+    recipe = get_recipe(config.recipe)
+    set_seed(config.seed)
+    dls = config.loaders(device, num_workers)
+    net = recipe.make_net(config.n_ids, get_arch(config.arch), False)
+    cbs = [MeanWeights(), _Log(out, _settings(config), each), ResumeFit(out/'resume.pth')]
+    learn = reid_learner(dls, net, recipe.make_loss(), mix=recipe.make_mix(demo_patch(config.size)), cbs=cbs)
+    rate = ParamScheduler({'lr': lambda pct: cosine_rate(pct, config.lr)})
+    with learn.no_bar(), learn.no_logging(): learn.fit(config.epochs, lr=config.lr, cbs=[rate])
+
 def train_rendered(
     config:Rendered,   # What to train
     out,               # Folder to make: `last.pth` and `history.csv` after every epoch, `weights` at the end
     device=None,       # Default: a GPU where there is one
     num_workers:int=0, # Processes that draw
     each=None,         # Called with the mean network and the number of each epoch that has ended
-):                     # The network
+    resume:bool=False, # Go on in a folder that was begun, after its last whole epoch
+):                     # The network, in evaluation mode
     "Train on rendered people alone."
     check_ranges(epochs=config.epochs, lr=config.lr, seed=config.seed)
     recipe = get_recipe(config.recipe)
     if recipe.method != 'plain': raise ConfigError(f'{recipe.name} trains two networks: choose a recipe of one network')
-    out = new_folder(out)
-    set_seed(config.seed)
-    dls, mean = config.loaders(device, num_workers), MeanWeights()
-    net = recipe.make_net(config.n_ids, get_arch(config.arch), False)
-    log = _Log(out, config, each)
-    learn = reid_learner(dls, net, recipe.make_loss(), mix=recipe.make_mix(demo_patch(config.size)),
-                         cbs=[mean, log])
-    rate = ParamScheduler({'lr': lambda pct: cosine_rate(pct, config.lr)})
-    with learn.no_bar(), learn.no_logging(): learn.fit(config.epochs, lr=config.lr, cbs=[rate])
-    run = dict(asdict(config), renderer=RENDERER_VERSION, torch=torch.__version__.split('+')[0])
-    data = f'{config.n_ids:,} rendered people (renderer {RENDERER_VERSION}, seed {config.seed}); no photograph'
-    save_pretrained(mean.mean, out/'weights', torch.float16, classifiers=False, size=list(config.size),
-                    recipe=config.recipe, data=data, run=run)
-    return mean.mean
+    out = _begin(config, out, resume)
+    arch = None if isinstance(config.arch, str) else config.arch
+    with folder_lock(out):
+        if _epochs_done(out/'last.pth') < config.epochs: _fit(config, out, device, num_workers, each)
+        net = load_tmpa(out/'last.pth', arch)
+        run = {**_settings(config), 'torch': torch.__version__.split('+')[0]}
+        data = f'{config.n_ids:,} rendered people (renderer {RENDERER_VERSION}, seed {config.seed}); no photograph'
+        save_pretrained(net, out/'weights', torch.float16, classifiers=False, size=list(config.size),
+                        recipe=recipe.name, data=data, run=run)
+    return net
 
 # %% ../nbs/18d_pretrain.ipynb #f98bb867
 @call_parse
@@ -137,8 +186,9 @@ def tmpa_rendered(
     epochs:int=18, # Epochs
     seed:int=0, # Of people, weights, batches and augmentation
     workers:int=0, # Processes that draw people: without any, photographs are kept for some epochs
+    resume:store_true=False, # Go on in a folder that exists, after the last whole epoch
 ):
     "Train weights on rendered people alone: no data set is needed."
     config = Rendered(arch, get_recipe(recipe).name, size=parse_size(size), n_ids=ids, epochs=epochs, seed=seed)
-    train_rendered(config, out, num_workers=workers)
+    train_rendered(config, out, num_workers=workers, resume=resume)
     print(f'weights with a card are in {user_path(out)/"weights"}')
