@@ -6,108 +6,13 @@
 __all__ = ['render_person']
 
 # %% ../../nbs/00f_data.painted.ipynb #9222abc0
-import colorsys, math
 from functools import lru_cache, partial
 from types import SimpleNamespace
 import numpy as np
 from ..core import ConfigError, Modality
 from .canvas import FloatCanvas, SeededDice
-
-# %% ../../nbs/00f_data.painted.ipynb #13cecefa
-def _sin(a): return round(math.sin(a), 9)
-def _cos(a): return round(math.cos(a), 9)
-def _pow(a, b): return round(math.pow(a, b), 9)
-
-# %% ../../nbs/00f_data.painted.ipynb #31dab565
-def _luma(m): return .3*m[0] + .59*m[1] + .11*m[2]
-
-def _dye(d, sat=.55):
-    "A dye `(r, g, b, infrared, warmth)`; brightness explains about half of the variance of the infrared reflectance."
-    if d.chance(sat): rgb = colorsys.hsv_to_rgb(d.u(), d.u(.3, .95), d.u(.2, .9))
-    else:
-        g = d.pick((.07, .3, .55, .88), (3, 2, 1.5, 2)) + d.u(-.05, .07)
-        t = d.u(-.04, .04)
-        rgb = (g+t, g, g-t)
-    ir = min(max(.05 + .5*_luma(rgb) + .4*d.u(), .05), .95)
-    return (*[min(max(c, 0.), 1.) for c in rgb], ir, d.u(.05, .25))
-
-def _cloth(d, kinds, weights, **kw):
-    "Two dyes and a pattern; the pattern survives in infrared, fades, or turns round."
-    a = _dye(d)
-    inverse = (*[1-c for c in a[:3]], a[3], a[4])
-    b = next((m for m in (_dye(d) for _ in range(20)) if abs(_luma(m)-_luma(a)) > .25), inverse)
-    step = (_luma(b)-_luma(a))*d.u(.7, 1.2)*d.pick((1, .08, -1), (.7, .12, .18))
-    ir = min(max(a[3], .05-min(step, 0)), .95-max(step, 0))
-    a, b = (*a[:3], ir, a[4]), (*b[:3], ir+step, a[4])
-    return SimpleNamespace(a=a, b=b, kind=d.pick(kinds, weights), freq=d.u(9, 20), n=d.pick((6, 8, 10, 14)),
-                           phase=d.u(), v=d.u(.06, .2), size=d.u(.03, .08), back=d.chance(.3), **kw)
-
-# %% ../../nbs/00f_data.painted.ipynb #97c04055
-_TOPS = dict(plain=2.4, hstripe=1.5, vstripe=.8, check=1, dots=.7, diag=.6, band=1.2, half=1.2, panel=1.8, logo=1.6)
-_LOWS = dict(plain=4, seam=1, cuff=.7, check=.7, half=.8)
-_HAIR = 'bald', 'buzz', 'short', 'afro', 'bob', 'long', 'tail', 'bun'
-_FORMS = 'trousers', 'shorts', 'skirt', 'long skirt'
-
-def _body(d):
-    "Build and proportions, in units of the height; `sy`, `hip`: heights below the crown; `sh`, `hw`: half widths."
-    b = min(max(1 + .17*d.bell(), .72), 1.5)
-    female = d.chance(.5)
-    head = d.u(.122, .142)
-    p = SimpleNamespace(b=b, female=female, head=head, sy=head+d.u(.035, .05), hip=d.u(.47, .53))
-    p.sh = (.098 if female else .112)*_pow(b, .6)*d.u(.95, 1.08)
-    p.hw = (.088 if female else .08)*_pow(b, .8)*d.u(.93, 1.08)
-    p.waist = (.068 if female else .079)*b*d.u(.93, 1.07)
-    p.depth = d.u(.6, .72)*_pow(b, .3)
-    p.arm, p.thigh, p.shin = .0225*_pow(b, .7), .047*_pow(b, .8), .03*_pow(b, .6)
-    return p
-
-def _add_looks(p, d):
-    "Skin, hair, beard, glasses and hat."
-    t = d.u(.3, 1.)
-    p.skin = (.95*t, .74*t*d.u(.95, 1.03), .6*t*d.u(.92, 1.05), d.u(.6, .75), d.u(.85, 1.))
-    g = d.pick((.05, .16, .3, .6, .72), (5, 3, 2, 1.5, 1))
-    p.hair = (g*1.1, g*d.u(.75, .95), g*d.u(.5, .8), min(max(.1+.35*g+.4*d.u(), 0), .9), d.u(.05, .3))
-    p.style = d.pick(_HAIR, (.6, 1, .8, .6, 1.3, 2, 1.2, .9) if p.female else (1, 2, 3, 1, .6, .7, .3, .3))
-    p.hair_len, p.fringe = d.u(.06, .2), d.u(-.75, -.35)
-    p.beard = not p.female and d.chance(.3)
-    p.glasses = d.chance(.25)
-    p.hat = d.pick((None, 'cap', 'beanie', 'brim'), (7, 1.2, 1, .8))
-    p.hat_mat = _dye(d)
-
-# %% ../../nbs/00f_data.painted.ipynb #49da08d5
-def _top(d, hip):
-    "The upper garment; `hem`: where it ends, `sleeve`: 1 at the elbow, 2 at the wrist."
-    sleeve = d.pick((0., .75, 1.1, 2.), (.5, 2, .7, 3))
-    hem = hip + d.pick((-.02, .03, .1, .21), (.6, 3, 1.3, 1.1)) + d.u(-.012, .012)
-    more = dict(sleeve=sleeve, hem=hem, loose=d.u(1., 1.25), raglan=d.chance(.2), hood=d.chance(.2))
-    return _cloth(d, tuple(_TOPS), tuple(_TOPS.values()), **more)
-
-def _low(d, female):
-    "Trousers, shorts or a skirt; `cover`: how far shorts and skirts reach."
-    form = d.pick(_FORMS, (5, 1.5, 1.5, 1) if female else (6, 2.2, 0, .1))
-    more = dict(form=form, loose=d.u(.95, 1.5), cover=d.u(.75, 1.05))
-    return _cloth(d, tuple(_LOWS), tuple(_LOWS.values()), **more)
-
-# %% ../../nbs/00f_data.painted.ipynb #a4df0cb8
-def _add_belongings(p, d):
-    "Shoes, a bag and a scarf."
-    p.shoe, p.sock = _dye(d, .3), _dye(d, .2)
-    p.boots = d.u(.03, .2)*d.chance(.35)
-    p.bag = d.pick((None, 'back', 'cross', 'hand', 'waist'), (2, 2.2, 1.4, 1.4, .5))
-    p.bag_mat = _cloth(d, ('plain', 'half'), (2, 1))
-    p.bag_w, p.bag_h = d.u(.055, .085), d.u(.075, .12)
-    p.side = d.pick((-1, 1))
-    p.scarf, p.scarf_mat = d.chance(.15), _dye(d)
-
-@lru_cache(4096)
-def _identity(seed, pid):
-    "Body, hair, clothes and belongings of one person."
-    d = SeededDice(seed, 0, pid)
-    p = _body(d)
-    _add_looks(p, d)
-    p.top, p.low = _top(d, p.hip), _low(d, p.female)
-    _add_belongings(p, d)
-    return p
+from .looks import draw_dye, draw_looks
+from .posed import draw_pose, paint_person
 
 # %% ../../nbs/00f_data.painted.ipynb #0dbcbcf1
 @lru_cache(256)
@@ -124,254 +29,13 @@ def _camera(seed, modality, cam):
     c.gains, c.cast = [d.u(.82, 1.18) for _ in range(3)], [d.u(-.04, .04) for _ in range(3)]
     c.sat, c.reflect, c.warm = d.u(.5, 1.1), d.u(.6, .9), d.u(.1, .45)
     c.cool = d.u(.4, .85) if ir else 1.
-    c.scene = [(d.u(-1.2, 1.2), d.u(-.1, .9), d.u(.03, .3), d.u(.05, .5), _dye(d, .4)) for _ in range(16)]
-    c.wall, c.floor = _dye(d, .3), _dye(d, .15)
+    c.scene = [(d.u(-1.2, 1.2), d.u(-.1, .9), d.u(.03, .3), d.u(.05, .5), draw_dye(d, .4)) for _ in range(16)]
+    c.wall, c.floor = draw_dye(d, .3), draw_dye(d, .15)
     return c
 
 def _ink(c, m):
     "What the channels of a camera see of a material, before its electronics."
     return np.array([c.reflect*m[3]+c.warm*m[4]] if c.ir else m[:3], np.float32)
-
-# %% ../../nbs/00f_data.painted.ipynb #aa0a2b0c
-def _wave(t, duty=.5): return np.clip((np.abs(t-np.floor(t)-.5)*2-1+duty)*4+.5, 0, 1)
-
-def _pattern(c, sy, yaw):
-    "The pattern of cloth `c` as a function of u (-1 to 1 across the body) and of the height y; None if plain."
-    side = -1 if c.back else 1
-    middle, front = side*_sin(yaw), side*_cos(yaw)
-    def around(u): return (u*(1+.4*u*u) - yaw)*(c.n/(2*math.pi)) + c.phase
-    def centred(u, half): return np.clip((half*front-np.abs(u-middle))*8+.5, 0, 1) if front > .1 else 0*u
-    return {'plain': None, 'seam': None, 'cuff': None,
-            'hstripe': lambda u,y: _wave(y*c.freq+c.phase),
-            'vstripe': lambda u,y: _wave(around(u)),
-            'check':   lambda u,y: .5*_wave(around(u)) + .5*_wave(y*c.freq*.8+c.phase),
-            'dots':    lambda u,y: _wave(around(u), .35)*_wave(y*c.freq+c.phase, .35),
-            'diag':    lambda u,y: _wave(around(u)*.8 + y*c.freq*.7),
-            'band':    lambda u,y: np.clip((c.size-np.abs(y-sy-c.v))*60+.5, 0, 1),
-            'half':    lambda u,y: np.clip((y-sy-c.v)*60+.5, 0, 1),
-            'panel':   lambda u,y: centred(u, .25+4*c.size),
-            'logo':    lambda u,y: centred(u, .5)*np.clip((c.size-np.abs(y-sy-c.v))*60+.5, 0, 1)}[c.kind]
-
-# %% ../../nbs/00f_data.painted.ipynb #b1f14581
-def _pose(d, c):
-    "Heading, stride and arms of one photograph."
-    stand = d.chance(.25)
-    yaw = c.yaw + math.pi*d.chance(.25) + .3*d.bell()
-    q = SimpleNamespace(yaw=yaw, s=_sin(yaw), c=_cos(yaw), phase=d.u(0, 2*math.pi))
-    q.stride = d.u(.02, .08) if stand else d.u(.25, .5)
-    q.flex = [d.u(.1, .5), d.u(.1, .5)]
-    q.swing = d.u(.1, .5)
-    q.lift = [d.u(.9, 1.9)*d.chance(.13), d.u(.9, 1.9)*d.chance(.13)]
-    q.spread, q.lean, q.nod, q.look = d.u(.02, .12), d.u(-.02, .02), d.u(-.012, .012), .25*d.bell()
-    return q
-
-def _limb(joint, lengths, angles, q, side, out):
-    "Three joints (x, y, depth) of a limb that swings forward by `angles` and outwards by `out`."
-    lat, y, fwd = joint
-    pts = []
-    for length, a in zip((0, *lengths), (0, *angles)):
-        lat += side*out*length
-        y += length*_cos(a)
-        fwd += length*_sin(a)
-        depth = fwd*q.c-lat*q.s
-        pts.append((lat*q.c+fwd*q.s+q.lean*(1-y), y+.05*depth, depth))
-    return pts
-
-# %% ../../nbs/00f_data.painted.ipynb #20883cce
-def _sleeve(cv, pts, radii, skin, cover, loose, cloth):
-    "A limb in skin and, over it, cloth (ink, mark, second ink) down to `cover` (1: the middle joint, 2: the end)."
-    for k in range(2):
-        if cover < k+.9: cv.capsule(pts[k], pts[k+1], radii[k], radii[k+1], skin)
-        t = min(max(cover-k, 0.), 1.)
-        if t <= 0: continue
-        end = [a+(b-a)*t for a, b in zip(pts[k], pts[k+1])]
-        last = radii[k]+(radii[k+1]-radii[k])*t
-        cv.capsule(pts[k], end, radii[k]*(1.08 if k == 0 else loose), last*loose, *cloth)
-
-# %% ../../nbs/00f_data.painted.ipynb #e9a4ac9a
-def _across(w, p, q):
-    "Half width of a part of the body as the camera sees it, by its half width from the front."
-    return round(w*math.sqrt(q.c*q.c + 1.21*p.depth*p.depth*q.s*q.s), 9)
-
-def _leg_mark(p, q, side):
-    "The pattern of a trouser leg: some cloth is marked at its seam or at its end."
-    marks = {'seam': lambda u, y: np.clip((u*side*q.c-.25)*6+.5, 0, 1)*abs(q.c),
-             'cuff': lambda u, y: np.clip((y-.86)*60+.5, 0, 1), 'half': lambda u, y: np.clip((y-.7)*60+.5, 0, 1)}
-    return marks.get(p.low.kind, _pattern(p.low, p.hip, q.yaw))
-
-def _leg(p, q, side):
-    "Hip, knee and foot of one leg."
-    half = (.955-p.hip)*.5
-    a = q.stride*_sin(q.phase+(side < 0)*math.pi)
-    knee = .15+max(0., -a)*1.1 if q.stride > .1 else .04
-    return _limb((side*p.hw*.5, p.hip, 0), (half, half), (a+knee*.4, a-knee*.6), q, side, .02)
-
-# %% ../../nbs/00f_data.painted.ipynb #fb7413cf
-def _legs(cv, p, q, ink):
-    "Legs with shoes, then a skirt if there is one; the leg further from the camera first."
-    low = p.low
-    for pts, side in sorted([(_leg(p, q, side), side) for side in (-1, 1)], key=lambda o: o[0][1][2]):
-        x, y, _ = pts[2]
-        toe = x+.055*q.s+side*.012*q.c, y+.022+.018*max(q.c, 0)
-        cv.capsule((x-.012*q.s, y+.018), toe, .023, .018, ink(p.shoe))
-        cover = {'trousers': 1.95, 'shorts': low.cover}.get(low.form, 0.)
-        radii, loose = (p.thigh, p.shin*1.15, p.shin*.75), low.loose if cover > 1.2 else 1.15*low.loose
-        cloth = ink(low.a), _leg_mark(p, q, side), ink(low.b)
-        _sleeve(cv, pts, radii, ink(p.skin), cover, loose, cloth)
-        if p.boots: cv.capsule((x, y-p.boots), (x, y+.005), p.shin*1.12, p.shin, ink(p.shoe))
-    if 'skirt' in low.form: _skirt(cv, p, q, ink)
-
-def _skirt(cv, p, q, ink):
-    "A skirt over the legs, wider in a stride."
-    low, lean = p.low, q.lean
-    end, wide = (.68+.1*low.cover-.08, 1.2*low.loose) if low.form == 'skirt' else (.9, 1.35*low.loose)
-    w = _across(p.hw, p, q)
-    waist, hip = (p.hip-.02-.03, lean*.5, w*.85), (p.hip+.02, lean*.5, w*1.05)
-    seam = end, lean*.3, w*wide+.3*q.stride*abs(q.s)*.1
-    cv.slab([waist, hip, seam], ink(low.a), _pattern(low, p.hip, q.yaw), ink(low.b))
-
-# %% ../../nbs/00f_data.painted.ipynb #a69b7f8b
-def _trunk_rows(p, q):
-    "Rows (y, centre, half width) of the upper garment, from the neck to its hem."
-    t = p.top
-    widths = [(p.sy-.03, .034), (p.sy-.014, p.sh*.55), (p.sy, p.sh*.8), (p.sy+.016, p.sh*.95), (p.sy+.05, p.sh),
-              (p.sy+.13, p.sh*.9*_pow(t.loose, .3)), (p.hip-.1, p.waist*t.loose),
-              (p.hip+.0, p.hw*1.03*max(t.loose, 1.05)), (p.hip+.25, p.hw*1.12*t.loose)]
-    rows = [(y, q.lean*(1-y), _across(w, p, q)) for y, w in widths]
-    hem = float(np.interp(t.hem, [r[0] for r in rows], [r[2] for r in rows]))
-    return [r for r in rows if r[0] < t.hem] + [(t.hem, q.lean*(1-t.hem), hem)]
-
-def _trunk(cv, p, q, ink):
-    "Upper garment with its pattern, and the neck."
-    t, x, skin = p.top, q.lean*.82, ink(p.skin)
-    cv.capsule((q.lean*.85, p.head*.8), (x, p.sy), .026*_pow(p.b, .4), .03*_pow(p.b, .4), skin)
-    cv.slab(_trunk_rows(p, q), ink(t.a), _pattern(t, p.sy, q.yaw), ink(t.b))
-    high = .024 if q.c > 0 else .045
-    if t.hood: cv.blob(x-.03*q.s, p.sy-.005, .03+.035*abs(q.c), high, ink(t.a)*np.float32(.85))
-    elif q.c > .2: cv.blob(x+.03*q.s, p.sy-.012, .03*q.c, .024, skin)
-    if p.scarf:
-        x, half = q.lean*.84, .035*abs(q.c)
-        cv.capsule((x-half, p.sy-.018), (x+half, p.sy-.018), .023, .023, ink(p.scarf_mat))
-
-# %% ../../nbs/00f_data.painted.ipynb #e1f1805c
-def _arm(cv, p, q, ink, side):
-    "One arm, with the hand bag if this hand carries it."
-    k, t = side > 0, p.top
-    a = q.swing*_sin(q.phase+(side > 0)*math.pi)*(q.stride > .1)
-    carry = p.bag == 'hand' and side == p.side
-    flex = .12 if carry else (q.lift[k] or q.flex[k])
-    a = a*.3 if carry else a
-    pts = _limb((side*(p.sh-.012), p.sy+.02, 0), (.165, .15), (a, a+flex), q, side, .05+q.spread)
-    own = ink(t.b if t.raglan else t.a)
-    around = t.kind in ('hstripe', 'band', 'half', 'check') and not t.raglan
-    mark = _pattern(t, p.sy, q.yaw) if around else None
-    radii = p.arm*1.25, p.arm, p.arm*.8
-    _sleeve(cv, pts, radii, ink(p.skin), t.sleeve*.96, 1.1*t.loose, (own, mark, ink(t.b)))
-    x, y, _ = pts[2]
-    cv.blob(x, y+.012, .016, .02, ink(p.skin))
-    if not carry: return
-    cv.capsule((x, y+.01), (x, y+.05), .006, .006, ink(p.bag_mat.b))
-    _bag(cv, p, ink, (x, y+.04+p.bag_h*.8), (max(p.bag_w*.9*abs(q.s), .03), p.bag_h*.8), .01)
-
-def _half_way(u, v): return np.clip(v*10+.5, 0, 1)
-
-def _bag(cv, p, ink, centre, half, r):
-    "A bag, whose lower half may have another colour."
-    mark = _half_way if p.bag_mat.kind == 'half' else None
-    cv.box(centre, half, r, ink(p.bag_mat.a), mark, ink(p.bag_mat.b))
-
-# %% ../../nbs/00f_data.painted.ipynb #4a0a5a97
-def _pack(cv, p, q, ink):
-    "The rucksack on the back; seen from the front only its sides show."
-    centre = -.1*q.s*_pow(p.b, .5)+q.lean*.7, p.sy+.015+p.bag_h*1.1
-    _bag(cv, p, ink, centre, (p.bag_w*abs(q.c)+.045*abs(q.s), p.bag_h*1.15), .025)
-
-def _straps(cv, p, q, ink):
-    "What of a bag lies on the trunk: straps, the cross-body bag, the waist bag."
-    x, m = q.lean*.75, ink(p.bag_mat.a)
-    if p.bag == 'back' and q.c > .15:
-        for side in (-1, 1):
-            over, under = x+side*.055*q.c+.05*q.s, x+side*.065*q.c+.03*q.s
-            cv.capsule((over, p.sy-.01), (under, p.sy+.15), .009, .009, m)
-    if p.bag == 'cross':
-        cv.capsule((x-p.side*p.sh*.55*q.c, p.sy-.005), (x+p.side*p.hw*q.c, p.hip-.03), .008, .008, m)
-        half = .03+p.bag_w*.5*abs(q.s), p.bag_h*.6
-        if p.side*q.s < .5: _bag(cv, p, ink, (x+p.side*p.hw*1.15*q.c, p.hip+.01), half, .012)
-    if p.bag == 'waist':
-        w = _across(p.hw, p, q)*.95
-        cv.capsule((x-w, p.hip-.06), (x+w, p.hip-.06), .009, .009, m)
-        if q.c > -.2: cv.box((x+.07*q.s, p.hip-.05), (.02+.035*abs(q.c), .026), .012, m)
-
-# %% ../../nbs/00f_data.painted.ipynb #aa942651
-def _tresses(cv, p, q, ink, x, y):
-    "Hair that hangs below the head."
-    r, back = p.head*.4, -q.s*p.head*.22
-    if p.style in ('bob', 'long'):
-        end = p.head*1.02 if p.style == 'bob' else p.sy+p.hair_len
-        rows = (y-.03, x+back*.6, r), (min(p.head, end-.001), x+back, r*1.08), (end, x+back*1.3, r*.95)
-        cv.slab(rows, ink(p.hair))
-    if p.style == 'tail':
-        cv.capsule((x+back*2.2, y-.02), (x+back*2.7, p.sy+.3*p.hair_len), .02, .012, ink(p.hair))
-    if p.style == 'bun': cv.blob(x+back*2.1, y-p.head*.42*(1 if q.c > -.5 else .5), .03, .028, ink(p.hair))
-
-# %% ../../nbs/00f_data.painted.ipynb #52f787b1
-def _face_masks(p, s, c):
-    "Where a head, seen as a sphere, is skin, beard, and eyes or glasses: functions of the point (u, v, n)."
-    edge, line = (-9., -9.) if p.style == 'bald' else (.2, p.fringe)
-    def ahead(u, n): return u*s+n*c  # towards where the face looks
-
-    def skin(u, v, n):
-        return np.clip((ahead(u, n)+.25*np.clip(v, 0, 1)-edge)*5+.5, 0, 1)*np.clip((v-line)*6+.5, 0, 1)
-
-    def beard(u, v, n): return np.clip((ahead(u, n)-.1)*6, 0, 1)*np.clip((v-.35)*8+.5, 0, 1)
-
-    def eyes(u, v, n):
-        apart = 1. if p.glasses else np.clip((np.abs(u-s*.95)-.2)*9, 0, 1)*.8
-        return np.clip((ahead(u, n)-.55)*8, 0, 1)*np.clip((.1-np.abs(v+.02))*12+.3, 0, 1)*apart
-
-    return skin, beard, eyes
-
-# %% ../../nbs/00f_data.painted.ipynb #e44b5d8c
-def _head(cv, p, q, ink):
-    "Skull, hair, face and hat; on the sphere a point shows skin if it looks towards where the face looks."
-    x, y, yaw = q.lean*.95+q.nod+.012*q.s, p.head*.52, q.yaw+q.look
-    s, c = _sin(yaw), _cos(yaw)
-    rx, ry, hair = p.head*(.365+.05*abs(s)), p.head*.5, ink(p.hair)
-    puff = {'bald': 0, 'buzz': 1.0, 'short': 1.06, 'afro': 1.3}.get(p.style, 1.09)
-    if puff: cv.blob(x-.006*s, y-.008*(puff > 1), rx*puff, ry*_pow(puff, .6), hair)
-    skin, beard, eyes = _face_masks(p, s, c)
-    cv.blob(x, y, rx, ry, ink(p.skin), skin)
-    if p.beard: cv.blob(x, y, rx, ry, hair, beard)
-    cv.blob(x, y, rx, ry, hair*np.float32(.3), eyes)
-    if p.hat: _hat(cv, p, (x, y), (rx, ry), (s, c), ink(p.hat_mat))
-
-def _hat(cv, p, centre, radii, look, ink):
-    "A hat, with a peak where the face looks or with a brim around it."
-    (x, y), (rx, ry), (s, c) = centre, radii, look
-    low = -.28+.15*(p.hat == 'beanie')
-    cv.blob(x, y-.004, rx*1.12, ry*1.1, ink, lambda u, v, n: np.clip((low-v)*12+.5, 0, 1))
-    rim = y-.2*p.head
-    if p.hat == 'cap': cv.capsule((x, rim), (x+s*rx*1.75, y-.17*p.head), .012 if c < .3 else .017, .009, ink)
-    if p.hat == 'brim': cv.capsule((x-rx*1.6, rim), (x+rx*1.6, rim), .012, .012, ink)
-
-# %% ../../nbs/00f_data.painted.ipynb #1c49eaa3
-def _person(cv, p, q, ink):
-    "Paint person `p` in pose `q`, back to front."
-    near = 1 if q.s < 0 else -1
-    x, y = q.lean*.95+q.nod, p.head*.52
-    if q.c > 0:
-        if p.bag == 'back': _pack(cv, p, q, ink)
-        _tresses(cv, p, q, ink, x, y)
-    if abs(q.s) > .35: _arm(cv, p, q, ink, -near)
-    _legs(cv, p, q, ink)
-    if abs(q.s) <= .35: _arm(cv, p, q, ink, -near)
-    _trunk(cv, p, q, ink)
-    if p.bag: _straps(cv, p, q, ink)
-    _head(cv, p, q, ink)
-    if q.c <= 0:
-        _tresses(cv, p, q, ink, x, y)
-        if p.bag == 'back': _pack(cv, p, q, ink)
-    _arm(cv, p, q, ink, near)
 
 # %% ../../nbs/00f_data.painted.ipynb #82d35374
 def _background(cv, c, d):
@@ -382,7 +46,7 @@ def _background(cv, c, d):
     y = int(h*min(max(c.horizon+.05*d.bell(), .3), .95))
     cv.img[:y], cv.img[y:] = ink(c.wall), ink(c.floor)
     pan, slope = d.u(-.7, .7), d.u(-.3, .3)
-    loose = [(d.u(-.4, .4), d.u(-.1, .95), d.u(.02, .16), d.u(.03, .25), _dye(d, .4)) for _ in range(3)]
+    loose = [(d.u(-.4, .4), d.u(-.1, .95), d.u(.02, .16), d.u(.03, .25), draw_dye(d, .4)) for _ in range(3)]
     for x, y, dx, dy, m in [(o[0]-pan, *o[1:]) for o in c.scene] + loose:
         i, j = int((x+.25)*2*w), int(y*h)
         v = cv.img[max(j, 0):max(j+int(dy*h)+1, 0), max(i, 0):max(i+int(dx*2*w)+1, 0)]
@@ -391,7 +55,7 @@ def _background(cv, c, d):
     t = np.repeat(np.repeat(g, 8, 0), 8, 1)[:h, :w, None]
     cv.img *= 1+.05*t+slope*cv.xs[None, :, None]
     for round_ in (True, False):
-        x, y, r, m = d.u(-.3, .3), d.u(-.05, 1.05), d.u(.02, .12), _dye(d, .4)
+        x, y, r, m = d.u(-.3, .3), d.u(-.05, 1.05), d.u(.02, .12), draw_dye(d, .4)
         if round_: cv.blob(x, y, r, r*1.3, ink(m))
         else: cv.capsule((x, y), (x+.3*d.bell(), y+.3*d.bell()), r*.3, r*.2, ink(m))
 
@@ -435,14 +99,14 @@ def render_person(
                           'pass for example (144, 72)')
     if modality not in (0, 1):
         raise ConfigError(f'modality must be 0 (visible) or 1 (infrared), got {modality}: pass one of the two')
-    p, c = _identity(seed, pid), _camera(seed, int(modality), cam)
+    p, c = draw_looks(seed, pid), _camera(seed, int(modality), cam)
     d = SeededDice(seed, 2, pid, int(modality), cam, shot)
-    q = _pose(d, c)
+    q = draw_pose(d, c.yaw)
     scale, x, y = c.scale*d.u(.95, 1.05), c.x+.02*d.bell(), c.y+.012*d.bell()
     cv = FloatCanvas(size, 1 if c.ir else 3, scale, x, y, c.tilt, light=d.u(-1, 1))
     _background(cv, c, d)
-    _person(cv, p, q, partial(_ink, c))
+    paint_person(cv, p, q, partial(_ink, c))
     if d.chance(.08):  # something stands in the way
         x, half = d.u(-.3, .3), (d.u(.04, .12), d.u(.1, .35))
-        cv.box((x, 1.0), half, .01, _ink(c, _dye(d)))
+        cv.box((x, 1.0), half, .01, _ink(c, draw_dye(d)))
     return _develop(cv.img, c, d)
