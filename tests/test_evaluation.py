@@ -340,7 +340,7 @@ def test_settings_average_trials():
 
 # Without fastai
 
-@pytest.mark.parametrize('module', ('evaluation', 'conventions', 'verify', 'data.datasets'))
+@pytest.mark.parametrize('module', ('evaluation', 'conventions', 'verify', 'curves', 'data.datasets'))
 def test_scores_and_data_sets_need_no_fastai(module):
     "In a program where it is not installed."
     code = f"import sys; sys.modules['fastai'] = None; import tmpa.{module}"

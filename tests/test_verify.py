@@ -5,18 +5,20 @@ import numpy as np
 import pytest
 import torch
 
-from tmpa import verify
+from tmpa import rates
 from tmpa.experiment import train_run
 from tmpa.models.net import load_tmpa, read_meta
 from tmpa.recipes import get_recipe
 from tmpa.run import RunConfig
 from tmpa.data.datasets import DataSpec, read_data
 from tmpa.search import Gallery
-from tmpa.verify import Pairs, Threshold, open_set, roc, threshold, threshold_of
+from tmpa.curves import open_set, roc
+from tmpa.pairs import Pairs
+from tmpa.verify import Threshold, threshold, threshold_of
 
 
 def test_needs_no_fastai():
-    code = "import sys, tmpa.verify; print([m for m in sys.modules if m.startswith('fastai')])"
+    code = "import sys, tmpa.verify, tmpa.curves; print([m for m in sys.modules if m.startswith('fastai')])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 
 
@@ -55,7 +57,7 @@ def test_nearest_pairs_are_enough(monkeypatch, first):
     who = np.array([(a, b) for a in range(60) for b in range(60)])
     p = Pairs(rng.random(len(who)), who[:,0] == who[:,1], who, who)
     want = threshold(p, far=.02, n=40)
-    monkeypatch.setattr(verify, '_FIRST', first)
+    monkeypatch.setattr(rates, '_FIRST', first)
     assert threshold(p, far=.02, n=40) == want
 
 

@@ -46,7 +46,9 @@ from .rules import Rule
 from .rerank import rerank
 from .features import load_features, save_features
 from .confidence import bootstrap, compare_runs, detectable, difference
-from .verify import Threshold, open_set, pairs, plot_curves, plot_pairs, roc, threshold
+from .pairs import pairs
+from .verify import Threshold, plot_pairs, threshold
+from .curves import open_set, plot_curves, roc
 from .results import TextTable, difference_table, score_table
 from .evaluation import evaluate, evaluate_features, evaluate_settings
 from .conventions import compare_protocols

@@ -37,7 +37,8 @@ from .results import COLUMNS, score_table, scores_text
 from .run import ARCHS, RunConfig, earlier_run, is_trained, run_images
 from .run_files import clear_run, folder_lock, new_folder, read_json, remove_leftovers, write_json
 from .scoring import save_queries, score_feats
-from .verify import pairs, store_threshold, threshold
+from .pairs import pairs
+from .verify import store_threshold, threshold
 from .vis.ranked import rank_queries, ranked_lists
 
 # %% ../nbs/18_experiment.ipynb #5aa2cd74
