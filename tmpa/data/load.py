@@ -15,48 +15,16 @@ from fastai.torch_core import default_device
 from fastai.vision.core import imagenet_stats
 from fastcore.basics import defaults, patch
 from fastcore.meta import delegates
-from ..core import ConfigError, DataError, arg_names, check_names, check_records, known, user_path
-from .batches import ReIDDataset, ReIDDL, identity_batches, on_device, one_ahead
+from ..core import ConfigError, arg_names, check_names, check_records, user_path
+from .batches import ReIDDL, identity_batches, on_device, one_ahead
 from .cache import image_cache
-from .datasets import Dataset, seen_in_both, split_by_pid
+from .datasets import Dataset, split_by_pid
 from .image import check_range
+from .items import ReIDDataset, scorable, trainable
 from .transforms import PixelNorm, training_tfms
 from ..protocols import cross_settings
 
-# %% ../../nbs/03_data.load.ipynb #74c127e6
-def _some(people): return ', '.join(map(str, people[:10])) + ' ...'*(len(people) > 10)
-
-def _checked(items, P, K):
-    "Training items of identities seen in both modalities, and these."
-    if P < 1 or K < 1:
-        raise ConfigError(f'P={P} identities and K={K} images per modality make no batch: both must be at least 1')
-    if not items: raise DataError('no training items: give a list of ReIDImage')
-    both, pids = seen_in_both(items), {o.pid for o in items if known(o.pid)}
-    if not pids:
-        raise DataError(f'none of the {len(items)} training images (the first is {items[0].path}) has a known '
-                        'identity: give the person of each, -1 means that it is unknown')
-    n = sum(not known(o.pid) for o in items)
-    if n: warn(f'{n} of {len(items)} training images are of unknown identity (-1) and are left out')
-    if not both:
-        raise DataError(f'none of the {len(pids)} training identities was seen in both modalities '
-                        f'(first image: {items[0].path}): check the modality of the items')
-    out = sorted(pids - set(both))
-    if out:
-        warn(f'{len(out)} of {len(pids)} training identities were seen in one modality only and are left out: '
-             f'{_some(out)}')
-    if len(both) < P:
-        raise ConfigError(f'{len(both)} training identities, but a batch takes P={P}: '
-                          f'pass P={len(both)} or less, or give more identities')
-    return [o for o in items if o.pid in both], list(both)
-
-def _check_valid(items, vocab):
-    "Refuse people whom nobody could be scored on; a warning where they are trained on."
-    if items and not any(known(o.pid) for o in items):
-        raise DataError(f'none of the {len(items)} validation images has a known identity (-1 means unknown), '
-                        'so there is nothing to score: leave valid_items out, or give the people')
-    seen = {o.pid for o in items} & set(vocab)
-    if seen: warn(f'{len(seen)} validation identities are also trained on: scores will be too good; use split_by_pid')
-
+# %% ../../nbs/03_data.load.ipynb #28ce45b8
 def _cache_for(items, size, ir_range, cache, more, device):
     "The cache that was asked for; without being asked, one for a GPU where there is room."
     if cache is False or cache is None and device.type != 'cuda': return None
@@ -66,10 +34,23 @@ def _cache_for(items, size, ir_range, cache, more, device):
         if cache is not None: raise
         warn(f'{e}; images are decoded again in every epoch')
 
+def _check_images(items, size, ir_range):
+    "Refuse a size that is none; a warning where infrared images want a range."
+    if not (isinstance(size, (tuple, list)) and len(size) == 2 and min(size) > 0):
+        raise ConfigError(f'size={size}: give (height, width) in pixels')
+    check_range(items, ir_range)
+
 # %% ../../nbs/03_data.load.ipynb #64fb3dfc
 class ReIDDataLoaders(DataLoaders):
     "A training and a validation loader; make it with one of the `from_` methods."
-    def __init__(self, *loaders, path='.', device=None, settings_fn=cross_settings, ds=None, source=None):
+    def __init__(self,
+        *loaders, # Of training and of validation
+        path='.', # Where fastai saves models
+        device=None, # None: fastai's default device
+        settings_fn=cross_settings, # Function from validation items to evaluation settings
+        ds:Dataset|None=None, # Where the test images come from
+        source:dict|None=None, # Where all came from, as plain data
+    ):
         super().__init__(*loaders, path=user_path(path), device=device)
         self.settings_fn, self.ds, self.source = settings_fn, ds, source or {}
 
@@ -90,20 +71,26 @@ class ReIDDataLoaders(DataLoaders):
         "The data set's evaluation settings over `test_items`."
         return self.ds.settings if self.ds else []
 
-    def test_dl(self,
-        test_items:list, # ReIDImages, or paths or pictures of one modality
-        rm_type_tfms=None, with_labels=True, process=True, # As fastai passes them; labels are always there
-        modality:int|None=None, # Of paths and pictures: 0 visible, 1 infrared
-        **kwargs
-    ):
-        "A loader that gives every item once, unaugmented, in order."
-        items = check_records(test_items, modality)
-        return self.valid.new(self.valid_ds.new(items), shuffle=False, drop_last=False, **kwargs)
+# %% ../../nbs/03_data.load.ipynb #770fe211
+@patch
+def test_dl(self:ReIDDataLoaders,
+    test_items:list, # ReIDImages, or paths or pictures of one modality
+    rm_type_tfms=None, # As fastai passes it
+    with_labels=True, # The same; labels are always there
+    process=True, # The same
+    modality:int|None=None, # Of paths and pictures: 0 visible, 1 infrared
+    **kwargs
+)->ReIDDL:
+    "A loader that gives every item once, unaugmented, in order."
+    items = check_records(test_items, modality)
+    return self.valid.new(self.valid_ds.new(items), shuffle=False, drop_last=False, **kwargs)
 
-    def new_empty(self):
-        loaders = [dl.new(dl.dataset.new_empty()) for dl in self.loaders]
-        how = dict(path=self.path, device=self.device, settings_fn=self.settings_fn, source=self.source)
-        return type(self)(*loaders, **how)
+@patch
+def new_empty(self:ReIDDataLoaders):
+    "Loaders without items, to export with a network."
+    loaders = [dl.new(dl.dataset.new_empty()) for dl in self.loaders]
+    how = dict(path=self.path, device=self.device, settings_fn=self.settings_fn, source=self.source)
+    return type(self)(*loaders, **how)
 
 # %% ../../nbs/03_data.load.ipynb #f91433e1
 _OF_LOADERS = ('timeout', 'drop_last', 'pin_memory', 'pin_memory_device', 'persistent_workers', 'wif', 'verbose',
@@ -123,6 +110,8 @@ def _check_arguments(kwargs, cls, name):
         for k in names.split():
             if k in kwargs: raise ConfigError(f'{k}={kwargs[k]!r}: {instead}')
     check_names(kwargs, [*arg_names(getattr(cls, name)), *_OF_LOADERS], f'ReIDDataLoaders.{name}')
+
+def _norm(): return PixelNorm.from_stats(*imagenet_stats, cuda=False)
 
 # %% ../../nbs/03_data.load.ipynb #7dc83486
 @patch(cls_method=True)
@@ -147,21 +136,17 @@ def from_items(cls:ReIDDataLoaders,
 ):
     "Loaders from lists of records."
     _check_arguments(kwargs, cls, 'from_items')
-    train_items,vocab = _checked(check_records(train_items), P, K)
-    valid_items = check_records(valid_items or [])
-    _check_valid(valid_items, vocab)
-    if not (isinstance(size, (tuple, list)) and len(size) == 2 and min(size) > 0):
-        raise ConfigError(f'size={size}: give (height, width) in pixels')
-    check_range(train_items, ir_range)
+    train_items, vocab = trainable(check_records(train_items), P, K)
+    valid_items = scorable(check_records(valid_items or []), vocab)
+    _check_images(train_items, size, ir_range)
     device = torch.device(default_device() if device is None else device)
     images = _cache_for(train_items + valid_items, size, ir_range, cache, cache_with, device)
     dataset = partial(ReIDDataset, vocab=vocab, size=size, ir_range=ir_range, cache=images)
     if num_workers is None: num_workers = min(4, defaults.cpus) if images is None else 0
-    kwargs = dict(P=P, K=K, seed=seed, num_workers=num_workers, pin_memory=device.type == 'cuda') | kwargs
-    def norm(): return PixelNorm.from_stats(*imagenet_stats, cuda=False)
-    augmented = [*training_tfms(aug, channel_exchange), norm()]
-    train = ReIDDL(dataset(train_items, split_idx=0), shuffle=True, after_batch=augmented, **kwargs)
-    valid = ReIDDL(dataset(valid_items), bs=bs_valid, after_batch=[norm()], **kwargs)
+    how = dict(P=P, K=K, seed=seed, num_workers=num_workers, pin_memory=device.type == 'cuda') | kwargs
+    tfms = training_tfms(aug, channel_exchange)
+    train = ReIDDL(dataset(train_items, split_idx=0), shuffle=True, after_batch=[*tfms, _norm()], **how)
+    valid = ReIDDL(dataset(valid_items), bs=bs_valid, after_batch=[_norm()], **how)
     return cls(train, valid, path=path, device=device, settings_fn=settings_fn)
 
 # %% ../../nbs/03_data.load.ipynb #21b7cb5a
@@ -198,6 +183,7 @@ def from_sysu(cls:ReIDDataLoaders,
     _check_arguments(kwargs, cls, 'from_sysu')
     return cls.from_dataset(Dataset.sysu(path, convention=convention, trials=trials), valid, **kwargs)
 
+# %% ../../nbs/03_data.load.ipynb #1cbf5adc
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_dataset, but=['ds'])
 def from_regdb(cls:ReIDDataLoaders,
@@ -211,6 +197,7 @@ def from_regdb(cls:ReIDDataLoaders,
     _check_arguments(kwargs, cls, 'from_regdb')
     return cls.from_dataset(Dataset.regdb(path, trial), valid, split_seed, **kwargs)
 
+# %% ../../nbs/03_data.load.ipynb #ed79634e
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_dataset, but=['ds'])
 def from_llcm(cls:ReIDDataLoaders,
