@@ -9,7 +9,8 @@ from tmpa.data.readers import sysu_items
 from tmpa.learner import extract_features
 from tmpa.models.agw import AGWNet
 from tmpa.models.backbone import micro_resnet
-from tmpa.models.net import save_weights, set_switches
+from tmpa.models.net import set_switches
+from tmpa.models.checkpoint import save_weights
 from tmpa.models.onnx import export_onnx, pillow_resize, resize_matrix
 from tmpa.models.tmpa import TMPANet
 from tmpa.search import Gallery

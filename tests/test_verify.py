@@ -7,7 +7,7 @@ import torch
 
 from tmpa import rates
 from tmpa.experiment import train_run
-from tmpa.models.net import load_tmpa, read_meta
+from tmpa.models.checkpoint import load_tmpa, read_meta
 from tmpa.recipes import get_recipe
 from tmpa.run import RunConfig
 from tmpa.data.datasets import DataSpec, read_data

@@ -6,7 +6,8 @@ from tmpa.core import CheckpointError, ConfigError, TMPAError
 from tmpa.dart import TwinNet
 from tmpa.models.agw import AGWNet
 from tmpa.models.backbone import micro_resnet
-from tmpa.models.net import fingerprint, save_weights, set_switches
+from tmpa.models.net import fingerprint, set_switches
+from tmpa.models.checkpoint import save_weights
 from tmpa.models.tmpa import TMPANet
 from tmpa.weights import CARD, _SAID_TWICE, _sha256, find_weights, from_pretrained, image_size, open_weights
 from tmpa.weights import read_card, save_pretrained

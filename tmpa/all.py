@@ -32,8 +32,8 @@ from .models.backbone import make_resnet, micro_resnet, split_resnet, tiny_resne
 from .models.mfe import MFE
 from .models.mft import MFT, complete_feature, cross_attention
 from .models.attention import CBAM, SE, STN
-from .models.net import (NETS, ReIDNet, build_net, load_tmpa, load_weights, n_flops, n_params, save_weights,
-                             set_switches, show_size)
+from .models.net import NETS, ReIDNet, n_flops, n_params, set_switches, show_size
+from .models.checkpoint import build_net, load_tmpa, load_weights, save_weights
 from .models.tmpa import TMPANet
 from .models.agw import AGWNet, TwoStems
 from .weights import from_pretrained, open_weights, save_pretrained

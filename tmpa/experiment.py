@@ -28,7 +28,7 @@ from .data.load import ReIDDataLoaders
 from .data.synthetic import GENERATOR_VERSION
 from .interpret import plot_ranks
 from .learner import extract_features, reid_learner
-from .models.net import load_weights, read_meta
+from .models.checkpoint import load_weights, read_meta
 from .processes import is_told, n_processes, on_rank0, rank0_first, this_process, together, told
 from .provenance import Changed, changed_images, image_files, read_images, save_environment, save_images
 from .recipes import recipe_key

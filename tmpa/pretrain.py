@@ -28,7 +28,7 @@ from .data.transforms import ReIDAug
 from .demo import demo_patch
 from .learner import reid_learner
 from .models.backbone import get_arch
-from .models.net import load_tmpa, read_meta, save_weights
+from .models.checkpoint import load_tmpa, read_meta, save_weights
 from .recipes import get_recipe, plain_name
 from .results import write_lines
 from .run_files import folder_lock, new_folder, read_json, write_json

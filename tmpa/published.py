@@ -12,7 +12,8 @@ from .core import CheckpointError, ConfigError, shortened
 from .files import load_torch, weights_in
 from .models.agw import AGWNet
 from .models.backbone import arch_name
-from .models.net import ReIDNet, build_net
+from .models.net import ReIDNet
+from .models.checkpoint import build_net
 from .dart import TwinNet
 
 # %% ../nbs/23a_published.ipynb #d1fd5ef4

@@ -20,7 +20,7 @@ from .core import RANGES, CheckpointError, ConfigError, check_ranges, leftovers,
 from .data.datasets import DataSpec
 from .data.synthetic import GENERATOR_VERSION
 from .models.backbone import get_arch, micro_resnet, tiny_resnet
-from .models.net import read_meta
+from .models.checkpoint import read_meta
 from .provenance import changed_images, image_files, read_images
 from .recipes import Recipe, plain_name, recipe_content, recipe_key, short_hash
 from .run_files import clear_run, damaged_file, read_json, read_metrics

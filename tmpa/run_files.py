@@ -14,7 +14,7 @@ from pathlib import Path
 from .core import CheckpointError, ConfigError, atomic_write, leftovers, locked, regular_file, remove_all_dead
 from .core import shortened, user_path
 from .files import first_wrong, is_a, whole
-from .models.net import read_meta
+from .models.checkpoint import read_meta
 
 # %% ../nbs/17f_run_files.ipynb #c74f92e5
 def write_json(path, obj):

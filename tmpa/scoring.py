@@ -16,7 +16,8 @@ from .data.image import check_range
 from .evaluation import evaluate_settings
 from .files import first_wrong, is_a, so_many, whole
 from .learner import extract_features
-from .models.net import load_tmpa, read_meta, set_switches
+from .models.net import set_switches
+from .models.checkpoint import load_tmpa, read_meta
 from .provenance import changed_images, image_files, read_images
 
 # %% ../nbs/17c_scoring.ipynb #acc7a8e2

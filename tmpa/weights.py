@@ -18,8 +18,9 @@ from . import __version__
 from .core import CheckpointError, ConfigError, check_names, regular_file, shortened, temp_folder, user_path
 from .dart import TwinNet  # with it all networks are known
 from .files import first_wrong, is_a, load_torch, so_many, weights_in, whole
-from .models.net import ReIDNet, build_net, describe, fingerprint, first_not_finite, is_classifier
-from .models.net import load_tmpa, read_meta
+from .models.net import ReIDNet, describe, fingerprint, is_classifier
+from .models.checkpoint import build_net, first_not_finite
+from .models.checkpoint import load_tmpa, read_meta
 
 # %% ../nbs/12c_weights.ipynb #b7b8d087
 _MEAN, _STD = map(list, imagenet_stats)

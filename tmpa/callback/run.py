@@ -12,7 +12,7 @@ from fastai.callback.core import Callback, CancelFitException
 from .loop import RunawayError, not_finite
 from ..core import ConfigError, TMPAError, user_path
 from ..guard import tensorboard_scalars
-from ..models.net import save_weights
+from ..models.checkpoint import save_weights
 
 # %% ../../nbs/16d_callback.run.ipynb #1264b464
 class SaveWeights(Callback):
