@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, yaml
 
-import pretend
+import pretend, warm
 from conftest import DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +41,14 @@ def runs_on(path, device):
     if device == pretend.NAME and path.name in (*LONG, *BROKEN): return False
     return bool(re.search(r'ReIDDataLoaders\.from_|_learner\(|default_device', '\n'.join(code(path))))
 
+HANGS = 1800  # seconds; none takes a tenth of it alone on a machine
+
+def cold(source, *args, cwd, env, timeout):
+    "As `warm.run`, in a process that imports everything itself: one that uses a GPU cannot be a fork of another."
+    command = [sys.executable, '-c', source, *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
 RUN = 'import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1], n_workers=0)'
 PRETENDING = 'import sys, pretend; from nbdev.test import nbdev_test\nwith pretend.pretending(): nbdev_test(path=sys.argv[1], n_workers=0)'
 RUNS = [(p, d) for p in NOTEBOOKS for d in DEVICES if runs_on(p, d)]
@@ -48,8 +56,9 @@ RUNS = [(p, d) for p in NOTEBOOKS for d in DEVICES if runs_on(p, d)]
 @pytest.mark.parametrize('path,device', RUNS, ids=lambda x: x if isinstance(x, str) else str(x.relative_to(ROOT/'nbs')))
 def test_runs(path, device):
     env = dict(os.environ, MPLBACKEND='agg', PYTHONPATH=os.pathsep.join([str(ROOT/'tests'), os.environ.get('PYTHONPATH', '')]))
-    run = subprocess.run([sys.executable, '-c', PRETENDING if device == pretend.NAME else RUN, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
-    assert run.returncode == 0 and 'Success' in run.stdout + run.stderr, (run.stdout + run.stderr)[-6000:]
+    run = cold if device == 'cuda' else warm.run
+    status, out = run(PRETENDING if device == pretend.NAME else RUN, path, cwd=ROOT, env=env, timeout=HANGS)
+    assert status == 0 and 'Success' in out, out[-6000:]
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/'nbs')))
