@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from PIL import Image
 from .core import ConfigError, Modality, ReIDImage, known, same_person
-from .data.image import how_read, read_image
+from .vis.framed import draw_framed
 
 # %% ../nbs/21c_hits.ipynb #c55393ad
 class Hit(NamedTuple):
@@ -81,19 +81,10 @@ def to_dict(self:Hits)->dict:
     return dict(query=None if self.query is None else _plain_record(self.query), **said, hits=hits)
 
 # %% ../nbs/21c_hits.ipynb #11784e91
-def _draw_hit(ax, o, title, right, ir_range):
-    "One image in a frame; `right` is None where nobody knows."
-    ax.imshow(read_image(o.path, **how_read(o, ir_range)).permute(1, 2, 0).numpy())
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(f'✗ {title}' if right is False else title, fontsize=9, pad=3)
-    ax.set_xlabel(f'cam {o.cam}' if o.cam else '', fontsize=9)
-    how = dict(color='#117733', linestyle='-') if right else dict(color='#CC3311', linestyle='--')
-    for s in ax.spines.values(): s.set(visible=right is not None, linewidth=2.5, **how)
-
 @patch
 def show(self:Hits,
     k:int=10,     # How many hits
-    figsize=None, # As in matplotlib
+    figsize=None, # As in matplotlib: width and height in inches
     dpi:int=80,   # As in matplotlib
 ):
     "The query and its nearest hits; where the identities of both are known, right and wrong ones are framed."
@@ -105,6 +96,8 @@ def show(self:Hits,
     if not todo: raise ConfigError('nothing to show: no query image and no hits')
     figsize = figsize or (.9*len(todo), 2.1)
     fig, axs = plt.subplots(1, len(todo), figsize=figsize, dpi=dpi, squeeze=False, layout='constrained')
-    for ax, (o, title, right) in zip(axs[0], todo): _draw_hit(ax, o, title, right, self.ir_range)
+    for ax, (o, title, right) in zip(axs[0], todo):
+        draw_framed(ax, o, title, right, self.ir_range)
+        ax.set_xlabel(f'cam {o.cam}' if o.cam else '', fontsize=9)
     plt.close(fig)
     return fig

@@ -6,13 +6,14 @@
 __all__ = ['thumbnail', 'hit_name', 'plot_hits', 'save_sheet', 'hits_page', 'save_page']
 
 # %% ../../nbs/22a_vis.hits.ipynb #26d4a599
-import base64, html, io, os, warnings
+import base64, html, io, warnings
 import matplotlib.pyplot as plt, numpy as np
 from matplotlib.patches import Rectangle
 from pathlib import Path
 from PIL import Image
 from ..core import ConfigError, DataError, atomic_write, known, same_person, shortened, user_path
 from ..data.image import how_read, read_image
+from .framed import frame_style
 
 # %% ../../nbs/22a_vis.hits.ipynb #1384b51b
 def thumbnail(
@@ -41,7 +42,6 @@ def _printable(text):
     return text.encode('utf8', 'backslashreplace').decode('utf8')
 
 # %% ../../nbs/22a_vis.hits.ipynb #f1415873
-_RIGHT, _WRONG = '#117733', '#CC3311'
 _H, _W, _GAP, _TEXT = 96, 64, 8, 31 # of a picture, between pictures, and for the text below one
 
 def _put(sheet, o, ir_range, y, x):
@@ -61,6 +61,7 @@ def _cells(hits, k):
         said = hits.verdict_of(h) or (f'cam {h.item.cam}' if h.item.cam else '')
         yield h.item, f'{h.distance:.2f}\n{said}', None if q is None else same_person(h.item.pid, q.pid)
 
+# %% ../../nbs/22a_vis.hits.ipynb #e058ae4b
 def plot_hits(
     found:list, # Hits of several queries, or of one
     k:int=8, # Hits of a query
@@ -73,7 +74,8 @@ def plot_hits(
     shown = found[:rows]
     columns = 1 + max(min(k, len(h)) for h in shown)
     height, width = len(shown)*(_H+_TEXT+_GAP) + _GAP, columns*(_W+_GAP) + 2*_GAP
-    sheet, notes, frames = np.full((height, width, 3), 255, np.uint8), [], []
+    sheet = np.full((height, width, 3), 255, np.uint8)
+    notes, frames = [], []
     for r, hits in enumerate(shown):
         for c, (o, text, right) in enumerate(_cells(hits, k)):
             y, x = r*(_H+_TEXT+_GAP) + _GAP, c*(_W+_GAP) + _GAP*(1 + (c > 0))
@@ -92,8 +94,7 @@ def _drawn(sheet, notes, frames, dpi):
     for x, y, text in notes:
         ax.text(x, y, text, ha='center', va='top', fontsize=12.5*72/dpi, linespacing=1, parse_math=False)
     for x, y, right in frames:
-        style = dict(color=_RIGHT, linestyle='-') if right else dict(color=_WRONG, linestyle='--')
-        ax.add_patch(Rectangle((x-1.5, y-1.5), _W+2, _H+2, fill=False, linewidth=2, **style))
+        ax.add_patch(Rectangle((x-1.5, y-1.5), _W+2, _H+2, fill=False, linewidth=2, **frame_style(right)))
     plt.close(fig)
     return fig
 
@@ -103,18 +104,25 @@ def save_sheet(
 ):
     "Write a figure, whole or not at all."
     path = user_path(path)
-    kinds = fig.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds: raise ConfigError(f'{path}: figures are written to .png, .pdf, .svg or .jpg files')
+    if path.suffix[1:].lower() not in fig.canvas.get_supported_filetypes():
+        raise ConfigError(f'{path}: figures are written to .png, .pdf, .svg or .jpg files')
     with atomic_write(path) as tmp, warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # one for each letter of a name that the font lacks
         fig.savefig(tmp)
 
 # %% ../../nbs/22a_vis.hits.ipynb #1a3a26ce
-_STYLE = '''body{font:15px/1.4 system-ui,sans-serif;margin:1.5rem;color:#222;background:#fff}section{border-top:1px solid #ccc;padding:.7rem 0}
-h2{font-size:1rem;overflow-wrap:anywhere;margin:.2rem 0 .6rem}.row{display:flex;flex-wrap:wrap;gap:.7rem}figure{margin:0;width:9.5rem}
-figure.query{border-right:2px solid #888;padding-right:.7rem}img,.none{display:block;height:144px;max-width:100%;object-fit:contain}
-.none{background:#ddd;color:#333;padding:.5rem}figcaption{font-size:.8rem;overflow-wrap:anywhere}
-.match{color:#117733;font-weight:bold}.maybe{color:#8a5a00;font-weight:bold}.nobody{color:#CC3311;font-weight:bold}'''
+_STYLE = '''body{font:15px/1.4 system-ui,sans-serif;margin:1.5rem;color:#222;background:#fff}
+section{border-top:1px solid #ccc;padding:.7rem 0}
+h2{font-size:1rem;overflow-wrap:anywhere;margin:.2rem 0 .6rem}
+.row{display:flex;flex-wrap:wrap;gap:.7rem}
+figure{margin:0;width:9.5rem}
+figure.query{border-right:2px solid #888;padding-right:.7rem}
+img,.none{display:block;height:144px;max-width:100%;object-fit:contain}
+.none{background:#ddd;color:#333;padding:.5rem}
+figcaption{font-size:.8rem;overflow-wrap:anywhere}
+.match{color:#117733;font-weight:bold}
+.maybe{color:#8a5a00;font-weight:bold}
+.nobody{color:#CC3311;font-weight:bold}'''
 
 def _uri(im):
     b = io.BytesIO()
@@ -138,26 +146,29 @@ def _about(o):
     parts = [hit_name(o), f'camera {o.cam}' if o.cam else '', f'identity {o.pid}' if known(o.pid) else '']
     return html.escape(_printable(', '.join(p for p in parts if p)))
 
-# %% ../../nbs/22a_vis.hits.ipynb #bea05b68
+# %% ../../nbs/22a_vis.hits.ipynb #1fdd8528
+def _figure(hits, n, h, made):
+    "A hit on a page: its picture, distance, verdict, and whether it is right."
+    q = hits.query
+    of = 'a feature' if q is None else hit_name(q)
+    right = None if q is None else same_person(h.item.pid, q.pid)
+    said = {True: 'right', False: 'wrong', None: ''}[right]
+    words = [f'{n}. distance {h.distance:.3f}', _verdict(hits.verdict_of(h)), said]
+    picture = _picture(h.item, f'hit {n} of {of}: {hit_name(h.item)}', hits.ir_range, made)
+    return f'<figure>{picture}<figcaption>{" ".join(filter(None, words))}<br>{_about(h.item)}</figcaption></figure>'
+
 def _section(hits, k, made):
     "One query of a page."
     q, word = hits.query, _verdict(hits.verdict())
     name = 'a feature' if q is None else hit_name(q)
-    rows = []
+    row = [_figure(hits, n, h, made) for n, h in enumerate(hits[:k], 1)] or ['<p>no hits</p>']
     if q is not None:
         picture = _picture(q, f'query {name}', hits.ir_range, made)
-        rows.append(f'<figure class="query">{picture}<figcaption>query</figcaption></figure>')
-    for n, h in enumerate(hits[:k], 1):
-        right = None if q is None else same_person(h.item.pid, q.pid)
-        said = [f'{n}. distance {h.distance:.3f}', _verdict(hits.verdict_of(h)),
-                '' if right is None else 'right' if right else 'wrong']
-        picture = _picture(h.item, f'hit {n} of {name}: {hit_name(h.item)}', hits.ir_range, made)
-        caption = ' '.join(p for p in said if p)
-        rows.append(f'<figure>{picture}<figcaption>{caption}<br>{_about(h.item)}</figcaption></figure>')
-    if not hits: rows.append('<p>no hits</p>')
+        row.insert(0, f'<figure class="query">{picture}<figcaption>query</figcaption></figure>')
     head = html.escape(_printable(name)) + (f': {word}' if word else '')
-    return f'<section><h2>{head}</h2><div class="row">{"".join(rows)}</div></section>'
+    return f'<section><h2>{head}</h2><div class="row">{"".join(row)}</div></section>'
 
+# %% ../../nbs/22a_vis.hits.ipynb #3e22e096
 def hits_page(
     found:list, # Hits of several queries, or of one
     title:str='Search', # Heading
@@ -165,14 +176,16 @@ def hits_page(
     k:int=10, # Hits of a query
 )->str: # HTML
     "A self-contained page of queries and their nearest hits."
-    found, made = [found] if hasattr(found, 'query') else list(found), {}
+    found = [found] if hasattr(found, 'query') else list(found)
+    made = {}
     body = ''.join(_section(h, k, made) for h in found)
     title, note = (html.escape(_printable(o)) for o in (title, note))
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    head = (f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f'<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1><p>{note}</p>{body}</body></html>')
+            f'<title>{title}</title><style>{_STYLE}</style>')
+    main = f'<h1>{title}</h1><p>{note}</p>{body}'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{main}</body></html>'
 
 def save_page(
     path, # The HTML file to make
