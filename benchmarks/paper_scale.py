@@ -24,7 +24,7 @@ from fastcore.script import call_parse, store_true
 from torch import nn
 from torch.nn import functional as F
 
-from tmpa.callback.loop import RunawayError
+from tmpa.callback.runaway import RunawayError
 from tmpa.callback.resume import ResumeFit
 from tmpa.core import ConfigError, ReIDImage, atomic_write, locked, tmpa_home
 from tmpa.data.cache import image_cache

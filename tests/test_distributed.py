@@ -14,7 +14,7 @@ from fastai.callback.schedule import lr_find
 from fastai.callback.tracker import SaveModelCallback
 from fastai.torch_core import set_seed
 from torch import nn
-from tmpa.callback.loop import RunawayError
+from tmpa.callback.runaway import RunawayError
 from tmpa.callback.pedmix import PedMix, SlotMix
 from tmpa.callback.resume import ResumeFit
 from tmpa.core import ConfigError, DataError

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tmpa.callback.loop import RunawayError
+from tmpa.callback.runaway import RunawayError
 from tmpa.callback.resume import ResumeFit
 from tmpa.core import CheckpointError, ConfigError, LostLoader, TMPAError
 from tmpa.data.synthetic import make_regdb

@@ -15,7 +15,8 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from test_cli import SMALL, one_line, run
-from tmpa.callback.loop import AsyncMixedPrecision, RunawayError
+from tmpa.callback.loop import AsyncMixedPrecision
+from tmpa.callback.runaway import RunawayError
 from tmpa.callback.mix import SlotMixup
 from tmpa.callback.pedmix import PedMix
 from tmpa.core import ConfigError

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tmpa.callback.loop import (
-    AsyncMixedPrecision, CalmProgress, DeviceAvgLoss, DeviceSmoothLoss, RunawayError, StayOnDevice, StopRunaway,
-    TorchOptim, not_finite)
+    AsyncMixedPrecision, CalmProgress, DeviceAvgLoss, DeviceSmoothLoss, StayOnDevice, TorchOptim)
 from tmpa.callback.pedmix import PedMix
+from tmpa.callback.runaway import RunawayError, StopRunaway, not_finite
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.dart import dart_learner
 from tmpa.learner import sgd, tmpa_learner

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import tmpa.all, tmpa.callback.loop, tmpa.demo, tmpa.run, tmpa.run_files, tmpa.setup, tmpa.table_files, tmpa.tables
+import tmpa.all, tmpa.callback.runaway, tmpa.demo, tmpa.run, tmpa.run_files, tmpa.setup, tmpa.table_files, tmpa.tables
 from tmpa.cli import parse_ints
 from tmpa.core import ConfigError
 from tmpa.experiment import train_run
 from tmpa.paper import TABLES, RecipeTable, TableRow, published_methods
 from tmpa.recipes import RECIPES, Recipe, get_recipe, recipe_key, short_hash
 
-rp = SimpleNamespace(**{k: v for m in (tmpa.callback.loop, tmpa.demo, tmpa.run, tmpa.run_files, tmpa.setup, tmpa.table_files, tmpa.tables, tmpa.all) for k, v in vars(m).items()})
+rp = SimpleNamespace(**{k: v for m in (tmpa.callback.runaway, tmpa.demo, tmpa.run, tmpa.run_files, tmpa.setup, tmpa.table_files, tmpa.tables, tmpa.all) for k, v in vars(m).items()})
 TOY = dict(ids=16, epochs=1, seeds=1, size=(48, 24), arch='tiny_resnet', P=4, K=2)
 
 

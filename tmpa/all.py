@@ -59,7 +59,7 @@ from .metrics import LossTerms, ReIDMetrics
 from .learner import extract_features, reid_learner, tmpa_learner
 from .robust import noisy_items
 from .dart import DART, DARTLoss, TwinNet, dart_learner
-from .callback.loop import StopRunaway
+from .callback.runaway import StopRunaway
 from .callback.distributed import SyncNorm
 from .guard import ReIDLearner
 from .callback.resume import ResumeFit

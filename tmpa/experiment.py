@@ -16,7 +16,7 @@ import numpy as np
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
 from fastcore.basics import patch
-from .callback.loop import RunawayError
+from .callback.runaway import RunawayError
 from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
 from .callback.run import OverBudget, SaveWeights, Watch, log_callbacks

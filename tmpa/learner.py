@@ -25,7 +25,8 @@ from .processes import agreed, in_order, n_processes, own_batches, this_process
 from .data.cache import ImageCache
 from .data.load import ReIDDataset, ReIDDL
 from .data.transforms import PixelNorm
-from .callback.loop import AsyncMixedPrecision, StayOnDevice, StopRunaway, TorchOptim
+from .callback.loop import AsyncMixedPrecision, StayOnDevice, TorchOptim
+from .callback.runaway import StopRunaway
 from .callback.distributed import Processes
 from .callback.pedmix import PedMix, SlotMix
 from .guard import ReIDLearner

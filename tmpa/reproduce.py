@@ -9,7 +9,7 @@ __all__ = ['reproduce', 'pick_tables', 'sweep']
 import itertools, shutil
 from dataclasses import replace
 from pathlib import Path
-from .callback.loop import RunawayError
+from .callback.runaway import RunawayError
 from .core import ConfigError, TMPAError, check_names, regular_file, remove_all_dead, user_path, check_ranges
 from .callback.run import OverBudget
 from .many_runs import train_runs

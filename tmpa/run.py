@@ -15,7 +15,7 @@ from typing import NamedTuple
 from warnings import warn
 import torchvision
 from fastcore.basics import patch
-from .callback.loop import RunawayError
+from .callback.runaway import RunawayError
 from .core import RANGES, CheckpointError, ConfigError, check_ranges, leftovers, user_path
 from .data.datasets import DataSpec
 from .data.synthetic import GENERATOR_VERSION

@@ -14,7 +14,7 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import get_model, num_distrib, to_device
-from .loop import RunawayError, not_finite
+from .runaway import RunawayError, not_finite
 from ..core import CheckpointError, ConfigError, TMPAError, atomic_write, leftovers, memory_asked, shortened, user_path
 from ..processes import in_order, n_processes, on_rank0, this_process
 from ..files import first_wrong, is_a, load_torch, whole

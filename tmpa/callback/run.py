@@ -9,7 +9,7 @@ __all__ = ['SaveWeights', 'OverBudget', 'Watch', 'log_callbacks']
 import time
 from pathlib import Path
 from fastai.callback.core import Callback, CancelFitException
-from .loop import RunawayError, not_finite
+from .runaway import RunawayError, not_finite
 from ..core import ConfigError, TMPAError, user_path
 from ..guard import tensorboard_scalars
 from ..models.checkpoint import save_weights
