@@ -6,8 +6,9 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from tmpa.callback.mix import (MIXES, AttentiveCutMix, PatchMix, SlotCutMix, SlotMixup, attention_scores, beta_lambdas, box_mask, patch_mask,
-                               show_mixes, to_pixels, top_patches)
+from tmpa.callback.mix import (MIXES, AttentiveCutMix, PatchMix, SlotCutMix, SlotMixup, attention_scores, beta_lambdas,
+                               box_mask, patch_mask, to_pixels, top_patches)
+from tmpa.vis.mixes import show_mixes
 from tmpa.callback.pedmix import PedMix, SlotMix, other_partner, slots
 from tmpa.core import CheckpointError, ConfigError
 from tmpa.models.backbone import tiny_resnet

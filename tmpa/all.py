@@ -26,7 +26,8 @@ from .data.load import ReIDDataLoaders
 # %% ../nbs/24_all.ipynb #3e9309cc
 from .regions import region_map, region_mask
 from .callback.pedmix import PedMix, SlotMix, pedmix
-from .callback.mix import MIXES, AttentiveCutMix, PatchMix, SlotCutMix, SlotMixup, show_mixes
+from .callback.mix import MIXES, AttentiveCutMix, PatchMix, SlotCutMix, SlotMixup
+from .vis.mixes import show_mixes
 from .layers import BNNeck, Classifier, GeM
 from .models.backbone import make_resnet, micro_resnet, split_resnet, tiny_resnet
 from .models.mfe import MFE

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIXES', 'beta_lambdas', 'SlotMixup', 'box_mask', 'SlotCutMix', 'to_pixels', 'patch_mask', 'PatchMix',
-           'attention_scores', 'top_patches', 'AttentiveCutMix', 'show_mixes']
+           'attention_scores', 'top_patches', 'AttentiveCutMix']
 
 # %% ../../nbs/06_callback.mix.ipynb #e0148ccc
 from contextlib import contextmanager
-import matplotlib.pyplot as plt
 import numpy as np
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core import CheckpointError, ConfigError, plain, rand_on, slots
 from ..regions import grid_size
-from .pedmix import PedMix, SlotMix, mixed_as_trained, batch_to_show, pedmix
+from .pedmix import PedMix, SlotMix, pedmix
 from ..models.backbone import Extractor, make_resnet
 
 # %% ../../nbs/06_callback.mix.ipynb #3e603bfc
@@ -235,43 +234,3 @@ def mix(self:AttentiveCutMix,
 
 # %% ../../nbs/06_callback.mix.ipynb #2fe84de6
 MIXES = dict(pedmix=PedMix, mixup=SlotMixup, cutmix=SlotCutMix, patchmix=PatchMix, attentive_cutmix=AttentiveCutMix)
-
-# %% ../../nbs/06_callback.mix.ipynb #8505bf81
-def show_mixes(
-    images,          # `DataLoaders`, or images (B, 3, height, width) in [0, 1]
-    modality=None,   # LongTensor (B,) where `images` is a tensor
-    labels=None,     # Identities (B,), for mixes with `partner='same'`
-    mixes:dict|None=None, # Title -> mix; default: the five of table IV
-    patch:int=12,    # Patch of the default PatchMix and PedMix
-    scorer='imagenet', # Network of the default Attentive CutMix
-    n:int=2,         # Slots, one a row
-    seed:int=0,      # Each mix starts from it
-    figsize=None,    # Inches
-    dpi:int=72       # Dots per inch
-):
-    "Figure 3: visible and infrared image of the first `n` slots, then the visible one after each mix."
-    if not isinstance(images, Tensor): images, modality, labels = batch_to_show(images)
-    if mixes is None:
-        mixes = {'Mixup': SlotMixup(), 'CutMix': SlotCutMix(), 'PatchMix': PatchMix(patch),
-                 'Attentive CutMix': AttentiveCutMix(scorer=scorer), 'PedMix': PedMix(patch)}
-    vis, ir = (o[:n] for o in slots(modality, labels))
-    cols = {'visible': images[vis], 'infrared': images[ir]}
-    for name, cb in mixes.items():
-        cb.rng = torch.Generator().manual_seed(seed)
-        cols[name] = mixed_as_trained(cb, images, modality, labels)[vis]
-    return _sheet(cols, figsize, dpi)
-
-# %% ../../nbs/06_callback.mix.ipynb #ba282994
-def _sheet(cols, figsize, dpi):
-    "Columns of images under lettered titles."
-    k, h, w = len(cols['visible']), *cols['visible'].shape[-2:]
-    figsize = figsize or (len(cols), k*h/w + .4)
-    fig, axs = plt.subplots(k, len(cols), figsize=figsize, dpi=dpi, squeeze=False)
-    for j, (name, col) in enumerate(cols.items()):
-        axs[0, j].set_title(f'({chr(97+j)}) {name}'.replace('Attentive CutMix', 'Attentive\nCutMix'), fontsize=9, pad=3)
-        for ax, x in zip(axs[:, j], col):
-            ax.imshow(x.permute(1, 2, 0).clamp(0, 1).numpy())
-            ax.axis('off')
-    fig.tight_layout(pad=.3)
-    plt.close(fig)  # the caller shows or saves it; otherwise a notebook would draw it twice
-    return fig
