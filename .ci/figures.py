@@ -54,16 +54,29 @@ def shown(outputs):
 
 def smaller(data, dpi, quality, colours):
     "A figure as (type, bytes): one with photographs as JPEG, of fewer dots where need be, any other as PNG of few colours."
-    image, file = Image.open(io.BytesIO(data)).convert('RGB'), io.BytesIO()
-    if image.getcolors(PHOTO) is None:
-        image = image.resize([round(o*dpi/DPI) for o in image.size], Image.Resampling.LANCZOS)
-        image.save(file, 'jpeg', dpi=(dpi, dpi), quality=quality, optimize=True)
-        return 'image/jpeg', file.getvalue()
+    image = Image.open(io.BytesIO(data)).convert('RGB')
+    photo = jpeg(image, dpi, quality)
+    if image.getcolors(PHOTO) is None: return 'image/jpeg', photo
+    drawn = png(image, colours)
+    return ('image/jpeg', photo) if len(drawn) > 2*len(photo) else ('image/png', drawn)   # grey photographs have few colours
+
+
+def jpeg(image, dpi, quality):
+    "A figure with photographs as bytes."
+    file = io.BytesIO()
+    image = image.resize([round(o*dpi/DPI) for o in image.size], Image.Resampling.LANCZOS)
+    image.save(file, 'jpeg', dpi=(dpi, dpi), quality=quality, optimize=True)
+    return file.getvalue()
+
+
+def png(image, colours):
+    "A drawn figure as bytes, of as few colours as it can do with."
+    file = io.BytesIO()
     for n in (o for o in (colours, 64, 128, 256) if o >= colours):
         few = image.quantize(n)
         if ImageStat.Stat(ImageChops.difference(few.convert('RGB'), image)).mean[1] < 1: break
     few.save(file, 'png', dpi=(DPI, DPI), optimize=True)
-    return 'image/png', file.getvalue()
+    return file.getvalue()
 
 
 def store(path):

@@ -14,7 +14,8 @@ window.Fuse = class {
   words(text) {
     const whole = (text || "").toLowerCase().match(/[\p{L}\p{N}_.-]+/gu) || [];
     const parts = whole.flatMap((w) => /[_.-]/.test(w) ? [w, ...w.split(/[_.-]+/)] : [w]);
-    const same = new Map([["custom", "own"], ["dataset", "data"], ["mixing", "mix"], ["training", "train"]]);
+    const same = new Map([["custom", "own"], ["dataset", "data"], ["mixing", "mix"], ["training", "train"], ["license", "licence"], ["multi", "several"],
+      ["multiple", "several"], ["meaning", "glossary"], ["definition", "glossary"], ["faster", "speed"], ["slow", "speed"]]);
     return parts.map((w) => w.replace(/^[.-]+|[.-]+$/g, "").replace(/(.{3})s$/, "$1")).map((w) => same.get(w) || w).filter(Boolean);
   }
 
@@ -38,7 +39,7 @@ window.Fuse = class {
   }
 
   search(query, { limit = 20 } = {}) {
-    const idle = new Set("a an and are do does for from how i in is it my of on or the to what where which with your".split(" "));
+    const idle = new Set("a an and are do does for from how i in is it my of on or the to what where which with your can get using use download visualize visualise".split(" "));
     const asked = this.words(query);
     const words = asked.some((w) => !idle.has(w)) ? asked.filter((w) => !idle.has(w)) : asked;
     const hits = this.entries.map((e) => ({ item: e.item, page: e.page, score: this.score(e, words) })).filter((h) => h.score > 0);

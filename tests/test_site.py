@@ -18,7 +18,10 @@ SEARCHES = {
     'own dataset csv': 'howto/own_data.html', 'export onnx': 'models.onnx.html', 'search a folder': 'tutorials/search.html', 'resume training': 'howto/resume.html',
     'several gpus': 'howto/several_gpus.html', 'half precision': 'howto/half_precision.html', 'mixing ratios': 'howto/ratios.html', 'what is mINP': 'howto/glossary.html',
     'same person threshold': 'explanations/threshold.html', 'score my features': 'howto/features.html', 'PedMix': 'callback.pedmix.html', 'wrt_loss': 'losses.html',
-    't-SNE': 'vis.tsne.html', 'Grad-CAM': 'vis.gradcam.html'}
+    't-SNE': 'vis.tsne.html', 'Grad-CAM': 'vis.gradcam.html', 'mixed precision': 'howto/half_precision.html', 'install gpu': 'howto/install.html',
+    'custom dataset': 'howto/own_data.html', 'which weights': 'weights.html', 'batch size': 'data.batches.html', 'threshold': 'explanations/threshold.html',
+    'rank-1 meaning': 'howto/glossary.html', 'license': 'index.html', 'multi gpu': 'howto/several_gpus.html', 'RegDB download': 'howto/regdb.html',
+    'visualize attention': 'vis.gradcam.html', 'fine-tune': 'tutorials/own_data.html'}
 
 # What a page says of itself once it has loaded. Its faults are [what, where] pairs.
 PROBE = r"""(async width => {

@@ -106,7 +106,7 @@ def tmpa_train(
     recipe:str='TMPA', # B, B+CA, B+CA+PedMix, TMPA, "TMPA w/o MFT", AGW, DART or another name of tmpa.recipes.RECIPES
     set:Param('Fields of the recipe to change, for instance mix.ratios=.5,.55,.6 loss.beta=.2', str, nargs='+',
               action='extend')=None,
-    arch:str='resnet50', # Backbone: micro_resnet, tiny_resnet, resnet18, 34, 50 or 101, or timm/ and the name of a ResNet
+    arch:str='resnet50', # Backbone: resnet18, 34, 50 or 101, tiny_resnet, micro_resnet, ibn_resnet, or timm/ and a name
     scratch:store_true=False, # Start from random weights instead of ImageNet's
     size:str='288x144', # Image height x width
     epochs:int=80, # Epochs

@@ -19,14 +19,14 @@ from .callback.runaway import RunawayError
 from .core import RANGES, CheckpointError, ConfigError, check_ranges, leftovers, user_path
 from .data.datasets import DataSpec
 from .data.synthetic import GENERATOR_VERSION
-from .models.backbone import get_arch, micro_resnet, tiny_resnet
+from .models.backbone import get_arch, ibn_resnet, micro_resnet, tiny_resnet
 from .models.checkpoint import read_meta
 from .provenance import changed_images, image_files, read_images
 from .recipes import Recipe, plain_name, recipe_content, recipe_key, short_hash
 from .run_files import clear_run, damaged_file, read_json, read_metrics
 
 # %% ../nbs/17d_run.ipynb #4444a508
-ARCHS = {'micro_resnet': micro_resnet, 'tiny_resnet': tiny_resnet}
+ARCHS = {'micro_resnet': micro_resnet, 'tiny_resnet': tiny_resnet, 'ibn_resnet': ibn_resnet}
 ARCHS |= {n: getattr(torchvision.models, n) for n in ('resnet18', 'resnet34', 'resnet50', 'resnet101')}
 
 def check_arch(
@@ -45,7 +45,7 @@ class RunConfig:
     spec:DataSpec # The data
     out:str # Folder to make
     arch:str = 'resnet50' # One of `ARCHS`, or one of timm's ResNets as 'timm/resnet50d'
-    pretrained:bool = True # ImageNet weights
+    pretrained:bool|str = True # ImageNet weights; False: none; 'rendered' or a file: those
     epochs:int = 80
     lr:float = 0.1
     warmup:int|None = None # Epochs; default in proportion, see scaled_schedule

@@ -16,7 +16,7 @@ from ..regions import realised_shares, region_mask
 from ..results import COLUMNS
 
 # %% ../../nbs/18ad_vis.tables.ipynb #55526740
-_PAPER, _HERE = '#E69F00', '#0072B2'
+_PAPER, _HERE = '#B34700', '#0072B2'
 _SETS = _HERE, '#009E73', '#CC79A7', '#56B4E9', '#D55E00'
 
 def _legend(ax):
@@ -42,7 +42,7 @@ def plot_table(
     for ax,m in zip(axs, metrics):
         ours = [(i, *_mean_and_spread(f.values[m])) for i,f in enumerate(filled) if f.values.get(m)]
         paper = [(i, f.row.paper[m]) for i,f in enumerate(filled) if m in f.row.paper]
-        for i,v in paper: ax.plot(v, i, 'D', mfc='none', color=_PAPER, label='paper')
+        for i,v in paper: ax.plot(v, i, 'D', mew=2, mfc='none', color=_PAPER, label='paper')
         for i,mean,std in ours: ax.errorbar(mean, i, xerr=std, fmt='o', color=_HERE, capsize=3, label='here')
         ax.set(xlabel=f'{COLUMNS[m]}, {setting} (%)', ylim=(len(filled)-.5, -.5))
         ax.set_yticks(range(len(filled)), [f.label for f in filled])
@@ -62,7 +62,7 @@ def plot_differences(
     lines = max(1, len(here))
     fig, ax = plt.subplots(figsize=(6.4, .8 + (.25 + .17*lines)*len(rows)), dpi=96, layout='constrained')
     for i,row in enumerate(rows):
-        if row in paper: ax.plot(paper[row], i - .3, 'D', mfc='none', color=_PAPER, label='paper')
+        if row in paper: ax.plot(paper[row], i - .3, 'D', ms=7, mew=2, mfc='none', color=_PAPER, label='paper')
         for k,(name,found) in enumerate(here.items()):
             if row not in found: continue
             d, colour = found[row], _SETS[k % len(_SETS)]
