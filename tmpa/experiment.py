@@ -84,10 +84,8 @@ class Run:
         resume:bool=False, # Whether a folder that is there is gone on with
     ):
         "`ConfigError` before anything is read or written."
-        cfg = self.cfg
-        cfg.check()
-        cfg.make_mix()
-        if cfg.processes > 1 and self.budget is not None:
+        self.cfg.check()
+        if self.cfg.processes > 1 and self.budget is not None:
             raise ConfigError('a budget is of one core: leave it out when several processes train together')
         if not resume and self.out.exists(): new_folder(self.out)  # says what to do
 

@@ -78,7 +78,7 @@ _choices = dict(select=('published', 'held_out'), precision=('auto', 'fp32', 'fp
 
 @patch
 def check(self:RunConfig):
-    "`ConfigError` for the first field out of its range, before anything is read or written."
+    "`ConfigError` for the first field that no run could be made with, before anything is read or written."
     self.recipe.check()
     check_arch(self.arch)
     self.spec.check()
@@ -92,6 +92,7 @@ def check(self:RunConfig):
     if self.processes > 1 and self.recipe.method == 'dart':
         raise ConfigError('DART compares the losses of all images, and trains in one process: '
                           'start it without accelerate launch')
+    self.make_mix()
 
 @patch
 def make_mix(self:RunConfig):

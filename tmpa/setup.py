@@ -8,21 +8,22 @@ __all__ = ['SCALES', 'RUN_FIELDS', 'fit_patch', 'scaled', 'Setup', 'row_key', 'm
 # %% ../nbs/18aa_setup.ipynb #5e700003
 import itertools, math, shlex
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from warnings import warn
-from .core import ConfigError, arg_names, check_names, shortened, user_path, check_ranges
+from fastcore.basics import patch
+from .core import ConfigError, arg_names, check_names, check_ranges, shortened, user_path
+from .data.datasets import DATASETS, DataSpec, check_given
 from .demo import demo_patch, folder_slug
-from .regions import grid_size
-from .run import RunConfig, run_key, run_state
-from .run_files import damaged_file, read_json, wrong_scores
 from .paper import TableRow
 from .recipes import Recipe, get_recipe, recipe_content, short_hash
+from .regions import grid_size
 from .results import COLUMNS, write_lines
-from .data.datasets import DATASETS, DataSpec, check_given
+from .run import RunConfig, run_key, run_state
+from .run_files import damaged_file, read_json, wrong_scores
 
 # %% ../nbs/18aa_setup.ipynb #c92472e6
+_small = dict(arch='micro_resnet', pretrained=False, lr=.03, warmup=.3, decay=(.6,.85), cache=True)
 SCALES = dict(paper=dict(size=(288,144), epochs=80, run={}, budget=None),
-              small=dict(size=(96,48), epochs=12, run=dict(arch='micro_resnet', pretrained=False, lr=.03, warmup=.3, decay=(.6,.85), cache=True), budget=5.))
+              small=dict(size=(96,48), epochs=12, run=_small, budget=5.))
 
 def fit_patch(
     patch:int, # Pixels in the paper
@@ -45,6 +46,8 @@ def scaled(
     return r.but(mix={**r.mix, 'patch': fit_patch(patch, size, unit)})
 
 # %% ../nbs/18aa_setup.ipynb #37578036
+_no_method = Recipe('', mix=None)  # where only what all methods share counts
+
 @dataclass(frozen=True)
 class Setup:
     "What the rows of a table share."
@@ -55,52 +58,72 @@ class Setup:
     scale:str = 'paper' # Name in `SCALES`
     args:str|None = '' # What the command line needs beside scale and budget; None: it cannot say this setup
 
+    def _config(self, recipe=_no_method, spec=None, out='', seed=0):
+        return RunConfig(recipe, spec or self.specs[0], out, seed=seed, **self.run)
+
     def check(self):
         "`ConfigError` for what no run could be made with."
         check_ranges(seeds=self.seeds, budget=self.budget)
-        for s in self.specs: RunConfig(Recipe(''), s, '', **self.run).check()
+        for s in self.specs: self._config(spec=s).check()
 
     @property
     def key(self):
         "Eight digits of all that the rows share."
-        return run_key(RunConfig(Recipe(''), self.specs[0], '', **self.run)).setup
+        return run_key(self._config()).setup
 
-    @property
-    def text(self):
-        s,c = self.specs[0],RunConfig(Recipe(''), self.specs[0], '', **self.run)
-        patch = f', patch {c.patch} for 12' if c.patch and c.patch != demo_patch(s.size) else ''
-        data = s.data if s.facts.has_files else f'{s.n_ids} rendered people'
-        return f"{data}, trial {', '.join(str(o.trial) for o in self.specs)}; {c.arch}, {s.size[0]} x {s.size[1]}{patch}, {c.epochs} epochs, seeds {', '.join(map(str, self.seeds))}; " + (
-            f'budget {self.budget:g} minutes of one core a run' if self.budget else 'no budget')
-    def config(self, recipe, spec, seed, out):
-        "A run; its folder is found by recipe, setup, trial and seed, under whatever name the recipe was first run."
-        r,runs = get_recipe(recipe),user_path(out)/'runs'
-        end = run_key(RunConfig(r, spec, '', seed=seed, **self.run))
-        folder = next(runs.glob(f'*-{end}'), runs/f'{folder_slug(r.name)[:60]}-{end}')
-        return RunConfig(scaled(r, spec.size, self.run.get('patch')), spec, str(folder), seed=seed, **self.run)
-    def configs(self, row, out): return [self.config(row.recipe, s, seed, out) for seed in self.seeds for s in self.specs]
+# %% ../nbs/18aa_setup.ipynb #e4b609f6
+@patch(as_prop=True)
+def text(self:Setup):
+    "Data, network and length, in a sentence."
+    s, c = self.specs[0], self._config()
+    data = s.data if s.facts.has_files else f'{s.n_ids} rendered people'
+    trials = ', '.join(str(o.trial) for o in self.specs)
+    patch = f', patch {c.patch} for 12' if c.patch and c.patch != demo_patch(s.size) else ''
+    budget = f'budget {self.budget:g} minutes of one core a run' if self.budget else 'no budget'
+    return (f'{data}, trial {trials}; {c.arch}, {s.size[0]} x {s.size[1]}{patch}, {c.epochs} epochs, '
+            f"seeds {', '.join(map(str, self.seeds))}; {budget}")
 
-def row_key(row:TableRow)->str:
+@patch
+def config(self:Setup,
+    recipe, # A Recipe or its name
+    spec:DataSpec, # One of `specs`
+    seed:int, # One of `seeds`
+    out, # Folder of the runs of all tables
+)->RunConfig:
+    "A run; its folder is found by recipe, setup, trial and seed, under whatever name the recipe was first run."
+    r, runs = get_recipe(recipe), user_path(out)/'runs'
+    end = run_key(self._config(r, spec, seed=seed))
+    folder = next(runs.glob(f'*-{end}'), runs/f'{folder_slug(r.name)[:60]}-{end}')
+    return self._config(scaled(r, spec.size, self.run.get('patch')), spec, str(folder), seed)
+
+@patch
+def configs(self:Setup,
+    row:TableRow, # With a recipe
+    out, # Folder of the runs of all tables
+)->list: # RunConfigs
+    "The runs of a row: all trials of a seed before the next seed."
+    return [self.config(row.recipe, s, seed, out) for seed in self.seeds for s in self.specs]
+
+def row_key(
+    row:TableRow, # With a recipe
+)->str:
     "Equal for rows that share runs and scoring."
-    return short_hash({**recipe_content(get_recipe(row.recipe)), **({'score': row.score} if row.score else {})})
+    score = {'score': row.score} if row.score else {}
+    return short_hash({**recipe_content(get_recipe(row.recipe)), **score})
 
 # %% ../nbs/18aa_setup.ipynb #ab5de726
 def _trials(data, trial):
+    "The trials of a data set that a setup has a model for."
     facts = DATASETS[data]
     if not facts.one_model_per_trial: return [trial or 'all']  # one model for all galleries
     if trial == 'all': return [str(t) for t in facts.trials]
     try: return list(dict.fromkeys(str(int(t)) for t in str(1 if trial is None else trial).split(',')))
     except ValueError: raise ConfigError(f"trial {trial!r}: give numbers from 1 to 10 with commas, or 'all'") from None
 
-def _seeds_text(seeds):
-    "Seeds as the command line takes them: how many, or which."
-    if seeds == tuple(range(len(seeds))): return str(len(seeds))
-    return ','.join(map(str, seeds)) + ','*(len(seeds) == 1)
-
-def _arguments(seeds, **given):
-    "What the command line needs; None stands for a default."
-    words = [f'--{k} {shlex.quote(str(v))}' for k,v in given.items() if v is not None]
-    return ' '.join([*words, f'--seeds {_seeds_text(seeds)}'])
+def _arguments(seeds, given):
+    "What the command line needs: seeds as how many, or which."
+    which = str(len(seeds)) if seeds == tuple(range(len(seeds))) else ','.join(map(str, seeds)) + ','*(len(seeds) == 1)
+    return ' '.join([*(f'--{k} {shlex.quote(str(v))}' for k,v in given.items()), f'--seeds {which}'])
 
 # %% ../nbs/18aa_setup.ipynb #f8092cec
 def make_setup(
@@ -108,7 +131,8 @@ def make_setup(
     data:str|None=None, # As in DataSpec; default the built-in data at the small scale
     path:str|None=None, # Its folder
     trial:str|None=None, # RegDB: one or more splits with commas, or 'all'; SYSU and LLCM: gallery trial, default 'all'
-    epochs:int|None=None, ids:int=400, # Default the scale's; identities of the built-in data
+    epochs:int|None=None, # Default the scale's
+    ids:int=400, # Identities of the built-in data
     seeds=3, # A number, or a list of seeds
     budget:float|None=None, # Minutes of one core for a run; default the scale's
     size:tuple|None=None, # Height, width; default the scale's
@@ -118,82 +142,105 @@ def make_setup(
     "The setup of a scale on a data set."
     check_names(run, [*arg_names(make_setup), *arg_names(RunConfig, ['recipe','spec','out','seed'])], 'make_setup')
     if scale not in SCALES: raise ConfigError(f"scale {scale!r}: choose one of {', '.join(SCALES)}")
-    s = SCALES[scale]
     if data is None and scale == 'paper':
         raise ConfigError('--scale paper needs --data and --path; for the built-in data on a CPU pass --scale small')
-    data, size = data or 'synthetic', tuple(size or s['size'])
+    usual, data = SCALES[scale], data or 'synthetic'
+    size = tuple(size or usual['size'])
     seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
     if not seeds: raise ConfigError('seeds: give at least one')
     check_given(data, trial, ids)
     if patch is not None: grid_size(size, patch)
     coarse = demo_patch(size) if scale == 'small' else None
-    fields_of_run = {**s['run'], 'epochs': s['epochs'] if epochs is None else epochs, **run}
-    if patch or coarse: fields_of_run = {'patch': patch or coarse, **fields_of_run}
-    args = _arguments(seeds, data=None if data == 'synthetic' else data, path=path, trial=trial,
-                      epochs=None if epochs == s['epochs'] else epochs, ids=None if ids == 400 else ids,
-                      patch=None if patch == coarse else patch)
+    how = {**usual['run'], 'epochs': usual['epochs'] if epochs is None else epochs, **run}
+    if patch or coarse: how = {'patch': patch or coarse, **how}
+    args = None  # the command line cannot say fields of RunConfig, or a size
+    if not run and size == usual['size']:
+        given = dict(data=data, path=path, trial=trial, epochs=epochs, ids=ids, patch=patch)
+        defaults = dict(data='synthetic', epochs=usual['epochs'], ids=400, patch=coarse)
+        args = _arguments(seeds, {k: v for k,v in given.items() if v not in (None, defaults.get(k))})
     specs = tuple(DataSpec(data, path, t, ids, size) for t in _trials(data, trial))
-    said = not run and size == s['size']  # by the command line
-    setup = Setup(specs, fields_of_run, seeds, s['budget'] if budget is None else budget, scale, args if said else None)
+    setup = Setup(specs, how, seeds, usual['budget'] if budget is None else budget, scale, args)
     setup.check()
     return setup
 
 # %% ../nbs/18aa_setup.ipynb #ec7a657d
-RUN_FIELDS = ['recipe','recipe_key','setup','data','n_ids','size','arch','epochs','trial','seed','status','budget','seconds','tmpa','instructions','note']
+RUN_FIELDS = ['recipe', 'recipe_key', 'setup', 'data', 'n_ids', 'size', 'arch', 'epochs', 'trial', 'seed', 'status',
+              'budget', 'seconds', 'tmpa', 'instructions', 'note']
 
 def _read(f, **kinds):
+    "A JSON file, or None where there is none."
     return read_json(f, **kinds) if f.exists() else None
+
+def _known(cls, d): return {f.name: d[f.name] for f in fields(cls) if f.name in d}
 
 def _check_config(cfg, f):
     "Refuse the configuration of a run that none could have; one of another run says another seed than its folder."
-    known = lambda cls, d: {o.name: d[o.name] for o in fields(cls) if o.name in d}
     try:
-        spec = DataSpec(**{**known(DataSpec, cfg['spec']), 'path': 'anywhere'})
-        run = RunConfig(**{**known(RunConfig, cfg), 'recipe': Recipe(cfg['recipe']['name']), 'spec': spec})
+        spec = DataSpec(**{**_known(DataSpec, cfg['spec']), 'path': 'anywhere'})
+        method = Recipe(cfg['recipe']['name'], mix=None)
+        run = RunConfig(**{**_known(RunConfig, cfg), 'recipe': method, 'spec': spec})
         run.check()
-        if not isinstance(run.recipe.name, str): raise ValueError(f'name is {run.recipe.name}')
+        if not isinstance(method.name, str): raise ValueError(f'name is {method.name}')
         which = f'-trial{spec.trial}-seed{run.seed}'
         if not f.parent.name.endswith(which): raise ValueError(f'it is of another run: {which}')
     except (ValueError, TypeError, KeyError, AttributeError) as e: raise damaged_file(f, shortened(e)) from None
 
-def _check_environment(env, f):
-    "Refuse versions and instruction sets that are no text."
-    sets = [env, *(env.get('resumed_with') or [])]
-    texts = lambda e: isinstance(e, dict) and isinstance(e.get('versions', {}), dict) and all(
-        isinstance(o, str|None) for o in (e.get('instructions'), e.get('versions', {}).get('tmpa')))
-    if not all(map(texts, sets)): raise damaged_file(f, 'versions or instructions are none')
-
-def run_lines(folder)->list: # None of a run that was cut off; more than one where its network was scored in several ways
-    "A run folder as flat records."
-    folder = user_path(folder)
-    (status,d),cfg = run_state(folder),_read(folder/'config.json', recipe=dict, spec=dict)
-    if status not in ('done', 'over budget', 'failed'): return []
-    cfg,(_,rkey,setup,_,_) = cfg or d.get('config'),folder.name.rsplit('-', 4)
-    if not cfg: raise ConfigError(f'{folder} has no config.json: put it back, or move the folder elsewhere to run it again')
-    _check_config(cfg, folder/'config.json')
-    env = _read(folder/'environment.json', resumed_with=(list, type(None))) or {}
-    _check_environment(env, folder/'environment.json')
-    sets = [e.get('instructions') for e in (env, *(env.get('resumed_with') or []))]
-    instructions = '+'.join(dict.fromkeys(filter(None, sets)))
-    s,first = cfg['spec'],dict(recipe=cfg['recipe']['name'], recipe_key=rkey, setup=setup)
-    rest = dict(data=s['data'], n_ids='' if DATASETS[s['data']].has_files else s['n_ids'], size='x'.join(map(str, s['size'])), arch=cfg['arch'], epochs=cfg['epochs'], trial=s['trial'], seed=cfg['seed'],
-                status=status, budget=d.get('budget') or '', seconds=d.get('train_seconds', d.get('seconds', '')), tmpa=env.get('versions', {}).get('tmpa', ''), instructions=instructions, note=d.get('error', ''))
-    lines = [{**first, **rest, **_flat(d.get('scores', {}))}]
-    for f in sorted(folder.glob('scores-*.json')):
-        e = _read(f, score=dict, scores=dict)
-        if wrong := wrong_scores(e['scores']): raise damaged_file(f, wrong)
-        how = ', '.join(f'{k}={v}' for k,v in e['score'].items())
-        lines.append({**first, **rest, 'recipe': f"{first['recipe']} ({how})", 'recipe_key': f.stem.removeprefix('scores-'), **_flat(e['scores'])})
-    return lines
-
-def _flat(scores): return {f'{k}_{s}': round(v[k], 6) for s,v in scores.items() for k in COLUMNS}
+def _made_with(f):
+    "Version of tmpa and instruction sets of a run; '' for what it did not note."
+    env = _read(f, resumed_with=(list, type(None))) or {}
+    each = [env, *(env.get('resumed_with') or [])]
+    for e in each:
+        versions = e.get('versions', {}) if isinstance(e, dict) else None
+        noted = [e.get('instructions'), versions.get('tmpa')] if isinstance(versions, dict) else [versions]
+        if len(noted) < 2 or not all(isinstance(o, str|None) for o in noted):
+            raise damaged_file(f, 'versions or instructions are none')
+    sets = dict.fromkeys(filter(None, (e.get('instructions') for e in each)))
+    return env.get('versions', {}).get('tmpa', ''), '+'.join(sets)
 
 # %% ../nbs/18aa_setup.ipynb #e5053968
-def collect_runs(out)->list:
+def _scores(scores): return {f'{k}_{s}': round(v[k], 6) for s,v in scores.items() for k in COLUMNS}
+
+def run_lines(
+    folder, # Of a run
+)->list: # None of a run that was cut off; more than one where its network was scored in several ways
+    "A run folder as flat records."
+    folder = user_path(folder)
+    (status, said), cfg = run_state(folder), _read(folder/'config.json', recipe=dict, spec=dict)
+    if status not in ('done', 'over budget', 'failed'): return []
+    cfg = cfg or said.get('config')
+    if not cfg:
+        raise ConfigError(f'{folder} has no config.json: put it back, or move the folder elsewhere to run it again')
+    _check_config(cfg, folder/'config.json')
+    version, instructions = _made_with(folder/'environment.json')
+    spec, (_, key, setup, _, _) = cfg['spec'], folder.name.rsplit('-', 4)
+    line = dict(
+        recipe=cfg['recipe']['name'], recipe_key=key, setup=setup, data=spec['data'],
+        n_ids='' if DATASETS[spec['data']].has_files else spec['n_ids'], size='x'.join(map(str, spec['size'])),
+        arch=cfg['arch'], epochs=cfg['epochs'], trial=spec['trial'], seed=cfg['seed'], status=status,
+        budget=said.get('budget') or '', seconds=said.get('train_seconds', said.get('seconds', '')), tmpa=version,
+        instructions=instructions, note=said.get('error', ''))
+    again = [_scored_again(f, line) for f in sorted(folder.glob('scores-*.json'))]
+    return [line | _scores(said.get('scores', {})), *again]
+
+def _scored_again(f, line):
+    "The record of a network that was scored in another way."
+    d = _read(f, score=dict, scores=dict)
+    wrong = wrong_scores(d['scores'])
+    if wrong: raise damaged_file(f, wrong)
+    how = ', '.join(f'{k}={v}' for k,v in d['score'].items())
+    return {**line, 'recipe': f"{line['recipe']} ({how})", 'recipe_key': f.stem.removeprefix('scores-'),
+            **_scores(d['scores'])}
+
+# %% ../nbs/18aa_setup.ipynb #c3fcf782
+def collect_runs(
+    out, # Folder of the runs of all tables
+)->list: # Records
     "The records of all runs in `out`, also written to `results.csv`; a damaged folder is passed over with a warning."
-    lines = []
-    for f in sorted((user_path(out)/'runs').glob('*-trial*-seed*')):
+    out, lines = user_path(out), []
+    for f in sorted((out/'runs').glob('*-trial*-seed*')):
         try: lines += run_lines(f)
-        except (ConfigError, KeyError, TypeError, AttributeError) as e: warn(str(e) if isinstance(e, ConfigError) else f'{f} holds something else than a run of tmpa ({type(e).__name__}): move it elsewhere')
-    write_lines(Path(out)/'results.csv', lines, list(dict.fromkeys([*RUN_FIELDS, *itertools.chain(*lines)])))
+        except ConfigError as e: warn(str(e))
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            warn(f'{f} holds something else than a run of tmpa ({type(e).__name__}): move it elsewhere')
+    write_lines(out/'results.csv', lines, list(dict.fromkeys([*RUN_FIELDS, *itertools.chain(*lines)])))
     return lines

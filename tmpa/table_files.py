@@ -7,7 +7,6 @@ __all__ = ['reproduce_command', 'missing_rows', 'table_markdown', 'save_table']
 
 # %% ../nbs/18ae_table_files.ipynb #2c3f6b95
 import csv, shlex
-from itertools import chain
 from .core import atomic_write, csv_cell, user_path
 from .paper import TABLES, RecipeTable
 from .setup import SCALES, Setup
@@ -18,7 +17,7 @@ from .vis.tables import plot_table, save_figure
 def reproduce_command(
     name:str, # Of the table
     f:FilledRow, # A row that lacks runs
-    setup:Setup,
+    setup:Setup, # What its runs share
     out='', # Folder, where it is not the usual one
     all_rows:bool=False, # For all rows of the table
     direction:str='', # Where it is not the table's own
@@ -39,9 +38,9 @@ def reproduce_command(
 # %% ../nbs/18ae_table_files.ipynb #e8a02d91
 def missing_rows(
     name:str, # Of the table
-    table:RecipeTable,
+    table:RecipeTable, # What is shown
     filled:list, # FilledRows
-    setup:Setup,
+    setup:Setup, # What its runs share
     setting:str, # That is shown
     out='', # Folder, where it is not the usual one
 )->str: # '' where nothing is missing
@@ -49,30 +48,40 @@ def missing_rows(
     short = [f for f in filled if f.n < f.wanted]
     if not short: return ''
     direction = '' if setting in (table.setting, 'all_single') else setting
-    alike = len(short) > 1 and len(short) == sum(f.wanted > 0 for f in filled) and len({f.why for f in short}) == 1
+    all_rows = 1 < len(short) == sum(f.wanted > 0 for f in filled)
+    if all_rows and len({f.why for f in short}) == 1:  # one command makes them all
+        how = reproduce_command(name, short[0], setup, out, True, direction)
+        return f'Missing:\n\n- all rows: {short[0].why}. `{how}`'
     lines = ['Missing:\n']
-    for f in short[:1] if alike else short:  # alike: one command makes them all
-        label, how = 'all rows' if alike else f.row.label, reproduce_command(name, f, setup, out, alike, direction)
-        lines.append(f'- {label}: {f.why}. `{how}`')
+    for f in short:
+        how = reproduce_command(name, f, setup, out, direction=direction)
+        lines.append(f'- {f.row.label}: {f.why}. `{how}`')
     return '\n'.join(lines)
 
 # %% ../nbs/18ae_table_files.ipynb #e8d72875
+def _noted(filled, what): return sorted({o for f in filled for o in getattr(f, what)})
+
 def _table_notes(table, filled, setup):
     "What the numbers are, and what to know of the runs behind them."
-    several = '; mean ± deviation over runs'*(len(setup.seeds)*len(setup.specs) > 1)
+    said = 'Per cent'
+    if len(setup.seeds)*len(setup.specs) > 1: said += '; mean ± deviation over runs'
     runs = [min(d.runs) for d in row_differences(table, filled).values()]
-    compared = '' if not runs else '; difference of the means [95 % interval]' if max(runs) > 1 else '; differences of single runs'
+    if runs: said += '; difference of the means [95 % interval]' if max(runs) > 1 else '; differences of single runs'
     notes = []
-    versions, sets = (sorted(set(chain(*[getattr(f, k) for f in filled]))) for k in ('versions', 'instructions'))
+    versions, sets = _noted(filled, 'versions'), _noted(filled, 'instructions')
     if len(versions) > 1: notes.append(f"The runs were made by different versions of tmpa: {', '.join(versions)}.")
-    if len(sets) > 1: notes.append(f"Processors with different instruction sets made them: {', '.join(sets)}. Equal seeds are no pairs there.")
-    return f'Per cent{several}{compared}.', notes
+    if len(sets) > 1:
+        notes.append(f"Processors with different instruction sets made them: {', '.join(sets)}. "
+                     'Equal seeds are no pairs there.')
+    return f'{said}.', notes
+
+def _paragraphs(*parts): return '\n\n'.join(filter(None, parts)) + '\n'
 
 def table_markdown(
     name:str, # Of the table
-    table:RecipeTable,
+    table:RecipeTable, # What is shown
     filled:list, # FilledRows
-    setup:Setup,
+    setup:Setup, # What the runs share
     setting:str, # That is shown
     sizes:dict|None=None, # From net_sizes
     out='', # Folder, where it is not the usual one
@@ -80,25 +89,25 @@ def table_markdown(
     "Title, setup, table, and what is missing."
     said, notes = _table_notes(table, filled, setup)
     head = f'{setup.text}; {setting}. {said} {table.note}'.strip()
-    parts = [f'## {table.title}', head, filled_table(table, filled, sizes).markdown(), *notes, missing_rows(name, table, filled, setup, setting, out)]
-    return '\n\n'.join(filter(None, parts)) + '\n'
+    numbers = filled_table(table, filled, sizes).markdown()
+    missing = missing_rows(name, table, filled, setup, setting, out)
+    return _paragraphs(f'## {table.title}', head, numbers, *notes, missing)
 
 # %% ../nbs/18ae_table_files.ipynb #7ab10005
 def save_table(
     out, # Folder
     name:str, # Of the table
-    table:RecipeTable,
+    table:RecipeTable, # What is shown
     lines:list, # Records of runs
-    setup:Setup,
+    setup:Setup, # What the runs share
     setting:str, # That is shown
 ): # The Markdown file
     "`NAME-DATA-SETTING.md`, `.csv` and `.png` in `out`; table I has its own form."
     stem = user_path(out)/f'{name}-{setup.specs[0].data}-{setting}'
     filled, where = fill_rows(table, lines, setup, setting), '' if str(out) == 'runs/tables' else out
     if name == 'table1':
-        rows = table1(lines)
-        parts = ['## Table I', setup.text, rows.markdown(), missing_rows(name, table, filled, setup, setting, where)]
-        text = '\n\n'.join(filter(None, parts)) + '\n'
+        rows, missing = table1(lines), missing_rows(name, table, filled, setup, setting, where)
+        text = _paragraphs('## Table I', setup.text, rows.markdown(), missing)
     else:
         sizes = net_sizes(table.rows) if name == 'table5' else None
         rows = filled_table(table, filled, sizes)

@@ -30,12 +30,13 @@ class FilledRow:
     versions:tuple = () # Of tmpa that made them
     instructions:tuple = () # Sets of the processors that made them
     label:str = '' # As the table shows it; default the row's
+
     def __post_init__(self): self.label = self.label or self.row.label
 
 # %% ../nbs/18ab_tables.ipynb #fd817efb
 def ratio_label(
-    row:TableRow,
-    setup:Setup,
+    row:TableRow, # Of a table
+    setup:Setup, # Whose images and patch count
 )->str:
     "The row's label; of one that is named after a ratio also the shares that whole patches give."
     if not row.label.startswith('A_C = '): return row.label
@@ -70,7 +71,7 @@ def _fill_row(row, runs, table, setting, setup):
 
 # %% ../nbs/18ab_tables.ipynb #fb69b3cc
 def fill_rows(
-    table:RecipeTable,
+    table:RecipeTable, # What is shown
     lines:list, # Records of runs, of `collect_runs` or `read_lines`
     setup:Setup, # Whose runs count
     setting:str, # Whose scores
@@ -89,7 +90,7 @@ def _without_scores(row):
 
 # %% ../nbs/18ab_tables.ipynb #6a6265ff
 def row_differences(
-    table:RecipeTable,
+    table:RecipeTable, # What is shown
     filled:list, # FilledRows
 )->dict: # Label -> Difference
     "Rows against the table's base in the table's main score, where both have runs of their own."
@@ -103,7 +104,7 @@ def _main_metric(table): return 'mAP' if 'mAP' in table.metrics else table.metri
 
 # %% ../nbs/18ab_tables.ipynb #d8e6897c
 def filled_table(
-    table:RecipeTable,
+    table:RecipeTable, # What is shown
     filled:list, # FilledRows
     sizes:dict|None=None, # From net_sizes: adds parameters and GFLOPs
 )->TextTable:
@@ -125,7 +126,9 @@ def filled_table(
 def _paper(f, key, digits): return f'{f.row.paper[key]:.{digits}f}' if key in f.row.paper else ''
 
 # %% ../nbs/18ab_tables.ipynb #0d4c084c
-def net_sizes(rows:list)->dict: # Label -> parameters in millions without classifiers, GFLOPs of one image, as text
+def net_sizes(
+    rows:list, # TableRows
+)->dict: # Label -> parameters in millions without classifiers, GFLOPs of one image, as text
     "Count the networks of a table's rows."
     out = {}
     for row in rows:
@@ -133,10 +136,12 @@ def net_sizes(rows:list)->dict: # Label -> parameters in millions without classi
         try:
             with torch.device('meta'): net = get_recipe(row.recipe).make_net(206, resnet50, False)
         except ConfigError: continue  # a method that this installation does not have
-        out[row.label] = f'{n_params(net)/1e6:.1f}',f'{n_flops(net)/1e9:.1f}'
+        out[row.label] = f'{n_params(net)/1e6:.1f}', f'{n_flops(net)/1e9:.1f}'
     return out
 
 # %% ../nbs/18ab_tables.ipynb #8c9eed26
+def _per_cent(runs, key): return [100*float(l[key]) for l in runs if l.get(key) not in (None, '')]
+
 def table1(
     lines:list, # Records of runs
 )->TextTable:
@@ -148,9 +153,10 @@ def table1(
         scores = [o['scores'].get(s, {}).get(m) for s in TABLE1_SETTINGS for m in metrics]
         rows.append([o['method'], o['venue'], *['' if v is None else f'{v:.2f}' for v in scores]])
     for runs in _runs_by_setup(lines):
-        scores = [[100*float(l[k]) for l in runs if l.get(k := f'{m}_{s}') not in (None, '')] for s in TABLE1_SETTINGS for m in metrics]
-        where = runs[0]['data'] if DATASETS[runs[0]['data']].has_files else 'rendered people'
-        how = f"{runs[0]['arch']}, {runs[0]['epochs']} epochs, {len(runs)} run{'s'*(len(runs) > 1)}"
+        scores = [_per_cent(runs, f'{m}_{s}') for s in TABLE1_SETTINGS for m in metrics]
+        first = runs[0]
+        where = first['data'] if DATASETS[first['data']].has_files else 'rendered people'
+        how = f"{first['arch']}, {first['epochs']} epochs, {len(runs)} run{'s'*(len(runs) > 1)}"
         rows.append([f'TMPA here, {where}', how, *[mean_std(v) if v else '' for v in scores]])
     return TextTable([head, *rows])
 
