@@ -37,7 +37,8 @@ from tmpa.learner import extract_features, reid_learner
 from tmpa.models.backbone import get_arch, ibn_resnet
 from tmpa.pretrain import Rendered, train_rendered
 from tmpa.recipes import get_recipe
-from tmpa.weights import image_size, open_weights
+from tmpa.weights import open_weights
+from tmpa.card import image_size
 
 TABLE2 = 'B', 'B+CA', 'B+CA+PedMix', 'TMPA'
 FIELDS = 'weights', 'people', 'v2i_R1', 'v2i_mAP', 'i2v_R1', 'i2v_mAP', 'mAP'

@@ -13,7 +13,8 @@ from tmpa.models.backbone import ibn_resnet, make_resnet
 from tmpa.models.net import fingerprint
 from tmpa.models.tmpa import TMPANet
 from tmpa.search import Gallery
-from tmpa.weights import SHIPPED, find_weights, open_weights, read_card
+from tmpa.weights import SHIPPED, find_weights, open_weights
+from tmpa.card import read_card
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,8 +9,10 @@ from tmpa.models.backbone import micro_resnet
 from tmpa.models.net import fingerprint, set_switches
 from tmpa.models.checkpoint import save_weights
 from tmpa.models.tmpa import TMPANet
-from tmpa.weights import CARD, _SAID_TWICE, _sha256, find_weights, from_pretrained, image_size, open_weights
-from tmpa.weights import read_card, save_pretrained
+from tmpa.weights import _SAID_TWICE, _sha256, find_weights, from_pretrained, open_weights
+from tmpa.card import CARD, image_size
+from tmpa.weights import save_pretrained
+from tmpa.card import read_card
 
 NETS = {
     'TMPA': lambda: TMPANet(5, micro_resnet, False, heads=2),

@@ -39,7 +39,8 @@ def tmpa_export(
     import torch
     from tmpa.core import ConfigError
     from tmpa.models.onnx import export_onnx
-    from tmpa.weights import image_size, open_weights, save_pretrained
+    from tmpa.weights import open_weights, save_pretrained
+    from tmpa.card import image_size
     if not (onnx or folder): raise ConfigError('nothing to write: pass --onnx FILE or --folder FOLDER')
     model, card = open_weights(weights)
     known = run_scores(weights)

@@ -124,7 +124,8 @@ def from_weights(cls:Gallery,
     **kwargs, # More arguments of Gallery; `size` and `ir_range` are known to the weights
 )->Gallery:
     "An empty gallery for trained weights."
-    from tmpa.weights import image_size, open_weights, or_shipped
+    from tmpa.weights import open_weights, or_shipped
+    from tmpa.card import image_size
     check_names(kwargs, arg_names(cls, ['model']), 'Gallery.from_weights')
     where = or_shipped(where)
     model, card = open_weights(where)

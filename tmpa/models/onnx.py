@@ -13,7 +13,8 @@ from torch import nn
 from ..core import CheckpointError, ConfigError, atomic_write, shortened, user_path
 from ..files import first_wrong
 from .net import describe
-from ..weights import CARD, image_size, make_card, open_weights
+from ..weights import open_weights
+from ..card import CARD, image_size, make_card
 
 # %% ../../nbs/12d_models.onnx.ipynb #85a17f96
 _PLACES = 2**22  # of the fixed-point numbers that Pillow resizes with
