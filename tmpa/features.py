@@ -7,7 +7,6 @@ __all__ = ['Features', 'load_features', 'save_features']
 
 # %% ../nbs/13c_features.ipynb #2ef78d0c
 import numpy as np, torch
-from pathlib import Path
 from typing import NamedTuple
 from .core import DataError, atomic_write, regular_file, user_path
 from .files import check_zip, read_mat, read_torch

@@ -8,7 +8,6 @@ __all__ = ['Tracks', 'track_features']
 # %% ../nbs/14a_tracks.ipynb #e14c0202
 import numpy as np, torch
 from dataclasses import dataclass
-from fastcore.basics import patch
 from .core import ConfigError, ProtocolError, TrackedImage
 from .inputs import as_matrix, check_finite, check_nonzero
 

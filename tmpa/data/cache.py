@@ -18,7 +18,7 @@ from ..console import bar_shows
 from ..core import ConfigError, DataError, atomic_write, enough_memory, leftovers, locked, regular_file
 from ..core import tmpa_home, user_path
 from ..processes import end_with_parent
-from .image import decoded, how_read, item_range
+from .image import decoded, how_read
 
 # %% ../../nbs/01b_data.cache.ipynb #17b9c191
 _HOW = [2, PIL.__version__] # how images are decoded and resized: files made otherwise are made again

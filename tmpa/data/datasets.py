@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ..core import (ConfigError, DataError, ReIDImage, check_ranges, check_records, known, tmpa_home, user_path,
-                       whole_number)
+from ..core import (ConfigError, DataError, check_ranges, check_records, known, tmpa_home, user_path, whole_number)
 from ..protocols import cross_settings, llcm_settings, regdb_settings, sysu_settings
 from .readers import csv_items, llcm_items, regdb_items, sysu_items
 from .synthetic import GENERATOR_VERSION, make_regdb

@@ -50,7 +50,7 @@ def show_gallery(
     check_names(kwargs, [*arg_names(gallery), 'ax'], 'show_gallery')
     im = gallery(n_ids, shots, **kwargs)
     h, w = im.shape[0]/(2*shots), im.shape[1]/n_ids
-    ax = ax or plt.subplots(figsize=(n_ids*.9, shots*3.6*h/w/2), dpi=70)[1]
+    ax = ax or plt.subplots(figsize=(n_ids*.9, shots*3.6*h/w/2), layout='constrained')[1]
     ax.imshow(im)
     ax.set_xticks([(i+.5)*w for i in range(n_ids)], [f'id {kwargs.get("first_pid", 1)+i}' for i in range(n_ids)])
     ax.set_yticks([shots*h*.5, shots*h*1.5], ['visible', 'infrared'], rotation=90, va='center')
