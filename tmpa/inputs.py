@@ -56,6 +56,7 @@ def check_finite(
     if bad.any(): refuse_rows(bad.nonzero()[:,0], name)
     return x
 
+# %% ../nbs/12e_inputs.ipynb #1ee53dfa
 def check_nonzero(
     x:torch.Tensor, # (n, m) features
     name:str, # What they are called in an error
@@ -103,6 +104,7 @@ def _array(x, n, name):
         raise ProtocolError(f'{name} holds lists of different lengths: '
                             f'one number for each of {n} rows is needed') from None
 
+# %% ../nbs/12e_inputs.ipynb #dfcebf6c
 def check_label(
     x, # Labels in whatever they come
     n:int, # How many there should be
@@ -169,6 +171,7 @@ def _candidates(q, g, q_who):
         if not len(i): break
     return i, j
 
+# %% ../nbs/12e_inputs.ipynb #f0c84c22
 def same_rows(
     q, g, # (n_q, D) and (n_g, D) features, tensors of one type
     q_who, g_who, # (n_q, m) and (n_g, m) labels that must be equal too, the identity first

@@ -29,6 +29,7 @@ def n_within(
     "How many of `n` a share allows: 7 for 0.07 of 100, and never all."
     return min(floor(share*n*(1 + 1e-12)), n - 1)
 
+# %% ../nbs/13db_rates.ipynb #d9d30eba
 def check_seen(
     rate:float, # Wanted
     n:int,      # Pairs, or searches, that it is counted on
@@ -61,6 +62,7 @@ def share_interval(
     high = float(beta.isf(a, k+1, n-k)) if k < n else 1.
     return Interval(k/n, low, high, level)
 
+# %% ../nbs/13db_rates.ipynb #5131ce89
 def quantile_interval(
     x,           # (n,) rising
     q:float,     # Share of them that lies below
@@ -143,6 +145,7 @@ def draw_people(
         out.append((largest_below(every, x[at]), _weight(w, accepted)/n_other, w@found/n_same))
     return np.array(out).reshape(-1, 3).T
 
+# %% ../nbs/13db_rates.ipynb #4328e0f5
 def intervals_by_draws(
     d,           # (n,) distances
     s,           # (n,) whether of one person

@@ -67,21 +67,23 @@ class MFT(nn.Module):
         q_vis, q_ir = self.vis.q(f_vis), self.ir.q(f_ir)
         return q_vis, q_ir, self.vis.conv(q_vis), self.ir.conv(q_ir)
 
-    def forward(self,
-        f_vis, # (n, c, h, w) F^V_sp
-        f_ir,  # (n, c, h, w) F^I_sp
-        f_sh,  # (r n, c, h, w) F_sh; its rows are r repeats of the slots
-        k=None,# (r n, m, h, w) first projection of Conv_sh; None with `own_k`
-        branches=None, # What `branches(f_vis, f_ir)` gave, where several f_sh meet the same specific features
-    ):         # F'^V_sp, F'^I_sp, both (r n, c, h, w)
-        "The generated features."
-        q_vis, q_ir, b_vis, b_ir = branches or self.branches(f_vis, f_ir)
-        k_sh = k if self.k is None else self.k(f_sh)                              # (r n, m, h, w)
-        v_sh = self.v(f_sh)                                                       # (r n, m, h, w)
-        q = repeated(torch.cat([q_vis, q_ir], 2), f_sh)                           # (r n, m, 2h, w), one above the other
-        a_vis, a_ir = cross_attention(q, k_sh, v_sh, self.heads).chunk(2, 2)      # eq. 10
-        b_vis, b_ir = repeated(b_vis, f_sh), repeated(b_ir, f_sh)                 # (r n, m, h, w)
-        return self.vis.expand(a_vis + b_vis), self.ir.expand(a_ir + b_ir)        # eq. 11
+# %% ../../nbs/10_models.mft.ipynb #f2233987
+@patch
+def forward(self:MFT,
+    f_vis, # (n, c, h, w) F^V_sp
+    f_ir,  # (n, c, h, w) F^I_sp
+    f_sh,  # (r n, c, h, w) F_sh; its rows are r repeats of the slots
+    k=None,# (r n, m, h, w) first projection of Conv_sh; None with `own_k`
+    branches=None, # What `branches(f_vis, f_ir)` gave, where several f_sh meet the same specific features
+):         # F'^V_sp, F'^I_sp, both (r n, c, h, w)
+    "The generated features."
+    q_vis, q_ir, b_vis, b_ir = branches or self.branches(f_vis, f_ir)
+    k_sh = k if self.k is None else self.k(f_sh)                              # (r n, m, h, w)
+    v_sh = self.v(f_sh)                                                       # (r n, m, h, w)
+    q = repeated(torch.cat([q_vis, q_ir], 2), f_sh)                           # (r n, m, 2h, w), one above the other
+    a_vis, a_ir = cross_attention(q, k_sh, v_sh, self.heads).chunk(2, 2)      # eq. 10
+    b_vis, b_ir = repeated(b_vis, f_sh), repeated(b_ir, f_sh)                 # (r n, m, h, w)
+    return self.vis.expand(a_vis + b_vis), self.ir.expand(a_ir + b_ir)        # eq. 11
 
 # %% ../../nbs/10_models.mft.ipynb #330ea3ca
 @patch

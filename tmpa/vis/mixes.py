@@ -61,6 +61,7 @@ def show_slots(
         if outlines: mix.outline(ax, size)
     return fig
 
+# %% ../../nbs/06a_vis.mixes.ipynb #edbf5fa3
 def _pictures(rows, cols, size, figsize=None, **kwargs):
     "A figure of empty axes for pictures of this (height, width), one inch wide where nothing else is said."
     figsize = figsize or (cols, rows*(size[0]/size[1] + .3))
@@ -97,6 +98,7 @@ def show_mixes(
         columns[name] = mixed_as_trained(mix, images, modality, labels)[vis]
     return _sheet(columns, **kwargs)
 
+# %% ../../nbs/06a_vis.mixes.ipynb #0afe0f8f
 def _sheet(columns, **kwargs):
     "Columns of images (n, 3, height, width) under lettered titles."
     first = columns['visible']
