@@ -12,7 +12,7 @@ import numpy as np, torch
 from PIL import Image
 
 from faults import BAD, outcome, table
-from tmpa import use
+from tmpa import commands, use
 from tmpa.core import leftovers
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, save_weights
@@ -36,7 +36,7 @@ def _index(pictures, weights, out, fd):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         sys.stdout = open(1, 'w', closefd=False)  # not what pytest or a notebook has put in its place
         torch.set_num_threads(1)  # or it would wait for threads that a forked process does not have
-        use.SAVE_EVERY = .05
+        commands.SAVE_EVERY = .05
         use.tmpa_index(str(pictures), weights=str(weights), modality='visible', out=str(out), bs=4, quiet=True)
         sys.stdout.flush()
         os._exit(0)

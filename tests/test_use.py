@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 
-from tmpa import use
+from tmpa import commands, use
 from tmpa.core import CheckpointError, ConfigError, DataError
 from tmpa.data.folder import guess_modality
 from tmpa.data.image import read_image
@@ -289,7 +289,7 @@ def test_two_begin_a_folder_with_other_weights(weights, judged, pictures, tmp_pa
     torch.manual_seed(1)
     other = tmp_path/'other.pth'
     save_weights(TMPANet(4, micro_resnet, pretrained=False), other, size=SIZE)
-    a, b = (use._gallery_for(tmp_path/'g', f, None, None)[0] for f in (judged, other))
+    a, b = (commands.gallery_for(tmp_path/'g', f, None, None)[0] for f in (judged, other))
     b.add(pictures/'visible')
     b.save(tmp_path/'g')
     for _ in range(2):
@@ -341,7 +341,7 @@ def test_without_images_a_gallery_is_free_for_other_weights(run, judged, picture
 
 def test_only_one_writes_a_file(run, weights, pictures, tmp_path):
     out = tmp_path/'g.npz'
-    with use._alone(out): one_line(run('tmpa_index', pictures, '--weights', weights, '--out', out), out, 'another tmpa_index')
+    with commands.one_writer(out): one_line(run('tmpa_index', pictures, '--weights', weights, '--out', out), out, 'another tmpa_index')
 
 
 def test_interrupted_and_gone_on_with(run, weights, pictures, tmp_path, monkeypatch):
@@ -364,9 +364,9 @@ def test_saving_takes_a_small_share(weights, monkeypatch):
         def save(self, path):
             saves.append(now[0])
             now[0] += 1
-    monkeypatch.setattr(use.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(commands.time, 'monotonic', lambda: now[0])
     g = Slow()
-    saver = use._Saver(g, Path('g.npz'), 1000, quiet=True)
+    saver = commands.GallerySaver(g, Path('g.npz'), 1000, quiet=True)
     for i in range(1000):
         g.append(i)
         now[0] += .1
