@@ -38,8 +38,8 @@ class Roc:
     distance:np.ndarray # (k,) rising; -inf first, where nothing is accepted
     far:np.ndarray      # (k,) share of the pairs of different people
     tar:np.ndarray      # (k,) share of the pairs of one person
-    n_same:int
-    n_other:int
+    n_same:int          # Pairs of one person
+    n_other:int         # Pairs of different people
     names = 'false accept rate', 'true accept rate', 'false reject rate'
     what = 'pairs of different people'
 
