@@ -28,9 +28,8 @@ _BLOCK = 256
 
 def _distance(q, g, metric, step):
     "A function from a slice of at most `step` queries to distances, up to what does not change their order."
-    bias = None
-    if metric == 'euclidean': q, bias = -2*q, g.square().sum(1)
-    else: q = -q
+    bias = g.square().sum(1) if metric == 'euclidean' else None
+    q = -q if bias is None else -2*q
     buf = q.new_empty(min(step, len(q)), len(g))  # one for all blocks: fresh pages cost as much as a pass over them
     def block(s):
         out = buf[:s.stop - s.start]
@@ -39,8 +38,6 @@ def _distance(q, g, metric, step):
     return block
 
 # %% ../nbs/14_evaluation.ipynb #660db9b2
-_METRICS = 'cosine', 'dot', 'euclidean'
-
 def _rows(x, metric):
     "A function from row numbers to rows of `x`, of length 1 where the metric asks for it."
     scale = None
@@ -57,9 +54,10 @@ def _rows(x, metric):
 
 def _prepare(q_feats, g_feats, metric):
     "A device, and functions from row numbers to checked rows of one type on it."
-    if metric not in _METRICS: raise ProtocolError(f"metric={metric!r}: choose 'cosine', 'dot' or 'euclidean'")
-    both = dict(q_feats=as_matrix(q_feats, 'q_feats'), g_feats=as_matrix(g_feats, 'g_feats'))
-    for name, x in both.items(): check_finite(x, name)
+    if metric not in ('cosine', 'dot', 'euclidean'):
+        raise ProtocolError(f"metric={metric!r}: choose 'cosine', 'dot' or 'euclidean'")
+    given = dict(q_feats=q_feats, g_feats=g_feats)
+    both = {name: check_finite(as_matrix(x, name), name) for name, x in given.items()}
     q, g = both.values()
     if q.shape[1] != g.shape[1]:
         raise ProtocolError(f'q_feats have {q.shape[1]} columns and g_feats {g.shape[1]}: '
@@ -188,14 +186,14 @@ def _refuse_overlap(name, q_idx, g_idx):
 
 def _trial(feats, pids, cams, setting, g_idx, how):
     "The result of one gallery."
-    rule = setting.rule
     q, g = (np.asarray(i).astype(np.int64) for i in (setting.q_idx, g_idx))
-    if get_rule(rule).remove != 'same_cam': _refuse_overlap(setting.name, q[known(pids[q])], g)
+    if get_rule(setting.rule).remove != 'same_cam': _refuse_overlap(setting.name, q[known(pids[q])], g)
     q_cams, g_cams = (None, None) if cams is None else (cams[q], cams[g])
-    labels = check_labels(len(q), len(g), pids[q], pids[g], q_cams, g_cams, rule)
+    labels = check_labels(len(q), len(g), pids[q], pids[g], q_cams, g_cams, setting.rule)
     q, g = (torch.from_numpy(i).to(feats.device) for i in (q, g))
-    return _evaluate(feats[q], feats[g], labels, rule, *how)
+    return _evaluate(feats[q], feats[g], labels, setting.rule, *how)
 
+# %% ../nbs/14_evaluation.ipynb #c946f0ee
 def evaluate_settings(
     feats,                # (n, D) features of all images
     pids, cams,           # (n,) identities and cameras of all images
@@ -211,12 +209,11 @@ def evaluate_settings(
     if cams is not None: cams = check_label(cams, len(feats), 'cams')
     check_chunk(chunk)
     check_rank(max_rank)
-    out, how = {}, (max_rank, metric, rerank, chunk)
-    for s in settings:
+    how = max_rank, metric, rerank, chunk
+    def result(s):
         trials = [_trial(feats, pids, cams, s, g, how) for g in s.g_idxs]
-        notes = filter(None, (s.note, trials[0].note))
-        out[s.name] = SettingResult(trials, s.name, '; '.join(notes))
-    return out
+        return SettingResult(trials, s.name, '; '.join(filter(None, (s.note, trials[0].note))))
+    return {s.name: result(s) for s in settings}
 
 # %% ../nbs/14_evaluation.ipynb #bc12c601
 def _check_files(q, g, q_path, g_path, rule):
@@ -232,13 +229,12 @@ def _check_files(q, g, q_path, g_path, rule):
         raise ProtocolError(f'{q_path} has features of {q.feats.shape[1]} dimensions, {g_path} of {g.feats.shape[1]}: '
                             'both must come from one model')
     if remove == 'same_cam' or not np.array_equal(q.feats, g.feats) or not np.array_equal(q.pids, g.pids): return
-    cross = ''
-    if q.modality is not None:
-        cross = ('for each modality to search the other, call '
-                 'evaluate_settings(feats, pids, cams, cross_settings_of(modality)); ')
+    cross = '' if q.modality is None else ('for each modality to search the other, call evaluate_settings('
+                                           'feats, pids, cams, cross_settings_of(modality)); ')
     raise ProtocolError(f'{q_path} and {g_path} hold the same images, each of which would find itself: write queries '
                         f'and gallery to two files; {cross}{IN_ITSELF}')
 
+# %% ../nbs/14_evaluation.ipynb #ee181fae
 def evaluate_features(
     q_path, g_path,       # Files of query and gallery features, see tmpa.features.load_features; both may be one file
     rule:str='regdb',     # 'regdb' (plain), 'sysu', 'llcm' or 'market'

@@ -141,6 +141,7 @@ def _write(path, tmp, arrays, names):
         savemat(tmp, arrays, do_compression=True)  # which adds a checksum
     else: raise DataError(f"{path}: features are written to .npz, .pt and .mat files, not to '{path.suffix}'")
 
+# %% ../nbs/13c_features.ipynb #3063eaa5
 def save_features(
     path,          # File to write, `.npz`, `.pt` or `.mat`
     feats, pids,   # (n, D) features and (n,) identities

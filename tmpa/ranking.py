@@ -71,6 +71,7 @@ def _left_out(labels):
 
 _hides = dict(place='camera 2 from queries of camera 3', same_cam="the images of a query's person by its own camera")
 
+# %% ../nbs/13a_ranking.ipynb #2805a9df
 def _no_match(labels, rule):
     "Why no query has a match, and what to do."
     q, g = (x[known(x)] for x in labels[:2])
@@ -167,6 +168,7 @@ def _columns(dist, hides):
         return block
     return get
 
+# %% ../nbs/13a_ranking.ipynb #c50acceb
 def cmc_map(
     dist,                 # (n_q, n_g) distances, smaller is nearer; tensor (any device) or array
     q_pids, g_pids,       # (n_q,) and (n_g,) identities; -1 is unknown and left out

@@ -16,7 +16,7 @@ from fastai.data.load import _loaders
 from fastai.torch_core import TensorImage, to_detach
 from fastcore.basics import chunked, patch
 from ..core import ConfigError, DataError, arg_names, check_names, slots
-from .datasets import seen_in_both
+from .split import seen_in_both
 from .items import ReIDDataset
 from .show import nearest_others, show_nearest, show_people
 from .transforms import Pieces, ReIDAug

@@ -13,7 +13,7 @@ from fastai.torch_core import TensorImage
 from fastcore.basics import patch
 from ..core import ConfigError, DataError, check_modality, known
 from .cache import ImageCache
-from .datasets import seen_in_both
+from .split import seen_in_both
 from .image import as_float, decoded, how_read
 from .transforms import Pieces
 

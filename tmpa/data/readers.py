@@ -203,6 +203,7 @@ def _llcm_test(path):
     _say_missing(pids, res, path)
     return res
 
+# %% ../../nbs/01_data.readers.ipynb #a6549030
 def llcm_items(
     path:str|Path, # Folder that holds `idx`, `test_vis` and `test_nir`
     split:str='train', # 'train' or 'test'
