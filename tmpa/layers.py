@@ -6,7 +6,7 @@
 __all__ = ['conv1x1', 'init_new', 'full_precision', 'to_full', 'avg_pool', 'GeM', 'BNNeck', 'Classifier', 'SpecificClassifier']
 
 # %% ../nbs/07_layers.ipynb #0b86ca71
-import torch, torch.nn.functional as F
+import torch
 from contextlib import nullcontext
 from torch import nn
 from .core import ConfigError, plain

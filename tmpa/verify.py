@@ -26,7 +26,7 @@ class Threshold:
     "Up to which distance two images count as one person, and what that did on the pairs it was chosen on."
     distance:float    # Match up to here
     low:float         # Interval of the distance; -inf or inf where the pairs show no end
-    high:float
+    high:float        # Its other end
     maybe:float       # Maybe up to here, nobody beyond
     far:float         # Wanted false accept rate
     keep:float        # Wanted share of the pairs of one person up to maybe

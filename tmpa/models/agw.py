@@ -6,7 +6,7 @@
 __all__ = ['NonLocal', 'add_nonlocal', 'TwoStems', 'AGWNet']
 
 # %% ../../nbs/12a_models.agw.ipynb #8fd09bdc
-import copy, torch
+import copy
 from collections import OrderedDict
 from torch import nn
 from torchvision.models import resnet50

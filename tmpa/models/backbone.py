@@ -7,12 +7,12 @@ __all__ = ['tiny_resnet', 'micro_resnet', 'ibn_resnet', 'arch_name', 'get_arch',
            'Tail', 'split_resnet']
 
 # %% ../../nbs/08_models.backbone.ipynb #14487f4f
-import copy, inspect, pickle, torch, torchvision
+import inspect, pickle, torch, torchvision
 from pathlib import Path
 from functools import partial
 from fastcore.basics import patch
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, ResNet
 from ..core import CheckpointError, ConfigError, arg_names, check_names
 from ..files import load_torch, weights_in
 

@@ -30,8 +30,9 @@ class TrainingViews(ReIDNet):
 # %% ../../nbs/11c_models.training.ipynb #20c6f07c
 @patch
 def both_views(self:TrainingViews,
-    outputs, # Function: images (B, 3, H, W) -> dict of what one view of them gives the losses
-    images, mixed # (B, 3, H, W); mixed may be None
+    outputs, # Function of images: a dict of what one view of them gives the losses
+    images,  # (B, 3, H, W), normalised
+    mixed,   # (B, 3, H, W) their mixed forms, or None
 )->dict:
     "Outputs of originals, then of mixed images; running statistics hear of the first view alone."
     if mixed is None: return outputs(images)
