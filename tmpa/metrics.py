@@ -79,6 +79,7 @@ def value(self:ReIDMetrics,
 # %% ../nbs/15_metrics.ipynb #c21c2c12
 @patch
 def before_validate(self:ReIDMetrics):
+    "Begin anew, or skip an epoch that is not due."
     self._feats, self._meta = [], []
     epoch = self.epoch+1
     # `learn.validate()` has no epoch of its own, only that of a fit long ago
@@ -114,6 +115,7 @@ def _on_its_way(x):
 
 @patch
 def after_pred(self:ReIDMetrics):
+    "Keep the features of a batch."
     if self._skip(): return
     _, pid, cam = self.yb
     self._feats.append(_on_its_way(self.pred.detach().float()))
@@ -121,6 +123,7 @@ def after_pred(self:ReIDMetrics):
 
 @patch
 def after_validate(self:ReIDMetrics):
+    "Rank all queries once."
     if self._skip(): return
     parts = self._shares()
     if not parts: return
