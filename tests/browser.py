@@ -15,7 +15,7 @@ def find_browser():
 
 class Browser:
     "One tab: `open` a page, evaluate `js` in it, `call` any DevTools method. `events` holds what the browser reported since the page was opened."
-    def __init__(self, path, timeout=60):
+    def __init__(self, path, timeout=600):
         self.timeout,self.sent,self.buffer,self.events,self.session = timeout,0,b'',[],None
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (commands,self.to),(self.back,replies) = os.pipe(),os.pipe()

@@ -60,6 +60,13 @@ def pytest_runtest_protocol(item, nextitem):
     on_its_device = _ON[_device_of(item) or 'cpu']
     with on_its_device(): return (yield)
 
+SLOW = 'test_every_page', 'test_inductor_agrees', 'test_one_graph', 'test_runs'
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    "What takes longest begins first, so that at the end no process waits for another one."
+    items.sort(key=lambda item: SLOW.index(item.originalname) if item.originalname in SLOW else len(SLOW))
+
 def pytest_configure(config):
     config.addinivalue_line('markers', 'cpu(reason): asks for the default device and is a test of the CPU alone')
 

@@ -36,6 +36,7 @@ _capsule = ctypes.pythonapi.PyCapsule_New
 _capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 _libc = ctypes.CDLL(None)
 _libc.calloc.restype, _libc.calloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]*2
+_free = ctypes.cast(_libc.free, ctypes.c_void_p).value
 
 def _bytes_of(n):
     "n bytes of the device, zeros. Description and numbers are one block, so that C's `free` is all that ends them."
@@ -45,7 +46,7 @@ def _bytes_of(n):
     sizes[0], sizes[1] = n, 1
     managed = _Managed.from_address(block)
     managed.tensor = _DLTensor(block + head + 64, EXTERNAL, 0, 1, UINT, 8, 1, block + head, block + head + 8, 0)
-    managed.deleter = ctypes.cast(_libc.free, ctypes.c_void_p).value
+    managed.deleter = _free
     return torch._C._from_dlpack(_capsule(block, b'dltensor', None))
 
 def _there(x, like=None):
@@ -80,16 +81,17 @@ def _is_there(x): return isinstance(x, torch.Tensor) and x.device.type == NAME
 
 def _each(f, x):
     "`f` of everything in tuples and lists; torch's own tree functions take most of the time here."
-    return type(x)(_each(f, o) for o in x) if type(x) in (tuple, list) else f(x)
+    return type(x)([_each(f, o) for o in x]) if type(x) in (tuple, list) else f(x)
 
-def _tensors(x, out=None):
-    out = [] if out is None else out
-    _each(lambda o: out.append(o) if isinstance(o, torch.Tensor) else None, x)
+def _tensors(xs, out):
+    for x in xs:
+        if isinstance(x, torch.Tensor): out.append(x)
+        elif type(x) in (tuple, list): _tensors(x, out)
     return out
 
 def _run(op, args, kwargs):
     "Run `op` on the same memory by the CPU's kernel; its results are views of an argument, an argument itself, or new."
-    mine = [x for x in _tensors((args, tuple(kwargs.values()))) if _is_there(x)]
+    mine = [x for x in _tensors((args, tuple(kwargs.values())), []) if _is_there(x)]
     pairs = [(x, _here(x)) for x in mine]
     known = {id(x): c for x,c in pairs}
     def lower(x):
@@ -116,7 +118,7 @@ def _fallback(op, *args, **kwargs):
         # indices may be the CPU's, in a list; so may tensors without a dimension
         takes_indices = 'index' in op._schema.name
         look = (args[0], args[2:]) if takes_indices and isinstance(args[1], (tuple, list)) else args
-        devices = {x.device.type for x in _tensors((look, tuple(kwargs.values()))) if x.dim() or _is_there(x)}
+        devices = {x.device.type for x in _tensors((look, tuple(kwargs.values())), []) if x.dim() or _is_there(x)}
         if len(devices) > 1:
             found = ' and '.join(sorted(devices))
             raise RuntimeError('Expected all tensors to be on the same device, but found at least two devices, '

@@ -211,7 +211,7 @@ def test_checkpoint_of_another_architecture(tmp_path):
 def test_installed_commands_answer():
     exe = Path(sys.executable).parent/'tmpa_train'
     if not exe.exists(): pytest.skip('tmpa is not installed in this environment')
-    r = subprocess.run([exe, '--data', 'regdb', '--path', 'nowhere', '--out', 'never-made'], capture_output=True, text=True, timeout=120)
+    r = subprocess.run([exe, '--data', 'regdb', '--path', 'nowhere', '--out', 'never-made'], capture_output=True, text=True, timeout=600)
     assert r.returncode == 2 and 'nowhere' in r.stderr and 'Traceback' not in r.stderr
 
 
@@ -323,7 +323,7 @@ def test_a_console_of_another_encoding_ends_nothing(tmp_path):
     out = str(tmp_path).encode()+b'/r\xff'
     code = TEN_TRIALS % out.decode('utf8', 'surrogateescape')
     env = {**os.environ, 'PYTHONIOENCODING': 'ascii'}
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, env=env, timeout=120)
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, env=env, timeout=600)
     assert r.returncode == 0, r.stderr
     assert b'55.00 +- 30.28' in r.stdout and b'Reports: '+out in r.stdout
     assert json.loads(Path(os.fsdecode(out), 'metrics.json').read_text())['trials'] == 10

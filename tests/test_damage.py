@@ -185,7 +185,7 @@ def test_edits_of_runs_and_kills_of_trainings():
     "In a process of its own: one that has trained with threads cannot be forked."
     less = '--flips 0 --cases 0 --meta 0 --kills 0 --edits 10 --every 39 --works training --seed 5'
     command = [sys.executable, '-W', 'ignore', faults.__file__, *less.split()]
-    r = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    r = subprocess.run(command, capture_output=True, text=True, timeout=600)
     lines = [l for l in r.stdout.splitlines() if l.startswith(('edit: ', 'event: training'))]
     assert r.returncode == 0 and len(lines) > 3 and sum(int(l.split()[-7]) for l in lines) >= 11, r.stdout + r.stderr
 

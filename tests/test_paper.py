@@ -13,7 +13,7 @@ FILES = 'paper_tables.csv', 'paper_methods.csv'
 @pytest.mark.skipif(not (ROOT/'setup.py').exists(), reason='builds the package')
 def test_the_files_are_in_the_package(tmp_path):
     build = ['egg_info', '--egg-base', tmp_path, 'build_py', '--build-lib', tmp_path/'lib']
-    subprocess.run([sys.executable, 'setup.py', '-q', *map(str, build)], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, 'setup.py', '-q', *map(str, build)], cwd=ROOT, check=True, capture_output=True, timeout=600)
     for name in FILES: assert (tmp_path/'lib'/'tmpa'/name).read_bytes() == (ROOT/'tmpa'/name).read_bytes()
 
 
