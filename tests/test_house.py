@@ -91,3 +91,13 @@ def test_no_name_hides_one_of_fastai():
     modules = [importlib.import_module(module(f)) for f in FILES if f.name != 'all.py']
     ours = [(m, n) for m in modules for n in m.__all__]
     assert [f'{m.__name__}.{n}' for m, n in ours if getattr(fastai, n, getattr(m, n)) is not getattr(m, n)] == []
+
+@pytest.mark.parametrize('module, names', [
+    ('callback.loop', 'RunawayError StopRunaway not_finite'), ('callback.mix', 'show_mixes'),
+    ('callback.pedmix', 'batch_to_show'), ('models.net', 'load_tmpa load_weights read_meta save_weights'),
+    ('verify', 'OpenSet Roc open_set plot_curves roc unit_distances')])
+def test_what_moved_is_found_where_it_was(module, names):
+    "Code and pickles of 0.9 name them so."
+    old = importlib.import_module(f'tmpa.{module}')
+    for name in names.split(): assert getattr(old, name).__name__ == name
+    with pytest.raises(ImportError): exec(f'from tmpa.{module} import nothing_of_the_kind')

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'TMPAError', 'DataError', 'ProtocolError', 'CheckpointError', 'ConfigError', 'arg_names', 'check_names',
-           'Range', 'check_ranges', 'shortened']
+           'moved_names', 'Range', 'check_ranges', 'shortened']
 
 # %% ../nbs/00g_errors.ipynb #3e988687
 import inspect
 from difflib import get_close_matches
+from importlib import import_module
 from math import inf
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -55,6 +56,17 @@ def check_names(
         near = get_close_matches(name, known, 1, .65)
         remedy = f'did you mean {near[0]}?' if near else f'it takes {", ".join(known) or "none"}'
         raise ConfigError(f'{what} has no argument {name}: {remedy}')
+
+# %% ../nbs/00g_errors.ipynb #eb55459d
+def moved_names(
+    where:dict, # Module of today -> its names, with spaces
+):              # The module's `__getattr__`
+    "For a module that gave some of its names to others: `__getattr__ = moved_names({'tmpa.rates': 'roc'})`."
+    home = {name: module for module, names in where.items() for name in names.split()}
+    def __getattr__(name):
+        if name not in home: raise AttributeError(f'this module has no attribute {name!r}')
+        return getattr(import_module(home[name]), name)
+    return __getattr__
 
 # %% ../nbs/00g_errors.ipynb #c9cb78e4
 class Range(NamedTuple):

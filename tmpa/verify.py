@@ -12,6 +12,7 @@ import numpy as np
 from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 from math import ceil, inf, isfinite, isnan
+from .errors import moved_names
 from .confidence import Interval
 from .core import CheckpointError, ConfigError, DataError, ProtocolError, atomic_write, user_path
 from .files import first_wrong, is_a, load_torch, whole
@@ -228,3 +229,7 @@ def _into_folder(folder, t):
     model, card = open_weights(folder)
     fields = 'size', 'ir_range', 'recipe', 'data', 'scores', 'run', 'licence', 'not_for'
     save_pretrained(model, folder, getattr(torch, card['stored']), **{k: card[k] for k in fields}, threshold=t)
+
+# %% ../nbs/13e_verify.ipynb #60ab90d7
+__getattr__ = moved_names({'tmpa.pairs': 'unit_distances',
+                            'tmpa.curves': 'Point Roc roc OpenSet open_set plot_curves'})  # as up to 0.9

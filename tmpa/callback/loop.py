@@ -15,6 +15,7 @@ from fastai.learner import AvgLoss, AvgSmoothLoss
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, to_detach
 from fastcore.basics import patch
+from ..errors import moved_names
 from ..core import arg_names, check_names
 
 # %% ../../nbs/15a_callback.loop.ipynb #213b22b5
@@ -158,3 +159,6 @@ def before_step(self:AsyncMixedPrecision):
     found = sum(self.scaler._per_optimizer_states[id(opt)]['found_inf_per_device'].values())
     self.learn.opt.skip = found if self.opt.skip is None else torch.maximum(found, self.opt.skip)
     self.skips = (self.skips + 1)*(found > 0)
+
+# %% ../../nbs/15a_callback.loop.ipynb #c2434db9
+__getattr__ = moved_names({'tmpa.callback.runaway': 'RunawayError not_finite StopRunaway'})  # as up to 0.9

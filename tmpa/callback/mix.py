@@ -13,6 +13,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..errors import moved_names
 from ..core import CheckpointError, ConfigError, plain, rand_on, slots
 from ..regions import grid_size
 from .pedmix import PedMix, SlotMix, pedmix
@@ -234,3 +235,6 @@ def mix(self:AttentiveCutMix,
 
 # %% ../../nbs/06_callback.mix.ipynb #2fe84de6
 MIXES = dict(pedmix=PedMix, mixup=SlotMixup, cutmix=SlotCutMix, patchmix=PatchMix, attentive_cutmix=AttentiveCutMix)
+
+# %% ../../nbs/06_callback.mix.ipynb #9a45ec8d
+__getattr__ = moved_names({'tmpa.vis.mixes': 'show_mixes'})  # as up to 0.9

@@ -13,6 +13,7 @@ from numbers import Real
 from fastcore.basics import patch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from ..errors import moved_names
 from ..core import ConfigError, check_modality, plain
 from .backbone import arch_name
 
@@ -228,3 +229,7 @@ def show_size(
         print(f'{name:22}{row["params_M"]:12.2f}{row["with_classifiers_M"]:14.2f}{row["gflops"]:9.1f}')
         rows.append(row)
     return rows
+
+# %% ../../nbs/11a_models.net.ipynb #0077c4e6
+_files = 'first_not_finite save_weights read_meta put_weights load_weights build_net load_tmpa'
+__getattr__ = moved_names({'tmpa.models.checkpoint': _files})  # as up to 0.9
