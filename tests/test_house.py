@@ -94,7 +94,7 @@ def test_no_name_hides_one_of_fastai():
 
 @pytest.mark.parametrize('module, names', [
     ('callback.loop', 'RunawayError StopRunaway not_finite'), ('callback.mix', 'show_mixes'),
-    ('callback.pedmix', 'batch_to_show'), ('models.net', 'load_tmpa load_weights read_meta save_weights'),
+    ('models.net', 'load_tmpa load_weights read_meta save_weights'),
     ('verify', 'OpenSet Roc open_set plot_curves roc unit_distances')])
 def test_what_moved_is_found_where_it_was(module, names):
     "Code and pickles of 0.9 name them so."

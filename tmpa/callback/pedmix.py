@@ -14,7 +14,6 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from torch import Tensor
-from ..errors import moved_names
 from ..core import ConfigError, plain, rand_on, slots
 from ..processes import n_processes, this_process
 from ..regions import REGIONS, feather, realised_shares, region_boxes, region_mask
@@ -249,6 +248,3 @@ def show(self:SlotMix,
     "Draw visible, infrared and both mixed images of the first slots; returns the figure."
     from tmpa.vis.mixes import show_slots
     return show_slots(self, images, modality, labels, **kwargs)
-
-# %% ../../nbs/05_callback.pedmix.ipynb #923db0bb
-__getattr__ = moved_names({'tmpa.vis.mixes': 'batch_to_show mixed_as_trained'})  # as up to 0.9
