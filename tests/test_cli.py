@@ -279,7 +279,7 @@ def test_ten_trials_go_on_where_they_were_cut_off(run, regdb, tmp_path, monkeypa
     one_line(run(*args, '--patch', 7, '--recipe', 'TMPA'), '7')
     assert not (tmp_path/'all').exists()
     from tmpa import run_files as folder
-    from tmpa.run import earlier_run
+    from tmpa.earlier import earlier_run
     seen = []
     def train(cfg, quiet, resume):
         "Stands in for the training."

@@ -22,7 +22,8 @@ from tmpa.report import read_log
 from tmpa.recipes import get_recipe
 from tmpa.provenance import save_environment
 from tmpa.reproduce import pick_tables, reproduce
-from tmpa.run import RunConfig, earlier_run
+from tmpa.earlier import earlier_run
+from tmpa.run import RunConfig
 from tmpa.run_files import RUN_FILES, clear_run, folder_lock, remove_leftovers, write_json
 from tmpa.data.load import ReIDDL
 from tmpa.data.datasets import DataSpec, read_data

@@ -24,7 +24,8 @@ from tmpa.models.tmpa import TMPANet, load_tmpa, load_weights, read_meta, save_w
 from tmpa.recipes import Recipe
 from tmpa.report import read_log, write_report
 from tmpa.provenance import save_environment
-from tmpa.run import RunConfig, earlier_run, run_state
+from tmpa.earlier import earlier_run, run_state
+from tmpa.run import RunConfig
 from tmpa.run_files import new_folder, read_json, write_json
 from tmpa.data.datasets import DataSpec, read_data
 from tmpa.search import Gallery

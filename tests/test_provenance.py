@@ -13,7 +13,8 @@ from tmpa.experiment import train_run
 from tmpa.provenance import git_state, read_images
 from tmpa.recipes import get_recipe
 from tmpa.scoring import evaluate_run
-from tmpa.run import OtherImages, RunConfig, earlier_run, run_images
+from tmpa.earlier import OtherImages, earlier_run, run_images
+from tmpa.run import RunConfig
 from tmpa.data.datasets import DataSpec, read_data
 
 

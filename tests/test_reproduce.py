@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import tmpa.all, tmpa.callback.runaway, tmpa.demo, tmpa.run, tmpa.run_files, tmpa.setup, tmpa.table_files, tmpa.tables
+import tmpa.all, tmpa.callback.runaway, tmpa.demo, tmpa.earlier, tmpa.run, tmpa.run_files, tmpa.run_records, tmpa.setup, tmpa.table_files, tmpa.tables
+from tmpa.arguments import short_hash
 from tmpa.cli import parse_ints
 from tmpa.core import ConfigError
 from tmpa.experiment import train_run
 from tmpa.paper import TABLES, RecipeTable, TableRow, published_methods
-from tmpa.recipes import RECIPES, Recipe, get_recipe, recipe_key, short_hash
+from tmpa.recipes import RECIPES, Recipe, get_recipe, recipe_key
 
-rp = SimpleNamespace(**{k: v for m in (tmpa.callback.runaway, tmpa.demo, tmpa.run, tmpa.run_files, tmpa.setup, tmpa.table_files, tmpa.tables, tmpa.all) for k, v in vars(m).items()})
+rp = SimpleNamespace(**{k: v for m in (tmpa.callback.runaway, tmpa.demo, tmpa.earlier, tmpa.run, tmpa.run_files, tmpa.run_records, tmpa.setup, tmpa.table_files, tmpa.tables, tmpa.all) for k, v in vars(m).items()})
 TOY = dict(ids=16, epochs=1, seeds=1, size=(48, 24), arch='tiny_resnet', P=4, K=2)
 
 
@@ -197,7 +198,7 @@ if __name__ == '__main__':
 @pytest.mark.cpu(reason='the files of runs are the same on every device')
 def test_other_images_and_foreign_folders(toy, people, tmp_path, capsys):
     import shutil
-    from tmpa.run import earlier_run
+    from tmpa.earlier import earlier_run
     rp.reproduce(rp.pick_tables('table2'), toy, tmp_path/'out', only=['B'], quiet=True)
     cfg = toy.config('B', toy.specs[0], 0, tmp_path/'out')
     assert earlier_run(cfg) and earlier_run(replace(cfg, spec=replace(cfg.spec, path='elsewhere'), recipe=replace(cfg.recipe, name='other name')))
@@ -400,7 +401,7 @@ def test_a_line_says_which_instruction_sets_made_the_run(toy, tmp_path):
 
 
 def test_real_data_has_no_number_of_rendered_people(toy, tmp_path):
-    from tmpa.run import earlier_run
+    from tmpa.earlier import earlier_run
     from tmpa.run_files import write_json
     cfg = toy.config('B', replace(toy.specs[0], data='regdb', path='RegDB'), 0, tmp_path)
     Path(cfg.out).mkdir(parents=True)

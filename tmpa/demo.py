@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import ConfigError, arg_names, atomic_write, check_names, check_ranges, remove_all_dead, user_path
 from .data.datasets import DataSpec, read_data
 from .data.synthetic import GENERATOR_VERSION
+from .earlier import earlier_run, run_images
 from .experiment import mean_map
 from .many_runs import train_runs
 from .provenance import environment
@@ -21,7 +22,7 @@ from .recipes import Recipe, get_recipe
 from .report import link_list, plot_runs, plot_scores, read_log, write_report
 from .results import COLUMNS, TextTable, best_row_text, difference_table, mean_text, read_lines, results_frame
 from .results import row_scores, score_stats, write_lines
-from .run import ARCHS, RunConfig, earlier_run, run_images
+from .run import ARCHS, RunConfig
 from .run_files import check_own, folder_lock, new_folder, read_json, write_json
 from .vis.ranked import ranked_lists
 
@@ -60,6 +61,7 @@ class Row:
         "Name of the folder of one of its runs."
         return f'{folder_slug(self.name)}-seed{seed}'
 
+# %% ../nbs/18a_demo.ipynb #23fb4b4e
 def demo_rows(
     recipes:list, # Names
     epochs:int, # Of every row
@@ -170,8 +172,7 @@ def compare(
         return _run_all(runs, summary, run_images(spec, train, test), workers, quiet)
 
 def _config(row, out, spec, seed, more):
-    folder = str(out/row.folder(seed))
-    return RunConfig(get_recipe(row.recipe), spec, folder, epochs=row.epochs, seed=seed, **more)
+    return RunConfig(get_recipe(row.recipe), spec, out/row.folder(seed), epochs=row.epochs, seed=seed, **more)
 
 # %% ../nbs/18a_demo.ipynb #eb5af2e7
 def _run_all(runs, summary, images, workers, quiet): # `runs`: (Row, RunConfig) of each

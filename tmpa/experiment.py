@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from warnings import warn
-import matplotlib.pyplot as plt
 import numpy as np
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
@@ -21,25 +20,24 @@ from .callback.pedmix import PedMix
 from .callback.resume import ResumeFit
 from .callback.run import OverBudget, SaveWeights, Watch, log_callbacks
 from .console import bar_shows
-from .core import ConfigError, OutOfMemory, ProtocolError, TMPAError, atomic_write, regular_file
+from .core import ConfigError, OutOfMemory, ProtocolError, TMPAError, regular_file
 from .dart import dart_learner
 from .data.datasets import also_trained, also_trained_note, read_data
 from .data.load import ReIDDataLoaders
 from .data.synthetic import GENERATOR_VERSION
-from .interpret import plot_ranks
+from .earlier import earlier_run, is_trained, run_images
 from .learner import extract_features, reid_learner
 from .models.checkpoint import load_weights, read_meta
 from .processes import is_told, n_processes, on_rank0, rank0_first, this_process, together, told
-from .provenance import Changed, changed_images, image_files, read_images, save_environment, save_images
+from .provenance import changed_images, image_files, read_images, save_environment, save_images
 from .recipes import recipe_key
-from .report import link_list, log_charts, plot_log, plot_scores, read_log, write_report
-from .results import COLUMNS, score_table, scores_text
-from .run import ARCHS, RunConfig, earlier_run, is_trained, run_images
-from .run_files import clear_run, folder_lock, new_folder, read_json, remove_leftovers, write_json
+from .run import ARCHS, RunConfig
+from .run_files import clear_run, folder_lock, new_folder, remove_leftovers, write_json
+from .run_report import save_run_report
 from .scoring import save_queries, score_feats
 from .pairs import pairs
 from .verify import store_threshold, threshold
-from .vis.ranked import rank_queries, ranked_lists
+from .vis.ranked import rank_queries
 
 # %% ../nbs/18_experiment.ipynb #5aa2cd74
 def make_learner(
@@ -275,63 +273,10 @@ def _last_files(self:Run, feats, limit):
         feature='after BNNeck, L2-normalised, no flip, no re-ranking',
         gallery={s.name: s.note for s in self.settings}, scores=scores, **notes)
     if self.rank_figure: metrics['ranked'] = rank_queries(self.test, feats, self.settings[0])
-    self._report(metrics, feats if self.rank_figure else None)
+    save_run_report(self, metrics, feats if self.rank_figure else None)
     save_queries(self.out/'queries.csv', results, self.test, self.settings)
     write_json(self.out/'metrics.json', metrics)
     return metrics
-
-# %% ../nbs/18_experiment.ipynb #2e17f09c
-def _mixed_images(mix, dls, seed):
-    "Those of the first batch: the same for a run that was cut off, or is only scored."
-    set_seed(seed)
-    dls.train.set_epoch(0)
-    return mix.show(dls)
-
-@patch
-def _pictures(self:Run, feats):
-    "Name -> figure of what a run can show, also as PNG files."
-    cfg, figs, log = self.cfg, {}, self.out/'history.csv'
-    if log.exists(): figs['Curves'] = plot_log(read_log(log))  # a run that is only scored may have lost it
-    mix = next((c for c in self.learn.cbs if hasattr(type(c), 'show')), None)
-    if mix is not None: figs['Mixed images'] = _mixed_images(mix, self.learn.dls, cfg.seed)
-    if feats is not None: figs['Ranked lists'] = plot_ranks(self.test, feats, self.settings[0], ir_range=cfg.ir_range)
-    for name,fig in figs.items():
-        with atomic_write(self.out/f"{name.lower().replace(' ', '_')}.png") as t: fig.savefig(t)
-        plt.close(fig)  # or a notebook shows it, and many runs keep many
-    return figs
-
-# %% ../nbs/18_experiment.ipynb #c6f02282
-def _how_made(metrics):
-    "One line on how scores were made."
-    gallery = '; '.join(f'{name}: {note}' for name,note in metrics['gallery'].items() if note) or 'all test images'
-    how = [f"{metrics['data']}, trial {metrics['trial']}", f"feature {metrics['feature']}",
-           f"weights of the {metrics['weights']}", f'gallery: {gallery}', metrics.get('mix')]
-    return '; '.join(filter(None, how))
-
-@patch
-def _charts(self:Run, scores):
-    "Scores as bars, and the curves of the log."
-    log, shown = self.out/'history.csv', {}
-    for name,s in scores.items(): shown |= {f'{COLUMNS[m]}, {name}': [100*s[m]] for m in ('rank1', 'mAP')}
-    return [plot_scores(shown, 'per cent'), *(log_charts(read_log(log)) if log.exists() else [])]
-
-@patch
-def _report(self:Run, metrics, feats):
-    "`report.html`, and the pictures in it as PNG files."
-    cfg, scores, figs = self.cfg, metrics['scores'], self._pictures(feats)
-    warnings = [also_trained_note(metrics.get('also_trained'))]
-    if 'images_changed' in metrics: warnings.append(str(Changed(**metrics['images_changed'])))
-    parts = [('Warning', o) for o in warnings if o]
-    parts += [('Scores and curves', self._charts(scores)), ('Scores (per cent)', score_table(scores))]
-    if 'ranked' in metrics:
-        found = ranked_lists(self.test, {'': metrics['ranked']}, ir_range=cfg.ir_range)
-        parts.append((f'What was found ({self.settings[0].name})', found))
-    if 'Mixed images' in figs: parts.append(('Mixed images', figs['Mixed images']))
-    files = ['metrics.json', 'queries.csv', 'last.pth', *(['history.csv'] if 'Curves' in figs else [])]
-    parts += [('How they were made', _how_made(metrics)), ('Files', link_list({o: o for o in files}))]
-    parts += [('Configuration', cfg.asdict()), ('Environment', read_json(self.out/'environment.json'))]
-    write_report(self.out/'report.html', f'{cfg.recipe.name} on {cfg.spec.data}', parts,
-                 lead=f'{scores_text(scores)} One run: no interval.')
 
 # %% ../nbs/18_experiment.ipynb #1acc715c
 def train_run(

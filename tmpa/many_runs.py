@@ -91,6 +91,7 @@ def trials_folder(
         read_json(out/'metrics.json', trials=int, scores=dict)
     return out
 
+# %% ../nbs/18c_many_runs.ipynb #dcf4cbaa
 def train_trials(
     cfg:RunConfig, # Of one of them; `out` is the folder of all
     quiet:bool=False, # No progress bars

@@ -29,7 +29,8 @@ from .demo import demo_patch
 from .learner import reid_learner
 from .models.backbone import get_arch
 from .models.checkpoint import load_tmpa, read_meta, save_weights
-from .recipes import get_recipe, plain_name
+from .arguments import plain_name
+from .recipes import get_recipe
 from .results import write_lines
 from .run_files import folder_lock, new_folder, read_json, write_json
 from .weights import save_pretrained

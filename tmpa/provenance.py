@@ -106,6 +106,7 @@ def _read_line(l):
     if size is None or modified is None: raise ValueError(file)
     return ImageFile(part, csv_text(file), size, modified)
 
+# %% ../nbs/17ca_provenance.ipynb #34e06ca4
 def read_images(
     path, # File that `save_images` wrote
 )->list: # ImageFiles

@@ -9,19 +9,21 @@ __all__ = ['pick_tables', 'reproduce', 'sweep']
 import itertools, shutil
 from dataclasses import replace
 from pathlib import Path
+from .arguments import short_hash, short_value
 from .callback.runaway import RunawayError
 from .callback.run import OverBudget
 from .core import ConfigError, TMPAError, arg_names, check_names, check_ranges, remove_all_dead, user_path
 from .data.datasets import read_data
 from .demo import folder_slug
+from .earlier import OtherImages, earlier_run, run_images, run_state
 from .many_runs import train_runs
 from .paper import TABLES, RecipeTable, TableRow, get_table
-from .recipes import get_recipe, short_hash, short_value, with_fields
+from .recipes import get_recipe, with_fields
 from .results import COLUMNS, read_lines
-from .run import OtherImages, earlier_run, run_images, run_state
 from .run_files import check_own, folder_lock, new_folder, write_json
 from .scoring import evaluate_run
-from .setup import Setup, collect_runs, row_key
+from .run_records import collect_runs
+from .setup import Setup, row_key
 from .table_files import save_table
 from .tables import fill_rows
 from .vis.tables import ratio_strip, save_figure
@@ -181,6 +183,7 @@ def _grid_rows(recipe, grid, in_pixels):
     if len({r.label for r in rows}) == len(rows): return rows
     return [replace(r, label=f'{r.label} ({i})') for i,r in enumerate(rows, 1)]
 
+# %% ../nbs/18ac_reproduce.ipynb #543f6f41
 def sweep(
     recipe, # A Recipe or its name
     grid:dict, # Field (dotted: 'loss.beta', 'mix.patch') -> list of values; a patch is in pixels, whatever the scale

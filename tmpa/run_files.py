@@ -54,6 +54,7 @@ def new_folder(out):
     except OSError as e: raise ConfigError(f'cannot make the folder {out}: {e.strerror}') from None
     return out
 
+# %% ../nbs/17f_run_files.ipynb #b8659b2f
 def check_own(
     path, # A file that is made anew
     mark:str, # What its first thousand characters hold where it is ours

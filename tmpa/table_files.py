@@ -77,6 +77,7 @@ def _table_notes(table, filled, setup):
 
 def _paragraphs(*parts): return '\n\n'.join(filter(None, parts)) + '\n'
 
+# %% ../nbs/18ae_table_files.ipynb #2b13d154
 def table_markdown(
     name:str, # Of the table
     table:RecipeTable, # What is shown

@@ -16,7 +16,8 @@ from .models.tmpa import n_flops, n_params
 from .paper import TABLE1_SETTINGS, RecipeTable, TableRow, published_methods
 from .recipes import get_recipe, recipe_key
 from .results import COLUMNS, TextTable, mean_std, results_frame
-from .setup import RUN_FIELDS, Setup, row_key, scaled
+from .run_records import RUN_FIELDS
+from .setup import Setup, row_key, scaled
 
 # %% ../nbs/18ab_tables.ipynb #212ee974
 @dataclass
