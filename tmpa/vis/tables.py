@@ -95,7 +95,7 @@ def ratio_strip(
     ratios=(.45,.55,.65,.75,.85), # A_C; A_S and A_O are .05 and .1 more
     n:int=3, # People
 ):
-    "Both images of a person, and the visible one mixed at several ratios, with the share of the centre that is exchanged."
+    "Both images of a person, and the visible one mixed at several ratios, with the exchanged share of the centre."
     first = {(o.pid, o.modality): o for o in reversed(items)}
     pids = [p for p,m in sorted(first) if m == Modality.VISIBLE and (p, Modality.INFRARED) in first][:n]
     titles = ['visible', 'infrared', *[f'{a:.2f}\n({realised_shares(size, patch, a)[0]:.2f})' for a in ratios]]
