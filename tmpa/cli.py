@@ -16,7 +16,7 @@ import sys
 from fastcore.basics import noop
 from fastcore.script import call_parse, Param, store_true
 from .check import check_data, check_text
-from .core import ConfigError, user_path
+from .core import CheckpointError, ConfigError, regular_file, user_path
 from .data.datasets import DATASETS, DataSpec, also_trained_note, check_given
 from .demo import compare, demo_patch, demo_rows, summary_table
 from .evaluation import evaluate_features
@@ -30,6 +30,7 @@ from .run import RunConfig, check_arch
 from .run_files import write_json
 from .scoring import as_scores, evaluate_run
 from .setup import SCALES, make_setup
+from .weights import SHIPPED
 
 # %% ../nbs/18b_cli.ipynb #e399ef42
 @call_parse
@@ -95,6 +96,14 @@ def _print_trials(m, cfg):
     print(f'\nReports: {cfg.out}/trial*/report.html')
     for name,found in m.get('also_trained', {}).items(): _warn_also_trained(found, f'{name}: ')
 
+# %% ../nbs/18b_cli.ipynb #1c1380f0
+def _start(scratch, pretrained):
+    "What a trunk starts from: the `pretrained` of a `RunConfig`."
+    if pretrained is None: return not scratch
+    if scratch: raise ConfigError('--scratch and --pretrained: a network starts from one of them, leave the other out')
+    if pretrained in SHIPPED: return pretrained
+    return str(regular_file(pretrained, '--pretrained file', f"give a file, or one of {', '.join(SHIPPED)}", CheckpointError))
+
 # %% ../nbs/18b_cli.ipynb #7f220b0a
 @call_parse
 @one_line_errors
@@ -108,6 +117,7 @@ def tmpa_train(
               action='extend')=None,
     arch:str='resnet50', # Backbone: resnet18, 34, 50 or 101, tiny_resnet, micro_resnet, ibn_resnet, or timm/ and a name
     scratch:store_true=False, # Start from random weights instead of ImageNet's
+    pretrained:str=None, # Start from these weights of a trunk: rendered (the package's own, of an ibn_resnet), or a file
     size:str='288x144', # Image height x width
     epochs:int=80, # Epochs
     lr:float=0.1, # Learning rate of the new layers; a pretrained trunk gets a tenth
@@ -137,7 +147,7 @@ def tmpa_train(
         method = with_fields(recipe, field_values(set))
         spec = DataSpec(data, path, trial or DATASETS[data].default_trial, ids, parse_size(size))
         return RunConfig(
-            method, spec, out, arch, not scratch, epochs, lr, P=p, K=k, seed=seed, patch=patch, select=select,
+            method, spec, out, arch, _start(scratch, pretrained), epochs, lr, P=p, K=k, seed=seed, patch=patch, select=select,
             eval_every=eval_every, precision=precision, compile=compile, sync_bn=sync_bn, beta_warmup=beta_warmup,
             num_workers=workers, ir_range=parse_range(ir_range), log=log,
             cache=dict(auto=None, on=True, off=False).get(cache, cache))
