@@ -199,6 +199,17 @@ def test_offline(run, regdb, tmp_path, monkeypatch, device):
     one_line(run('tmpa_train', '--data', 'regdb', '--path', regdb, '--out', tmp_path/'r', '--arch', 'resnet18', *args), 'resnet18', 'pth', '--scratch')
 
 
+def test_a_run_starts_from_the_weights_of_the_package(run, regdb, device, tmp_path):
+    how = ['tmpa_train', '--data', 'regdb', '--path', regdb, '--recipe', 'B', *SMALL, '--out']
+    start = [a for a in how if a not in ('--scratch', '--arch', 'tiny_resnet', '--out')] + ['--arch', 'ibn_resnet', '--out']
+    status, out, err = run(*start, tmp_path/'r', '--pretrained', 'rendered')
+    assert status == 0, err
+    assert json.loads((tmp_path/'r'/'config.json').read_text())['pretrained'] == 'rendered'
+    one_line(run(*how, tmp_path/'s', '--pretrained', 'rendered'), 'leave the other out')
+    one_line(run(*start, tmp_path/'s', '--pretrained', 'no.pth'), 'no --pretrained file', 'no.pth', 'rendered')
+    assert not (tmp_path/'s').exists()
+
+
 def test_checkpoint_of_another_architecture(tmp_path):
     from torchvision.models import resnet18
     from tmpa.core import CheckpointError

@@ -187,19 +187,19 @@ def gallery_for(
     weights,  # Where weights lie, or None
     size,     # Height and width, or None
     ir_range, # Low and high of 16-bit infrared files, or None
-    **kwargs  # To `Gallery`
+    how:dict, # More arguments of `Gallery`
 ):
     "The gallery that is there, or a new one; and whether its file says something else beside the images."
     from tmpa.core import ConfigError
     from tmpa.search import Gallery
     if out is not None and out.exists() and not _is_blank(out):
-        g = Gallery.load(out, **kwargs)
+        g = Gallery.load(out, **how)
         if len(g) or weights is None: return _gone_on_with(g, out, weights, size, ir_range)
-        kwargs['dtype'] = g.dtype  # without images it is free for any weights
+        how = {**how, 'dtype': g.dtype}  # without images it is free for any weights
     given = {k: v for k, v in dict(size=size, ir_range=ir_range).items() if v is not None}
-    g = Gallery.from_weights(weights, **given, **kwargs)
+    g = Gallery.from_weights(weights, **given, **how)
     if out is None or out.suffix: return g, False
-    stored = Gallery.open(out, g.model, size=g.size, ir_range=g.ir_range, **kwargs)
+    stored = Gallery.open(out, g.model, size=g.size, ir_range=g.ir_range, **how)
     stored.weights, stored.threshold = g.weights, g.threshold
     return stored, False
 

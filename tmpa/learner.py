@@ -205,20 +205,26 @@ def extract_features(
     "Features of all images, each from its own modality's path; within `learn.distrib_ctx()` processes share the work."
     items = check_records(items, modality)
     if not items: raise DataError('no images to extract features from: the item list is empty')
+    how = dict(size=size, bs=bs, ir_range=ir_range, num_workers=num_workers, cache=cache)
     if n_processes() > 1:
         own = items[own_batches(len(items), bs, this_process(), n_processes())]
-        one = partial(_extract, model, own, size, bs, ir_range, num_workers, device, flip, cache)
+        one = partial(_extract, model, own, device, flip, how)
         return torch.cat([f for f in in_order(agreed(lambda: one() if own else None)) if f is not None])
-    return _extract(model, items, size, bs, ir_range, num_workers, device, flip, cache)
+    return _extract(model, items, device, flip, how)
 
-def _extract(model, items, size, bs, ir_range, num_workers, device, flip, cache):
-    "Features of the images of one process."
-    device = next(model.parameters()).device if device is None else torch.device(device)
+def _images(items, device, size, bs, ir_range, num_workers, cache):
+    "A loader of images to be scored."
     if num_workers is None: num_workers = 0 if cache is not None or device.type == 'cpu' else min(8, defaults.cpus)
     ds = ReIDDataset(items, size=size, ir_range=ir_range, cache=cache)
-    dl = ReIDDL(ds, bs=bs, num_workers=num_workers, device=device,
-                pin_memory=device.type == 'cuda', after_batch=[PixelNorm.from_stats(*imagenet_stats, cuda=False)])
-    work = f'features of {len(items):,} images of {size[0]}x{size[1]}, bs={bs} at a time'
+    return ReIDDL(ds, bs=bs, num_workers=num_workers, device=device,
+                  pin_memory=device.type == 'cuda', after_batch=[PixelNorm.from_stats(*imagenet_stats, cuda=False)])
+
+def _extract(model, items, device, flip, how):
+    "Features of the images of one process; `how` is for `_images`."
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    dl = _images(items, device, **how)
+    h, w = how['size']
+    work = f"features of {len(items):,} images of {h}x{w}, bs={how['bs']} at a time"
     with enough_memory(work, 'make bs smaller (tmpa_evaluate: --bs)'): return _features(model, dl, flip)
 
 def _features(model, dl, flip):

@@ -38,7 +38,8 @@ def tmpa_index(
     if bs < 1: raise ConfigError(f'bs={bs}: give 1 or more')
     check_ranges(num_workers=workers)
     with shown_warnings('tmpa_index'), one_writer(out) if out.suffix else nullcontext():
-        g, changed = gallery_for(out, weights, size, ir_range, device=chosen_device(device), bs=bs, num_workers=workers)
+        how = dict(device=chosen_device(device), bs=bs, num_workers=workers)
+        g, changed = gallery_for(out, weights, size, ir_range, how)
         found = images_of(folder, modality_number(modality), g.ir_range, split)
         say_found('tmpa_index', found, folder)
         before = len(g)
@@ -174,7 +175,8 @@ def tmpa_features(
     check_ranges(num_workers=workers)
     out = new_file(out, ('.npz', '.pt', '.mat'))
     with shown_warnings('tmpa_features'):
-        g, _ = gallery_for(None, weights, size, ir_range, device=chosen_device(device), bs=bs, num_workers=workers)
+        how = dict(device=chosen_device(device), bs=bs, num_workers=workers)
+        g, _ = gallery_for(None, weights, size, ir_range, how)
         found = images_of(folder, modality_number(modality), g.ir_range, split)
         say_found('tmpa_features', found, folder)
         broken = add_and_save(g, found, None, quiet)

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from torch import Tensor
-from ..core import ConfigError, plain, rand_on, slots
+from ..core import ConfigError, arg_names, check_names, plain, rand_on, slots
 from ..processes import n_processes, this_process
 from ..regions import REGIONS, feather, realised_shares, region_boxes, region_mask
 
@@ -225,8 +225,7 @@ def check(self:PedMix, size):
 def __repr__(self:PedMix):
     text = f'PedMix(patch={self.patch}, ratios={self.active_ratios})'
     if 'at' not in self.__dict__: return text
-    shares = zip(REGIONS, self.shares(self.at))
-    said = [f'{name} no patch' if s is None else f'{name} {s:.2f}' for name, s in shares]
+    said = [f'{name} no patch' if s is None else f'{name} {s:.2f}' for name, s in zip(REGIONS, self.shares(self.at))]
     return f'{text}; exchanged at {self.at[0]}x{self.at[1]}: ' + ', '.join(said)
 
 # %% ../../nbs/05_callback.pedmix.ipynb #7ff5a548
@@ -234,8 +233,8 @@ def __repr__(self:PedMix):
 def outline(self:PedMix, ax, size):
     "The boxes of centre and sub-centre."
     for (top, bottom, left, right), colour in zip(region_boxes(size, self.patch), ('#0072B2', '#E69F00')):
-        box = (left-.5, top-.5), right-left, bottom-top
-        ax.add_patch(plt.Rectangle(*box, fill=False, edgecolor=colour, linewidth=1.5))
+        corner = left-.5, top-.5
+        ax.add_patch(plt.Rectangle(corner, right-left, bottom-top, fill=False, edgecolor=colour, lw=1.5))
 
 # %% ../../nbs/05_callback.pedmix.ipynb #4ab8a1a4
 @patch
@@ -247,4 +246,5 @@ def show(self:SlotMix,
 ):
     "Draw visible, infrared and both mixed images of the first slots; returns the figure."
     from tmpa.vis.mixes import show_slots
+    check_names(kwargs, arg_names(show_slots, ['mix', 'images', 'modality', 'labels']), 'show')
     return show_slots(self, images, modality, labels, **kwargs)

@@ -22,7 +22,8 @@ def show_slots(
     labels=None,     # Identities (B,), for `partner='same'`
     n:int=4,         # Slots to draw
     outlines:bool=True, # Draw what `outline` draws, for PedMix its two boxes
-    **kwargs         # To `plt.subplots`: figsize (inches), dpi ...
+    figsize=None,    # Inches
+    dpi=None,        # Dots per inch
 ):
     "Draw visible, infrared and both mixed images of the first `n` slots; returns the figure."
     if not isinstance(images, Tensor): images, modality, labels = batch_to_show(images)
@@ -34,7 +35,7 @@ def show_slots(
     size = tuple(images.shape[-2:])
     n_slots = len(pictures)//4
     rows, cols = -(-n_slots//2), 4*min(n_slots, 2)
-    fig, axs = _pictures(rows, cols, size, **kwargs)
+    fig, axs = _pictures(rows, cols, size, figsize, dpi)
     for ax, (name, x) in zip(axs.flat, pictures):
         _draw(ax, x)
         ax.set_title(name, fontsize=9, pad=3)
@@ -42,10 +43,10 @@ def show_slots(
     return fig
 
 # %% ../../nbs/06a_vis.mixes.ipynb #edbf5fa3
-def _pictures(rows, cols, size, figsize=None, **kwargs):
+def _pictures(rows, cols, size, figsize, dpi):
     "A figure of empty axes for pictures of this (height, width), one inch wide where nothing else is said."
     figsize = figsize or (cols, rows*(size[0]/size[1] + .3))
-    fig, axs = plt.subplots(rows, cols, figsize=figsize, squeeze=False, layout='constrained', **kwargs)
+    fig, axs = plt.subplots(rows, cols, figsize=figsize, dpi=dpi, squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     plt.close(fig)  # the caller shows or saves it; otherwise a notebook would draw it twice
     return fig, axs
@@ -84,7 +85,8 @@ def show_mixes(
     scorer='imagenet', # Network of the default Attentive CutMix
     n:int=2,         # Slots, one a row
     seed:int=0,      # Each mix starts from it
-    **kwargs         # To `plt.subplots`: figsize (inches), dpi ...
+    figsize=None,    # Inches
+    dpi=None,        # Dots per inch
 ):
     "Figure 3: visible and infrared image of the first `n` slots, then the visible one after each mix."
     if not isinstance(images, Tensor): images, modality, labels = batch_to_show(images)
@@ -96,13 +98,13 @@ def show_mixes(
     for name, mix in mixes.items():
         mix.rng = torch.Generator().manual_seed(seed)
         columns[name] = mixed_as_trained(mix, images, modality, labels)[vis]
-    return _sheet(columns, **kwargs)
+    return _sheet(columns, figsize, dpi)
 
 # %% ../../nbs/06a_vis.mixes.ipynb #0afe0f8f
-def _sheet(columns, **kwargs):
+def _sheet(columns, figsize, dpi):
     "Columns of images (n, 3, height, width) under lettered titles."
     first = columns['visible']
-    fig, axs = _pictures(len(first), len(columns), tuple(first.shape[-2:]), **kwargs)
+    fig, axs = _pictures(len(first), len(columns), tuple(first.shape[-2:]), figsize, dpi)
     for j, (name, column) in enumerate(columns.items()):
         name = name.replace('Attentive CutMix', 'Attentive\nCutMix')
         axs[0, j].set_title(f'({chr(97+j)}) {name}', fontsize=9, pad=3)
