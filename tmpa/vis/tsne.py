@@ -57,7 +57,8 @@ def tsne(
     "scikit-learn's t-SNE, started from the principal components."
     x = torch.as_tensor(feats).float().cpu().numpy()
     if perplexity is not None and not 0 < perplexity < len(x):
-        raise ConfigError(f'perplexity={perplexity}: give None, or more than 0 and less than the {len(x)} images')
+        raise ConfigError(f'perplexity={perplexity}: '
+                          f'give None, or more than 0 and less than the number of images, {len(x)}')
     if len(x) < 2: raise ConfigError(f'{len(x)} images: t-SNE needs 2 or more')
     init = 'pca' if min(x.shape) > 1 else 'random'
     return TSNE(perplexity=perplexity or min(30, (len(x)-1)/3), init=init, random_state=seed).fit_transform(x)
