@@ -187,11 +187,12 @@ def gallery_for(
     weights,  # Where weights lie, or None
     size,     # Height and width, or None
     ir_range, # Low and high of 16-bit infrared files, or None
-    how:dict, # More arguments of `Gallery`
+    how:dict|None=None, # More arguments of `Gallery`
 ):
     "The gallery that is there, or a new one; and whether its file says something else beside the images."
     from tmpa.core import ConfigError
     from tmpa.search import Gallery
+    how = how or {}
     if out is not None and out.exists() and not _is_blank(out):
         g = Gallery.load(out, **how)
         if len(g) or weights is None: return _gone_on_with(g, out, weights, size, ir_range)
