@@ -8,9 +8,9 @@ ROOT = Path(__file__).parent.parent/'tmpa'
 FILES = sorted(f for f in ROOT.rglob('*.py') if f.name not in ('_modidx.py', '__init__.py'))
 
 CEILINGS = {
-    'lines over 120 columns': 27,
-    'modules over 250 lines': 9,
-    'export cells over 30 lines': 31,
+    'lines over 120 columns': 0,
+    'modules over 250 lines': 8,
+    'export cells over 30 lines': 30,
     'functions with 8 parameters or more': 37,
     'own names in tmpa.all': 155,
 }

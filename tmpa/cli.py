@@ -102,7 +102,8 @@ def _start(scratch, pretrained):
     if pretrained is None: return not scratch
     if scratch: raise ConfigError('--scratch and --pretrained: a network starts from one of them, leave the other out')
     if pretrained in SHIPPED: return pretrained
-    return str(regular_file(pretrained, '--pretrained file', f"give a file, or one of {', '.join(SHIPPED)}", CheckpointError))
+    remedy = f"give a file, or one of {', '.join(SHIPPED)}"
+    return str(regular_file(pretrained, '--pretrained file', remedy, CheckpointError))
 
 # %% ../nbs/18b_cli.ipynb #7f220b0a
 @call_parse
@@ -117,7 +118,7 @@ def tmpa_train(
               action='extend')=None,
     arch:str='resnet50', # Backbone: resnet18, 34, 50 or 101, tiny_resnet, micro_resnet, ibn_resnet, or timm/ and a name
     scratch:store_true=False, # Start from random weights instead of ImageNet's
-    pretrained:str=None, # Start from these weights of a trunk: rendered (the package's own, of an ibn_resnet), or a file
+    pretrained:str=None, # Start from weights of a trunk: rendered (the package's, of an ibn_resnet), or a file
     size:str='288x144', # Image height x width
     epochs:int=80, # Epochs
     lr:float=0.1, # Learning rate of the new layers; a pretrained trunk gets a tenth
@@ -147,9 +148,9 @@ def tmpa_train(
         method = with_fields(recipe, field_values(set))
         spec = DataSpec(data, path, trial or DATASETS[data].default_trial, ids, parse_size(size))
         return RunConfig(
-            method, spec, out, arch, _start(scratch, pretrained), epochs, lr, P=p, K=k, seed=seed, patch=patch, select=select,
-            eval_every=eval_every, precision=precision, compile=compile, sync_bn=sync_bn, beta_warmup=beta_warmup,
-            num_workers=workers, ir_range=parse_range(ir_range), log=log,
+            method, spec, out, arch, _start(scratch, pretrained), epochs, lr, P=p, K=k, seed=seed, patch=patch,
+            select=select, eval_every=eval_every, precision=precision, compile=compile, sync_bn=sync_bn,
+            beta_warmup=beta_warmup, num_workers=workers, ir_range=parse_range(ir_range), log=log,
             cache=dict(auto=None, on=True, off=False).get(cache, cache))
     cfg = agreed(config)
     facts = cfg.spec.facts
@@ -218,7 +219,7 @@ def tmpa_reproduce(
                 choices=tuple(SCALES))='paper',
     data:Param('Data set (small: default synthetic, the built-in)', str, choices=list(DATASETS))=None,
     path:str=None, # Folder that holds the data set
-    trial:str=None, # RegDB: splits 1 to 10 with commas, or all (default 1); others: gallery trial 0 to 9, or all (default)
+    trial:str=None, # RegDB: splits 1 to 10 with commas, or all (default 1); others: gallery 0 to 9, or all (default)
     direction:str=None, # What is scored: t2v (infrared to visible), v2t, all_single ...; default the table's own
     seeds:str='3', # How many seeds, or which, with commas (5, is seed 5 alone)
     rows:str=None, # Only these rows: labels or recipes, with semicolons

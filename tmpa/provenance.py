@@ -130,8 +130,8 @@ class Changed(NamedTuple):
 
     def __str__(self):
         if not self.sizes:
-            return (f'{self.times} of {self.n} images, the first {self.first}, were written again since the run was begun, '
-                    'with the same size: copied, or exchanged')
+            return (f'{self.times} of {self.n} images, the first {self.first}, were written again '
+                    'since the run was begun, with the same size: copied, or exchanged')
         return f'{self.sizes} of {self.n} images, the first {self.first}, have another size than when the run was begun'
 
 def changed_images(
