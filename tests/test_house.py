@@ -31,10 +31,10 @@ def n_parameters(f):
     named = [o.arg for o in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
     return len([o for o in named if o not in ('self', 'cls')])
 
-def imports(f):
-    "(module of ours, name) for everything that a module imports from another one."
+def imports(f, tree=None):
+    "(module of ours, name) for everything that a module, or a part of its tree, imports from another one."
     package = ('tmpa', *f.relative_to(ROOT).parent.parts)
-    for o in ast.walk(ast.parse(f.read_text())):
+    for o in ast.walk(tree or ast.parse(f.read_text())):
         if not isinstance(o, ast.ImportFrom): continue
         base = package[:len(package)-o.level+1] if o.level else ()
         module = '.'.join((*base, *filter(None, [o.module])))
@@ -72,6 +72,21 @@ def test_no_more_than_before(what):
 def test_no_private_name_crosses_a_module():
     crossing = [f'{name(f)}: {other}.{n}' for f in FILES for other, n in imports(f) if n.startswith('_') and not n.startswith('__')]
     assert crossing == []
+
+NOTEBOOKS = {f.name.split('_', 1)[1][:-len('.ipynb')]: f.name for f in (ROOT.parent/'nbs').glob('[0-9]*.ipynb')}
+
+def test_notebooks_are_read_in_the_order_of_their_names():
+    "Two digits and a letter at most; what a module imports as it is imported stands in a notebook before its own."
+    assert [f for f in NOTEBOOKS.values() if not re.match(r'\d\d[a-z]?_', f)] == []
+    assert len({f.split('_')[0] for f in NOTEBOOKS.values()}) == len(NOTEBOOKS)
+    def notebooks(*modules): return [NOTEBOOKS[o] for o in (m.removeprefix('tmpa.') for m in modules) if o in NOTEBOOKS]
+    back = []
+    for f in FILES:
+        above = ast.Module([o for o in ast.parse(f.read_text()).body if isinstance(o, ast.ImportFrom)], [])
+        needed = notebooks(*(m for other, n in imports(f, above) for m in (other, f'{other}.{n}')))
+        [own] = notebooks(module(f))
+        back += [f'{own}: {o}' for o in needed if o > own]
+    assert back == []
 
 def test_no_name_hides_another():
     "Two modules have one name for the same thing only; in a session every name has its one meaning."

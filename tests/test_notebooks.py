@@ -33,7 +33,7 @@ LONG = 'ablation.ipynb', 'own_method.ipynb', 'pictures.ipynb', 'train.ipynb', 'd
     'threshold.ipynb'
 
 # a backward pass that was broken off keeps its graph, and the stand-in moves no weights that a graph still holds
-BROKEN = '15c_guard.ipynb',
+BROKEN = '15d_guard.ipynb',
 
 def runs_on(path, device):
     "On other devices than the CPU only pages run that make loaders or learners, which go to the default device."
