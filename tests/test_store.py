@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from tmpa import search, store
+from tmpa import search, store, store_files
 from tmpa.core import CheckpointError, ConfigError, DataError, PublishedImage, ReIDImage
 from tmpa.search import Gallery
-from tmpa.store import StoredItems, StoredNames, Store
+from tmpa.store import Store
+from tmpa.store_records import StoredItems, StoredNames
 
 D = 12
 
@@ -24,7 +25,7 @@ def records(n, seed=0):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(Gallery, 'block', 32)
-    monkeypatch.setattr(store, 'PIECE', 8)
+    for room in (store, store_files): monkeypatch.setattr(room, 'PIECE', 8)
     monkeypatch.setattr(store, 'SEGMENT', 64)
 
 def same(a, b):
@@ -306,7 +307,7 @@ def test_refuses(tmp_path, monkeypatch):
     h.remove(range(5))
     assert len(h) == 0 and h.dim is None and h.add(records(1, 3), feats=torch.ones(1, 3)) == 1
     def full(*_): raise OSError(28, 'No space left on device', 'g')
-    monkeypatch.setattr(store, '_append', full)
+    monkeypatch.setattr(store_files, '_append', full)
     with pytest.raises(OSError): h.add(records(2, 4), feats=torch.ones(2, 3))
     assert len(h) == 1 and len(Gallery.load(tmp_path/'g')) == 1
 
