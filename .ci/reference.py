@@ -64,7 +64,7 @@ def described(names, comments, taken):
 
 
 def param_docs(func):
-    "Name -> (docment, names that share it), of a function and of those that its `**kwargs` go to; 'return' is one of them."
+    "Name -> (docment, names that share it), of a function, of those that its `**kwargs` go to, and of the method that it stands in for; 'return' is one of them."
     res = {}
     while func is not None:
         source, node = source_of(func)
@@ -77,8 +77,18 @@ def param_docs(func):
                 names = [(n, l if l != node.returns.end_lineno else -at[n]) for n, l in names]
                 names.append(('return', node.returns.end_lineno))
             res = described(names, comments, {l for _, l in names}) | res
+            inherited = overridden_docs(func)
+            res |= {n: inherited[n] for n, (text, _) in res.items() if not text and n in inherited}
         func = getattr(func, '__delwrap__', None)
     return res
+
+
+def overridden_docs(func):
+    "What the method of ours that a method stands in for says of its parameters."
+    kind, _, name = func.__qualname__.rpartition('.')
+    bases = getattr(getattr(sys.modules[func.__module__], kind, None), '__mro__', ())[1:]
+    base = next((vars(c)[name] for c in bases if name in vars(c)), None)
+    return param_docs(base) if inspect.isfunction(base) and is_ours(base) else {}
 
 
 def value_line(node, name, line):
@@ -186,6 +196,11 @@ def named(text):
     return NAME.sub(lambda m: f'`{m[0]}`' if m[0][0] != '`' and m[0] in known else m[0], text)
 
 
+def said_by_command(anno):
+    "Whether the help of a command says what an option is for."
+    return isinstance(anno, Param) and bool(anno.help)
+
+
 def help_text(anno):
     "What the help of a command says of an option."
     text = str(anno.help or '')
@@ -241,15 +256,28 @@ def parameter_table(func):
     return table(['Parameter', 'Type', 'Default', 'Meaning'], rows, 'params') if any(any(r[1:]) for r in rows) else ''
 
 
-def record_table(cls):
-    "The table of the fields of a record, or of the members of an enumeration."
+def record_docs(cls):
+    "Name -> (docment, names that share it) of the fields of a record, those that it inherits among them."
     docs = {}
     for c in cls.__mro__[::-1]:
         if c.__module__.split('.')[0] == OWN: docs |= field_docs(c)
+    return docs
+
+
+def field_names(cls):
+    "The names of the fields of a record, or of the members of an enumeration."
+    if issubclass(cls, enum.Enum): return [o.name for o in cls]
+    if dataclasses.is_dataclass(cls): return [o.name for o in dataclasses.fields(cls) if not o.name.startswith('_')]
+    return list(cls._fields)
+
+
+def record_table(cls):
+    "The table of the fields of a record, or of the members of an enumeration."
+    docs, names = record_docs(cls), field_names(cls)
     if issubclass(cls, enum.Enum):
-        return table(['Member', 'Value', 'Meaning'], [[code(o.name), code(repr(o.value)), cell_text(docs.get(o.name, ('',))[0])] for o in cls], 'params')
-    if dataclasses.is_dataclass(cls): fields = [(o.name, o.type, made(o)) for o in dataclasses.fields(cls) if not o.name.startswith('_')]
-    else: fields = [(o, cls.__annotations__.get(o, EMPTY), cls._field_defaults.get(o, EMPTY)) for o in cls._fields]
+        return table(['Member', 'Value', 'Meaning'], [[code(n), code(repr(cls[n].value)), cell_text(docs.get(n, ('',))[0])] for n in names], 'params')
+    if dataclasses.is_dataclass(cls): fields = [(o.name, o.type, made(o)) for o in dataclasses.fields(cls) if o.name in names]
+    else: fields = [(o, cls.__annotations__.get(o, EMPTY), cls._field_defaults.get(o, EMPTY)) for o in names]
     params = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=a, default=d) for n, a, d in fields]
     return table(['Field', 'Type', 'Default', 'Meaning'], entries(params, docs), 'params')
 

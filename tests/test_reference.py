@@ -1,5 +1,5 @@
 """Reference entries of the pages: `.ci/reference.py`."""
-import sys
+import inspect, sys
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
@@ -122,6 +122,36 @@ def test_nearly_all_parameters_are_in_tables():
     having = [(name, text) for name, obj, text in entries() if is_record(obj) or parameters(maker(obj))]
     without = [name for name, text in having if '::: {.params}' not in text]
     assert len(having) > 450 and len(without) < len(having)/12, without
+
+
+def undocumented(name, obj):
+    "Parameters, fields and members of an entry, and of the methods that it lists, whose meaning nobody wrote down."
+    if is_record(obj): docs = reference.record_docs(obj)
+    else:
+        docs = {p.name: ('a command says it',) for p in parameters(maker(obj)) if reference.said_by_command(p.annotation)}
+        docs = reference.param_docs(maker(obj)) | docs
+    fields = reference.field_names(obj) if is_record(obj) else [p.name for p in parameters(maker(obj))]
+    yield from (f'{name}: {n}' for n in fields if not docs.get(n, ('',))[0])
+    if not inspect.isclass(obj): return
+    for method, o in reference.methods(obj).items(): yield from undocumented(f'{name}.{method}', o)
+
+
+def test_every_parameter_is_documented():
+    "By its meaning, shape and unit, on its line or on that of several; what stands in for a method of ours may leave it to that."
+    assert [o for name, obj, _ in entries() for o in undocumented(name, obj)] == []
+
+
+def test_a_method_that_stands_in_for_one_is_documented_by_it():
+    import tmpa.callback.pedmix as p
+    docs = reference.param_docs(p.PedMix.masks)
+    assert docs['size'][0] == reference.param_docs(p.SlotMix.masks)['size'][0] != ''
+
+
+def test_what_has_no_docment_is_found(ours):
+    def add(a, b=2): "Add."
+    assert list(undocumented('add', add)) == ['add: a', 'add: b']
+    assert list(undocumented('mixed', mixed)) == ['mixed: keep']
+    assert list(undocumented('Spot', Spot)) == ['Spot: y']
 
 
 def test_entries_are_fit_to_read():

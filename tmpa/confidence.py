@@ -35,10 +35,10 @@ def query_scores(
 # %% ../nbs/13d_confidence.ipynb #65322dff
 class Interval(NamedTuple):
     "A mean and its bootstrap interval, as fractions."
-    mean:float
-    low:float
-    high:float
-    level:float = .95
+    mean:float # Of the scores
+    low:float  # Lower end
+    high:float # Upper end
+    level:float = .95 # How often such an interval holds the true mean
     def __str__(self): return f'{100*self.mean:.2f} [{100*self.low:.2f}, {100*self.high:.2f}]'
 
 def _resample(x, groups, n, seed):
@@ -80,8 +80,8 @@ def bootstrap(
 class Comparison(NamedTuple):
     "A - B on the same queries, as fractions."
     diff:float   # Mean difference
-    low:float    # Bootstrap interval of the difference
-    high:float
+    low:float    # Lower end of its bootstrap interval
+    high:float   # Upper end
     p:float      # Two-sided p-value of the sign-flip permutation test
     n:int        # Queries compared
     def __str__(self):
@@ -117,10 +117,10 @@ def compare_runs(
 class Difference(NamedTuple):
     "Mean of the runs of A less that of B, in the unit of the scores."
     diff:float   # Of the means
-    low:float    # Of Welch's t interval; nan where a side has one run
-    high:float
+    low:float    # Lower end of Welch's t interval; nan where a side has one run
+    high:float   # Upper end
     runs:tuple   # Runs of A, runs of B
-    level:float = .95
+    level:float = .95 # How often such an interval holds the true difference
 
     @property
     def needs(self):

@@ -34,8 +34,8 @@ _all_ = ['arg_names', 'atomic_write', 'check_names', 'check_ranges', 'Checkpoint
 # %% ../nbs/00c_core.ipynb #e04efa0c
 class Modality(IntEnum):
     "The kind of camera that took an image: 0 visible, 1 infrared (near infrared and thermal alike)."
-    VISIBLE = 0
-    INFRARED = 1
+    VISIBLE = 0  # In colour
+    INFRARED = 1 # One channel of brightness or of warmth
 
 # %% ../nbs/00c_core.ipynb #d1b832cf
 class ReIDImage(NamedTuple):

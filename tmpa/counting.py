@@ -131,7 +131,7 @@ def _ids_ahead(b, d, t, tied):
 
 # %% ../nbs/12e_counting.ipynb #970ca022
 def score_block(
-    g:GroupedGallery,
+    g:GroupedGallery, # Who is in the gallery
     d:torch.Tensor, # (B, n_g) distances in the order `g.pos`; overwritten where the rule hides any
     q_pids, q_cams, # (B,) identities and cameras of the queries; cameras None where the rule needs none
     rows, # (B,) which queries they are, for an error

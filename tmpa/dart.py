@@ -130,7 +130,12 @@ class DARTLoss(TMPALoss):
         for name, of_a, of_b in zip(self.terms, a, b):
             yield name, 0. if name == 'confident' else 2., (of_a + of_b)/2
 
-    def of_net(self, p, name, y, i):
+    def of_net(self,
+        p, # What the `TwinNet` gave
+        name, # 'a' or 'b'
+        y, # (B,) labels
+        i, # Row of `conf` that is for this network
+    ):
         "Identification loss, and with confidences `conf[i]` (B,) quadruplet loss and share of trusted rows."
         out = p[name]
         y = y[out['index']]

@@ -69,8 +69,8 @@ class Asked(NamedTuple):
     record:ReIDImage # Of the picture: some verdicts depend on its modality
     made_by:str|None # The model of the feature
     shown:str # Address of a small copy
-    what:str
-    notes:list = []
+    what:str # In words
+    notes:list = [] # Sentences about the picture
 
 # %% ../nbs/22a_desk.ipynb #30385986
 def _jpeg(im):
@@ -96,7 +96,9 @@ class Desk:
         self.gallery, self.lock = gallery, threading.Lock()
         self.asked, self.thumbs = _Recent(256), _Recent(2000)
 
-    def ask_like(self, place):
+    def ask_like(self,
+        place, # Row of the gallery
+    ):
         "An image of the gallery as the question."
         with self.lock:
             g = self.gallery

@@ -71,13 +71,15 @@ def moved_names(
 # %% ../nbs/00_errors.ipynb #c9cb78e4
 class Range(NamedTuple):
     "The numbers that an argument may be; infinity and NaN never are."
-    low: float
-    whole: bool = True
+    low: float # The least
+    whole: bool = True # Whole numbers only
     above: bool = False # Whether `low` itself is too low
-    high: float = inf
+    high: float = inf # The most
     optional: bool = False # Whether it may be None
 
-    def has(self, v)->bool:
+    def has(self,
+        v, # What was given
+    )->bool:
         "Whether a value is in it."
         if v is None: return self.optional
         if isinstance(v, bool) or not isinstance(v, Integral if self.whole else Real): return False

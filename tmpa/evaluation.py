@@ -145,7 +145,7 @@ class SettingResult:
     def n_valid(self) -> float: "Queries with a match."; return self._mean(lambda t: t.n_valid)
     @property
     def n_queries(self) -> int: "Queries, with a match or without."; return self.trials[0].n_queries
-    def rank(self, k:int) -> float: "Rank-k."; return self._mean(lambda t: t.rank(k))
+    def rank(self, k:int): "Rank-k, a share."; return self._mean(lambda t: t.rank(k))  # A whole number from 1
 
 # %% ../nbs/14_evaluation.ipynb #8a66191a
 @patch(as_prop=True)

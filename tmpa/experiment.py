@@ -41,7 +41,7 @@ from .vis.ranked import rank_queries
 
 # %% ../nbs/18_experiment.ipynb #5aa2cd74
 def make_learner(
-    cfg:RunConfig,
+    cfg:RunConfig, # What to train
     train:list, # Training items
     others=(), # Images that the cache of decoded ones holds too
 ):
@@ -68,7 +68,7 @@ def _learner(cfg, dls, mix):
 @dataclass
 class Run:
     "One training in one folder."
-    cfg:RunConfig
+    cfg:RunConfig # What to train
     quiet:bool = False # No progress bar
     rank_figure:bool = True # Ranked lists in the report
     budget:float|None = None # Minutes of one core
@@ -280,7 +280,7 @@ def _last_files(self:Run, feats, limit):
 
 # %% ../nbs/18_experiment.ipynb #1acc715c
 def train_run(
-    cfg:RunConfig,
+    cfg:RunConfig, # What to train
     quiet:bool=False, # No progress bar
     rank_figure:bool=True, # Ranked lists in the report
     resume:bool=False, # Go on after the last whole epoch; of a run that is finished, give the scores
@@ -297,6 +297,8 @@ def train_run(
         run.fit()
         return run.score()
 
-def mean_map(scores):
+def mean_map(
+    scores, # Setting -> scores of it
+):
     "mAP averaged over settings."
     return float(np.mean([s['mAP'] for s in scores.values()]))

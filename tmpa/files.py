@@ -82,7 +82,7 @@ class Foreign:
     "Stands for an object of another program; `state` is what was stored of it."
     state = None
     def __new__(cls, *args, **kwargs): return object.__new__(cls)
-    def __init__(self, *args, **kwargs): pass
+    def __init__(self, *args, **kwargs): pass  # What the other program made it with; not used
     def __setstate__(self, state): self.state = state
 
 def _numpy():

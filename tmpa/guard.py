@@ -123,7 +123,9 @@ class ReIDLearner(Learner):
         return super().add_cb(self.accepted(cb() if isinstance(cb, type) else cb))
 
     @contextmanager
-    def added_cbs(self, cbs):
+    def added_cbs(self,
+        cbs, # Callbacks
+    ):
         "Callbacks for a while; the mixed precision that one of them takes the place of comes back."
         before = self._grab_cbs(MixedPrecision)
         try:
@@ -190,7 +192,9 @@ def check(self:ReIDLearner):
     check_metrics(self.metrics)
 
 @patch
-def accepted(self:ReIDLearner, cb):
+def accepted(self:ReIDLearner,
+    cb, # A callback
+):
     "The callback as it works here; `ConfigError` for one that cannot."
     _refuse_callback(cb)
     if _is_tensorboard(cb):

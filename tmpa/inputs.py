@@ -72,12 +72,16 @@ def check_nonzero(
              f'everything (the first is row {int(zero.nonzero()[0])}): look at their images')
 
 # %% ../nbs/12d_inputs.ipynb #7497a79d
-def check_chunk(chunk):
+def check_chunk(
+    chunk, # Queries at a time, or None
+):
     "Refuse what is no number of rows."
     if chunk is None or isinstance(chunk, (int, np.integer)) and chunk > 0: return
     raise ProtocolError(f'chunk={chunk!r}: give 1 or more queries at a time, or None')
 
-def check_rank(max_rank):
+def check_rank(
+    max_rank, # Highest rank that is asked for
+):
     "Refuse what is no length of a CMC."
     if isinstance(max_rank, (int, np.integer)) and 1 <= max_rank <= 10**6: return
     raise ProtocolError(f'max_rank={max_rank!r}: give a whole number from 1 on, such as 20')

@@ -106,7 +106,9 @@ def _precision_cbs(precision, device):
     return [AsyncMixedPrecision('bf16' if precision == 'bf16' else 'fp16')]
 
 # %% ../nbs/16_learner.ipynb #b7e9f215
-def n_identities(dls):
+def n_identities(
+    dls, # ReIDDataLoaders
+):
     "Training identities of loaders."
     if not getattr(dls, 'c', None):
         raise ConfigError('dls has no training identities (dls.c): make it with ReIDDataLoaders.from_*')

@@ -43,7 +43,9 @@ class ReIDMetrics(Callback):
         "For `ResumeFit`: what the columns show until the next evaluation."
         return {k: dict(mAP=float(r.mAP), cmc=[float(v) for v in r.cmc]) for k,r in self.results.items()}
 
-    def set_resume_state(self, s):
+    def set_resume_state(self,
+        s, # As `resume_state` gave it
+    ):
         "Show it again."
         self.results = {k: SimpleNamespace(**v) for k,v in s.items()}
 

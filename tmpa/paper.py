@@ -24,11 +24,11 @@ class TableRow:
 @dataclass(frozen=True)
 class RecipeTable:
     "A table or figure of the paper, or one beyond it."
-    title:str
+    title:str # Its number, and what it shows
     rows:list # TableRows
     setting:str = 't2v' # What is scored: 't2v' is infrared to visible
     metrics:tuple = ('rank1','rank10','rank20','mAP') # Columns
-    note:str = ''
+    note:str = '' # What to know about it
     base:str|None = '' # Label of the row that others are compared with; default the first with a recipe; None: none
 
     def __post_init__(self):

@@ -45,7 +45,7 @@ class Rendered:
     n_ids:int = 3000         # People
     per_modality:int = 4     # Photographs of each in each modality, at one time
     fresh:int = 4            # Epochs that a photograph is kept
-    epochs:int = 18
+    epochs:int = 18          # Of training
     lr:float = .05           # Highest learning rate
     exchange:float = .4      # Chance that a visible image exchanges channels; a recipe without that leaves it out
     erase:float = .4         # Chance that a part of an image is erased
@@ -53,7 +53,10 @@ class Rendered:
     K:int = 4                # Images of each identity and modality
     seed:int = 0             # Of people, weights, batches and augmentation
 
-    def loaders(self, device=None, num_workers=0):
+    def loaders(self,
+        device=None, # None: fastai's default device
+        num_workers=0, # Processes that draw
+    ):
         "New photographs in every epoch."
         people = RenderedPeople(self.n_ids, self.per_modality, self.size, self.seed, self.fresh)
         exchange = self.exchange if get_recipe(self.recipe).channel_exchange else 0
@@ -73,7 +76,9 @@ def cosine_rate(
 
 class MeanWeights(Callback):
     "A running mean of the weights, `mean`, over the last `1/(1 - decay)` batches."
-    def __init__(self, decay=.998): self.decay, self.seen = decay, 0
+    def __init__(self,
+        decay=.998, # Weight of the mean so far, in each batch
+    ): self.decay, self.seen = decay, 0
     def before_fit(self): self.mean = copy.deepcopy(self.model)
     def after_batch(self):
         if not self.training: return

@@ -116,12 +116,16 @@ def _outcome(f):
         except Exception: return None, TMPAError(f'{type(e).__name__}: {e}')
         return None, e
 
-def told(e:Exception)->Exception:
+def told(
+    e:Exception, # What is about to be raised
+)->Exception:
     "The error, marked as one that another process tells the user."
     e.told = True
     return e
 
-def is_told(e:Exception)->bool:
+def is_told(
+    e:Exception, # What was raised
+)->bool:
     "Whether another process tells the user."
     return getattr(e, 'told', False)
 
@@ -162,7 +166,9 @@ def _wait_for(parent):
     parent.join()
     os._exit(1)
 
-def end_with_parent(*args):
+def end_with_parent(
+    *args, # What a pool or a loader passes; not used
+):
     "In a process of a pool or of a loader: end when the one that started it does, be it by a kill."
     global _watches
     parent = parent_process()
@@ -170,7 +176,9 @@ def end_with_parent(*args):
     _watches = parent.pid
     Thread(target=_wait_for, args=[parent], daemon=True).start()
 
-def lost_loader(e:Exception)->bool:
+def lost_loader(
+    e:Exception, # What was raised
+)->bool:
     "Whether this is what torch raises when a loader process is gone, or what `enough_memory` makes of it."
     return isinstance(e, LostLoader) or isinstance(e, RuntimeError) and 'DataLoader worker (pid' in str(e)
 

@@ -126,7 +126,7 @@ class Changed(NamedTuple):
     n: int         # Images
     sizes: int     # Those of another size, or gone
     times: int     # Those of the same size that were changed at another time
-    first: str = ''
+    first: str = '' # File of the first one
 
     def __str__(self):
         if not self.sizes:

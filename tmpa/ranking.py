@@ -36,7 +36,9 @@ class EvalResult:
 
 # %% ../nbs/13a_ranking.ipynb #f6d96806
 @patch
-def rank(self:EvalResult, k:int) -> float:
+def rank(self:EvalResult,
+    k:int, # From 1
+)->float: # From 0 to 1
     "Rank-k: `cmc[k-1]`."
     if isinstance(k, (int, np.integer)) and 1 <= k <= len(self.cmc): return float(self.cmc[k-1])
     raise ProtocolError(f"rank {k} was not computed: pass max_rank={k} or more")

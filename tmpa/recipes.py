@@ -34,7 +34,9 @@ class Recipe:
     net:str = 'tmpa' # 'tmpa' (with its baselines) or 'agw'
     method:str = 'plain' # How it is trained: 'plain' or 'dart'
 
-    def but(self, **changes):
+    def but(self,
+        **changes # Field -> value
+    ):
         "A copy with some fields changed."
         check_names(changes, [f.name for f in dataclasses.fields(self)], 'a recipe')
         return dataclasses.replace(self, **changes)
@@ -47,7 +49,9 @@ class Recipe:
 def _tuples(d): return {k: tuple(v) if isinstance(v, list) else v for k,v in d.items()}
 
 @patch(cls_method=True)
-def from_dict(cls:Recipe, d):
+def from_dict(cls:Recipe,
+    d, # Field -> plain value
+):
     "The recipe of a run folder, whichever version wrote it."
     unknown = set(d) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
@@ -114,7 +118,7 @@ def _content_of(args, usual, classes):
 
 # %% ../nbs/17_recipes.ipynb #ff58e99e
 def recipe_content(
-    recipe:Recipe,
+    recipe:Recipe, # Any
 )->dict:
     "What a recipe does, as plain data: its fields without name, note and defaults."
     d = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name not in ('name','note')}

@@ -26,7 +26,7 @@ def _chart(height, n=1):
 
 def plot_scores(
     scores:dict, # Row -> per cent of each of its runs
-    xlabel:str='mAP, per cent',
+    xlabel:str='mAP, per cent', # Below the axis
 ):
     "A line for each row: a small ring for each run, and a bar at their mean with its number."
     fig, ((ax,),) = _chart(.9 + .34*len(scores))

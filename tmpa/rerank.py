@@ -13,7 +13,9 @@ from .inputs import as_matrix, check_finite
 from .ranking import top_columns
 
 # %% ../nbs/13b_rerank.ipynb #d234c73b
-def rerank_slow(q_feats, g_feats, k1:int=20, k2:int=6, lam:float=0.3):
+def rerank_slow(
+    q_feats, g_feats, k1:int=20, k2:int=6, lam:float=0.3, # As in `rerank`
+):
     "`rerank` with all distances in memory and a loop over images, for checking."
     x = F.normalize(torch.cat([as_matrix(q_feats, 'q_feats'), as_matrix(g_feats, 'g_feats')]).double(), dim=1).numpy()
     n, n_q = len(x), len(q_feats)

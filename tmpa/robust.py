@@ -51,10 +51,10 @@ def group_confidence(
 class PairKind(IntEnum):
     "What a pair of samples is, seen from its first one."
     NONE = -1           # The anchor is not trusted, or is paired with itself
-    TRUE_POSITIVE = 0
-    FALSE_POSITIVE = 1
-    TRUE_NEGATIVE = 2
-    FALSE_NEGATIVE = 3
+    TRUE_POSITIVE = 0   # One label, the other is trusted
+    FALSE_POSITIVE = 1  # One label, the other is not trusted
+    TRUE_NEGATIVE = 2   # Two labels
+    FALSE_NEGATIVE = 3  # Two labels, the other is not trusted, and the network takes both for one person
 
 def pair_division(
     labels:Tensor,    # Label of each row (n,)

@@ -41,13 +41,13 @@ class RunConfig:
     out:str # Folder to make
     arch:str = 'resnet50' # One of `ARCHS`, or one of timm's ResNets as 'timm/resnet50d'
     pretrained:bool|str = True # ImageNet weights; False: none; 'rendered' or a file: those
-    epochs:int = 80
-    lr:float = 0.1
+    epochs:int = 80 # Of training
+    lr:float = 0.1 # Of new layers
     warmup:int|None = None # Epochs; default in proportion, see scaled_schedule
     decay:tuple|None = None # Epochs
     P:int = 8 # Identities a batch
     K:int = 4 # Images an identity and modality
-    seed:int = 0
+    seed:int = 0 # Of weights, batches, augmentation and mixing
     patch:int|None = None # PedMix patch in pixels; default the recipe's
     select:str = 'published' # 'published': all training identities; 'held_out': some are left out, and scored meanwhile
     eval_every:int = 1 # With 'held_out', epochs from one score to the next
@@ -116,8 +116,8 @@ class RunKey(NamedTuple):
     "The identity of a run in few words."
     recipe: str # Eight digits, of recipe_content
     setup: str  # Eight digits, of all that the runs of a table share
-    trial: str
-    seed: int
+    trial: str  # Of the data set
+    seed: int   # Of the training
 
     def __str__(self): return f'{self.recipe}-{self.setup}-trial{self.trial}-seed{self.seed}'
 

@@ -17,7 +17,10 @@ from .files import first_wrong, is_a, whole
 from .models.checkpoint import read_meta
 
 # %% ../nbs/17c_run_files.ipynb #c74f92e5
-def write_json(path, obj):
+def write_json(
+    path, # File
+    obj, # Plain data
+):
     "JSON, whole or not at all."
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + '\n', encoding='utf8')
 
@@ -45,7 +48,9 @@ def read_json(
     return d
 
 # %% ../nbs/17c_run_files.ipynb #2f603666
-def new_folder(out):
+def new_folder(
+    out, # Folder
+):
     "Make `out`; what is already there is never written over."
     out = user_path(out)
     if out.is_file(): raise ConfigError(f'{out} is a file: choose another --out')

@@ -45,7 +45,10 @@ def _is_foreign(origin, host):
 # %% ../nbs/22c_serve.ipynb #54b9b83d
 class Guard:
     "Refuse requests that other pages send, and send every answer with headers that keep the page to itself."
-    def __init__(self, app, names=()): self.app, self.names = app, names
+    def __init__(self,
+        app, # What answers
+        names=(), # Host names that a request may ask for
+    ): self.app, self.names = app, names
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http': return await self.app(scope, receive, send)

@@ -23,7 +23,7 @@ from .setup import Setup, row_key, scaled
 @dataclass
 class FilledRow:
     "A row of a table with the runs that belong to it."
-    row:TableRow
+    row:TableRow # Of the table
     values:dict # Metric -> per cent of each finished run
     n:int # Finished runs
     wanted:int # One a seed and trial

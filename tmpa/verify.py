@@ -40,7 +40,9 @@ class Threshold:
     cross:bool|None = None # Whether it is for a visible and an infrared image; None: nobody said
     note:str = ''     # Where it comes from
 
-    def verdict(self, distance)->str:
+    def verdict(self,
+        distance, # Euclidean, of two features of length 1
+    )->str:
         "'match', 'maybe' or 'nobody'."
         d = float(distance)
         if isnan(d): raise ProtocolError('the distance is NaN: look at the features')

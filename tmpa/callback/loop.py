@@ -88,7 +88,9 @@ class TorchOptim(OptimWrapper):
 
 # %% ../../nbs/15a_callback.loop.ipynb #c3428cd9
 @patch
-def step(self:TorchOptim, closure=None):
+def step(self:TorchOptim,
+    closure=None, # As torch's optimisers take it
+):
     skip,self.skip = self.skip,None
     if not self.fuse(): return self.opt.step(closure)
     if isinstance(self.opt, torch.optim.SGD): self._momentum()

@@ -76,16 +76,16 @@ class SlotMix(Callback):
         if not 0 <= p <= 1: raise self.error(f'p={p}: give a chance from 0 to 1')
         self.p, self.independent, self.partner, self.seed = p, independent, partner, seed
 
-    def error(self, msg):
+    def error(self, msg): # What is wrong, and the remedy
         "A `ConfigError` that names the class."
         return ConfigError(f'{type(self).__name__}: {msg}')
 
-    def check(self, size): "Raise when images of this (height, width) cannot be mixed; called when a fit begins."
+    def check(self, size): "Raise when images cannot be mixed; called when a fit begins."  # (height, width) in pixels
 
-    def outline(self, ax, size): "Draw on an image of this (height, width) what the mix knows of it; nothing here."
+    def outline(self, ax, size): "Draw on an image what the mix knows of it; nothing here."  # Axes, (height, width)
 
-    def masks(self, n, size, device=None):
-        "Masks (bool) or weights (float) of the partner for `n` slots: (n, 1, height, width)."
+    def masks(self, n, size, device=None): # Slots, (height, width) in pixels, where the masks are made
+        "Masks (bool) or weights (float) of the partner, (n, 1, height, width)."
         raise NotImplementedError
 
 # %% ../../nbs/05_callback.pedmix.ipynb #bac8c027

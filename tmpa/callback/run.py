@@ -41,7 +41,7 @@ class SaveWeights(Callback):
         "For `ResumeFit`."
         return self.best
 
-    def set_resume_state(self, best):
+    def set_resume_state(self, best): # As `resume_state` gave it
         "The best score before a fit was cut off."
         self.best = best
 
@@ -61,7 +61,9 @@ class Watch(Callback):
         "Seconds computed, and passed, for `ResumeFit`."
         return self.busy + time.process_time(), self.passed + time.time()
 
-    def set_resume_state(self, s):
+    def set_resume_state(self,
+        s, # As `resume_state` gave it
+    ):
         "Add them."
         self.busy += s[0]
         self.passed += s[1]

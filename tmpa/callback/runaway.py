@@ -19,7 +19,10 @@ from ..metrics import LossTerms
 # %% ../../nbs/15b_callback.runaway.ipynb #fd12ca48
 class RunawayError(TMPAError):
     "A fit whose loss, gradients or weights were numbers no more; `where` has `epoch` and `batch` (from 1) and `terms`."
-    def __init__(self, msg:str, **where):
+    def __init__(self,
+        msg:str, # One line
+        **where # `epoch`, `batch` and `terms`
+    ):
         super().__init__(msg)
         self.where = where
 

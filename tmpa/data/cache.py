@@ -42,7 +42,12 @@ def _name(o, ir_range):
 # %% ../../nbs/01i_data.cache.ipynb #5719c786
 class ImageCache:
     "Decoded images in a memory-mapped file, by record; made by `image_cache`."
-    def __init__(self, file, size, names, kinds):
+    def __init__(self,
+        file,  # Of the decoded images
+        size,  # (height, width) that they have
+        names, # Of the images, in the order of the file
+        kinds, # Of their files: what they were when they were decoded
+    ):
         self.file, self.size, self.kinds = Path(file), tuple(size), kinds
         self.row = {n: i for i, n in enumerate(names)}
         self.start = [0, *accumulate(_aligned(_n_bytes(k, self.size)) for k in kinds)]

@@ -33,16 +33,32 @@ class SeededDice:
         t = self.u()*sum(weights)
         return next((x for x, c in zip(xs, np.cumsum(weights)) if t < c), xs[-1])
 
-    def noise(self, *shape):
+    def noise(self,
+        *shape, # Of the array
+    ):
         "Float32 noise of mean 0 and deviation 1: the sum of four random bytes, close to normal."
         n = math.prod(shape)
         b = self.bits.random_raw((n+1)//2).astype('<u8').view(np.uint8)[:4*n].reshape(4, n)
         return (b.sum(0, dtype=np.int16).astype(np.float32)-510).reshape(shape)/np.float32(147.8)
 
 # %% ../../nbs/01d_data.canvas.ipynb #cbc9eeba
-def sin9(a): "Sine, rounded to nine digits."; return round(math.sin(a), 9)
-def cos9(a): "Cosine, rounded to nine digits."; return round(math.cos(a), 9)
-def pow9(a, b): "`a` to the power of `b`, rounded to nine digits."; return round(math.pow(a, b), 9)
+def sin9(
+    a, # Angle in radians
+):
+    "Sine, rounded to nine digits."
+    return round(math.sin(a), 9)
+
+def cos9(
+    a, # Angle in radians
+):
+    "Cosine, rounded to nine digits."
+    return round(math.cos(a), 9)
+
+def pow9(
+    a, b, # Base and exponent
+):
+    "`a` to the power of `b`, rounded to nine digits."
+    return round(math.pow(a, b), 9)
 
 # %% ../../nbs/01d_data.canvas.ipynb #6e5fdf18
 class FloatCanvas:
@@ -63,7 +79,9 @@ class FloatCanvas:
         self.xs = (np.arange(w, dtype=np.float32)+.5-w/2)/np.float32(self.s) - np.float32(x)
         self.img = np.zeros((h, w, channels), np.float32)
 
-    def window(self, x0, x1, y0, y1):
+    def window(self,
+        x0, x1, y0, y1, # Left, right, top and bottom of the box, in the units of the drawing
+    ):
         "The pixels of a box with a border: where they are, and their coordinates (1, w) and (h, 1)."
         e = 1.5/self.s
         top, bottom = (int(np.searchsorted(self.ys, v)) for v in (y0-e, y1+e))
@@ -73,12 +91,21 @@ class FloatCanvas:
 
 # %% ../../nbs/01d_data.canvas.ipynb #1942e5e7
 @patch
-def edge(self:FloatCanvas, d):
+def edge(self:FloatCanvas,
+    d, # Distance from the outline, in the units of the drawing; negative inside
+):
     "Coverage of pixels at a signed distance from an outline."
     return np.clip(.5-d*self.s, 0, 1)
 
 @patch
-def blend(self:FloatCanvas, at, alpha, ink, shade=None, mark=None, ink2=None):
+def blend(self:FloatCanvas,
+    at, # Window, as `window` gives it
+    alpha, # (h, w) share of each pixel that is covered
+    ink, # Colour, (channels,)
+    shade=None, # (h, w) factor on the ink
+    mark=None, # (h, w) where the second ink is, from 0 to 1
+    ink2=None, # The second colour
+):
     "Lay ink over a window; where `mark` is 1, the second one."
     if not alpha.size: return
     if mark is not None: ink = ink + mark[..., None]*(ink2-ink)

@@ -59,21 +59,34 @@ def draw(self:RenderedPeople,
 
 # %% ../../nbs/03a_data.endless.ipynb #d80784df
 @patch
-def pixels(self:RenderedPeople, i): return self.draw([i])[0].numpy()
+def pixels(self:RenderedPeople,
+    i, # Row
+):
+    "The photograph of a row, (3, H, W) uint8."
+    return self.draw([i])[0].numpy()
 
 @patch
-def batch(self:RenderedPeople, idxs, pin=False, pieces=False):
+def batch(self:RenderedPeople,
+    idxs, # Rows
+    pin=False, # In pinned memory
+    pieces=False, # As loaders pass it; not used
+):
     "As `ReIDDataset.batch`."
     x, numbers = self.draw(idxs), self.numbers[[i % len(self) for i in idxs]].T.contiguous()
     return x.pin_memory() if pin else x, numbers
 
 @patch
-def new(self:RenderedPeople, items=(), split_idx=1):
+def new(self:RenderedPeople,
+    items=(), # ReIDImages
+    split_idx=1, # 0: they train
+):
+    "A dataset of images in files, with the same identities."
     return ReIDDataset(items, self.vocab, self.size, split_idx=split_idx)
 
 @patch
 def new_empty(self:RenderedPeople): return ReIDDataset((), self.vocab, self.size)
 
+# %% ../../nbs/03a_data.endless.ipynb #879e4e26
 class RenderedDL(ReIDDL):
     "A `ReIDDL` whose indices carry the epoch."
     def get_idxs(self):

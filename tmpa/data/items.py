@@ -68,7 +68,10 @@ def new_empty(self:ReIDDataset)->ReIDDataset:
     return type(self)((), self.vocab, self.size, self.ir_range, self.split_idx)
 
 @patch
-def set_split_idx(self:ReIDDataset, i):
+def set_split_idx(self:ReIDDataset,
+    i, # As fastai passes it
+):
+    "Refused: fastai asks for it where it averages predictions."
     raise ConfigError('learn.tta() averages predictions of classes, which nobody here has: '
                       'extract_features(flip=True) averages features with those of the mirrored images')
 

@@ -16,7 +16,8 @@ from fastai.vision.core import imagenet_stats
 from fastcore.basics import defaults, patch
 from fastcore.meta import delegates
 from ..core import ConfigError, arg_names, check_names, check_records, user_path
-from .batches import ReIDDL, identity_batches, on_device, one_ahead
+from .ahead import on_device, one_ahead
+from .batches import ReIDDL, identity_batches
 from .cache import image_cache
 from .datasets import Dataset, split_by_pid
 from .image import check_range
@@ -79,7 +80,7 @@ def test_dl(self:ReIDDataLoaders,
     with_labels=True, # The same; labels are always there
     process=True, # The same
     modality:int|None=None, # Of paths and pictures: 0 visible, 1 infrared
-    **kwargs
+    **kwargs # Of the loader, such as bs
 )->ReIDDL:
     "A loader that gives every item once, unaugmented, in order."
     items = check_records(test_items, modality)
@@ -132,7 +133,7 @@ def from_items(cls:ReIDDataLoaders,
     settings_fn=cross_settings, # Function from validation items to evaluation settings
     path:str|Path='.', # Where fastai saves models
     device=None, # None: fastai's default device
-    **kwargs
+    **kwargs # Of fastai's loaders, such as timeout
 ):
     "Loaders from lists of records."
     _check_arguments(kwargs, cls, 'from_items')

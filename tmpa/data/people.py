@@ -17,28 +17,32 @@ class Draws:
         table # (n, columns), in [0, 1)
     ):
         self.table, self.taken = table, 0
-    def u(self, low=0., high=1.):
+    def u(self, low=0., high=1.): # Numbers, or one for each picture (n,)
         "Uniform numbers (n,)."
         column = self.table[:, self.taken]
         self.taken += 1
         return low + (high - low)*column
     def bell(self): return 2*(self.u() + self.u() + self.u() - 1.5)  # mean 0, deviation 1
     def chance(self, p): return self.u() < p
-    def pick(self, *weights):
+    def pick(self, *weights): # One for each choice
         "Numbers (n,) of the choices, as often as they weigh."
         ends = torch.tensor(weights).cumsum(0)
         return torch.bucketize(self.u(), ends[:-1]/ends[-1], right=True)
-    def one_of(self, values, *weights):
+    def one_of(self, values, *weights): # Numbers to choose from, and one for each; none: all alike
         "One of the values for each picture (n,)."
         return torch.tensor(values)[self.pick(*(weights or [1.]*len(values)))]
-    def either(self, p, yes, no):
+    def either(self, p, yes, no): # Chance of `yes`; numbers, or ranges (low, high)
         "`yes` with chance p, else `no`: numbers, or ranges of them."
         on = self.chance(p)
         yes, no = (self.u(*o) if isinstance(o, tuple) else torch.as_tensor(float(o)) for o in (yes, no))
         return torch.where(on, yes, no)
 
 # %% ../../nbs/01m_data.people.ipynb #06f3ff1a
-def dice(*keys): return np.random.Generator(np.random.PCG64([int(k) for k in keys]))
+def dice(
+    *keys, # Whole numbers: what the generator is for
+):
+    "A generator of its own for each thing that is drawn."
+    return np.random.Generator(np.random.PCG64([int(k) for k in keys]))
 
 # %% ../../nbs/01m_data.people.ipynb #2a062de0
 SKIN, HAIR, TOP, TOP2, INNER, LOW, LOW2, SHOE, BAG, BAG2, HAT, DARK = range(12)

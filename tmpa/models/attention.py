@@ -70,7 +70,9 @@ class STN(nn.Module):
         nn.init.zeros_(self.locate[-1].weight)
         with torch.no_grad(): self.locate[-1].bias.copy_(torch.tensor([1., 0, 0, 0, 1, 0]))
 
-    def theta(self, x):
+    def theta(self,
+        x, # (B, c, h, w)
+    ):
         "The affine maps (B, 2, 3), float32."
         return self.locate(x).float().view(-1, 2, 3)
 

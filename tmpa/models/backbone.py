@@ -219,11 +219,11 @@ class Tail(nn.Module):
         self.width = conv.out_channels if self.bottleneck else self.c_in//2
         self.c_out = _channels_out(self.layer4, self.c_in)
 
-    def project(self, x):
-        "The first 1x1 projection (B, c, h, w) -> (B, width, h, w) of a bottleneck; None for a basic block."
+    def project(self, x): # (B, c, h, w) of layer 3
+        "The first 1x1 projection of a bottleneck, (B, width, h, w); None for a basic block."
         return self.layer4[0].conv1(x) if self.bottleneck else None
 
-    def forward(self, x, k=None):
+    def forward(self, x, k=None): # (B, c, h, w) of layer 3, and its projection where that is known
         if k is None: return self.layer4(x)
         return self.layer4[1:](self.first_after(x, k))
 

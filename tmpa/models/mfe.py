@@ -21,12 +21,17 @@ class MFE(nn.Module):
         super().__init__()
         self.shared,self.visible,self.infrared = shared,visible,infrared
 
-    def forward(self, x_sh, x_vis, x_ir):
+    def forward(self,
+        x_sh, x_vis, x_ir, # Images (B, 3, H, W) for the three extractors
+    ):
         "F_sh, F^V_sp, F^I_sp of three batches of images, which may differ in length."
         return self.shared(x_sh), self.visible(x_vis), self.infrared(x_ir)
 
-    def own(self, x, modality):
-        "The specific feature of each row's own modality: (B, 3, H, W), (B,) -> (B, c, h, w)."
+    def own(self,
+        x, # (B, 3, H, W)
+        modality, # (B,) Modality of each
+    ): # (B, c, h, w)
+        "The specific feature of each row's own modality."
         if self.training:
             rows = slots(modality)
             parts = torch.cat([self.visible(x[rows[0]]), self.infrared(x[rows[1]])])

@@ -62,7 +62,9 @@ class MFT(nn.Module):
         self.k = conv1x1(c, m) if own_k else None
         init_new(self)
 
-    def branches(self, f_vis, f_ir):
+    def branches(self,
+        f_vis, f_ir, # (n, c, h, w) F^V_sp and F^I_sp
+    ):
         "Query and convolution of each modality, q^V, q^I, B^V, B^I, all (n, m, h, w)."
         q_vis, q_ir = self.vis.q(f_vis), self.ir.q(f_ir)
         return q_vis, q_ir, self.vis.conv(q_vis), self.ir.conv(q_ir)

@@ -45,7 +45,9 @@ class ReIDNet(nn.Module):
 
 # %% ../../nbs/11a_models.net.ipynb #9d10985f
 @patch
-def remember(self:ReIDNet, args):
+def remember(self:ReIDNet,
+    args, # Name -> value; `locals()` of `__init__` will do
+):
     "Check the arguments of `__init__` and keep them: `settings` as attributes, the others for `meta`."
     how = 'self', '__class__', 'kwargs', 'pretrained', 'weights', 'same_start'  # the last three: how weights begin
     args = {k: v for k,v in args.items() if k not in how}
@@ -64,13 +66,21 @@ def meta(self:ReIDNet):
 
 # %% ../../nbs/11a_models.net.ipynb #83394174
 @patch(cls_method=True)
-def from_pretrained(cls:ReIDNet, where, arch=None, attention=None, revision=None):
+def from_pretrained(cls:ReIDNet,
+    where, # A name, a folder or file, or a repository of the Hugging Face hub
+    arch=None, # ResNet builder, where the card names one that is not ours
+    attention=None, # Function of a channel count, where the network was made with one
+    revision=None, # Of a repository: branch, tag or commit
+):
     "A trained network of this class, see `tmpa.weights.from_pretrained`."
     from tmpa.weights import from_pretrained
     return from_pretrained(where, kind=cls, arch=arch, attention=attention, revision=revision)
 
 @patch
-def save_pretrained(self:ReIDNet, folder, **card):
+def save_pretrained(self:ReIDNet,
+    folder, # To write
+    **card # What is known about the weights
+):
     "Write a folder that `from_pretrained` reads, see `tmpa.weights.save_pretrained`."
     from tmpa.weights import save_pretrained
     return save_pretrained(self, folder, **card)

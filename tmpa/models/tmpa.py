@@ -126,14 +126,20 @@ def view(self:TMPANet,
 
 # %% ../../nbs/12_models.tmpa.ipynb #0f1eff29
 @patch
-def view_of_one_trunk(self:TMPANet, f_sh):
+def view_of_one_trunk(self:TMPANet,
+    f_sh, # (B, c, h, w)
+):
     "The baseline, with attention in MFT's place where it has one."
     if self.attention is not None: f_sh = self.attention(f_sh)
     f_c = self.tail(f_sh)                                          # (B, 2c, h, w)
     return ViewMaps(f_c, None, None, f_c)
 
 @patch
-def view_of_three_trunks(self:TMPANet, f_sh, f_vis, f_ir, modality):
+def view_of_three_trunks(self:TMPANet,
+    f_sh, # (B, c, h, w)
+    f_vis, f_ir, # (B, 2c, h, w) F^V_sp and F^I_sp, or one a slot
+    modality, # (B,): which specific feature is missing
+):
     "Table V without MFT: cross attention without parameters, between the outputs of whole trunks."
     f_sh = self.tail(f_sh)                                         # (B, 2c, h, w)
     f_vis, f_ir = repeated(f_vis, f_sh), repeated(f_ir, f_sh)

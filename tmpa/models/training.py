@@ -85,14 +85,22 @@ def generated(self:TrainingViews,
 
 # %% ../../nbs/11c_models.training.ipynb #4583c044
 @patch
-def train_one_trunk(self:TrainingViews, images, modality, mixed):
+def train_one_trunk(self:TrainingViews,
+    images, # (B, 3, H, W), normalised
+    modality, # (B,) Modality of each
+    mixed, # (B, 3, H, W) mixed forms of the images, or None
+):
     "One trunk has no slots and needs no pairs, unless it has a stem for each modality."
     index = torch.arange(len(images), device=images.device)
     def outputs(x): return self.head(self.view(x, modality=modality).f_c, modality, index)
     return self.both_views(outputs, images, mixed)
 
 @patch
-def train_singles(self:TrainingViews, images, modality, mixed):
+def train_singles(self:TrainingViews,
+    images, # (B, 3, H, W), normalised
+    modality, # (B,) Modality of each
+    mixed, # (B, 3, H, W) mixed forms of the images, or None
+):
     "Each row of F_C is one image, completed as in evaluation."
     vis, ir = slots(modality)                                          # (N,) rows of V_i and of I_i
     index = torch.arange(len(images), device=images.device)
@@ -108,7 +116,11 @@ def train_singles(self:TrainingViews, images, modality, mixed):
 
 # %% ../../nbs/11c_models.training.ipynb #05d8f191
 @patch
-def train_pairs(self:TrainingViews, images, modality, mixed):
+def train_pairs(self:TrainingViews,
+    images, # (B, 3, H, W), normalised
+    modality, # (B,) Modality of each
+    mixed, # (B, 3, H, W) mixed forms of the images, or None
+):
     "Each row of F_C is one half of a slot beside the slot's two specific features."
     vis, ir = slots(modality)
     index = torch.cat([vis, ir])                                       # (2N,) visible slots first

@@ -31,7 +31,7 @@ def _mean_and_spread(values): # Per cent of the runs of a row
 
 # %% ../../nbs/18e_vis.tables.ipynb #5007139d
 def plot_table(
-    table:RecipeTable,
+    table:RecipeTable, # Whose rows they are
     filled:list, # FilledRows
     setting:str, # Whose scores they are
 ):
@@ -55,7 +55,7 @@ def plot_table(
 def plot_differences(
     paper:dict, # Row -> difference that the paper prints, in points
     here:dict, # Name of a set of runs -> row -> Difference
-    xlabel:str='mAP, points above the first row',
+    xlabel:str='mAP, points above the first row', # Below the axis
 ):
     "Diamonds for the paper, dots with intervals for sets of runs; what crosses the line at 0 is not shown."
     rows = list(dict.fromkeys([*paper, *[row for found in here.values() for row in found]]))
@@ -79,8 +79,8 @@ def plot_differences(
 
 # %% ../../nbs/18e_vis.tables.ipynb #04b3e191
 def paper_differences(
-    table:RecipeTable,
-    metric:str='mAP',
+    table:RecipeTable, # Of the paper
+    metric:str='mAP', # One of its columns
 )->dict: # Row -> points; the row that others are compared with is left out
     "What the paper's numbers differ by from the table's base; empty without one."
     base = table.base_row and table.base_row.paper.get(metric)
