@@ -117,7 +117,7 @@ class StoredNames:
     ):
         self.store, self.generation, self.n = store, None, 0
 
-    def update(self, keys): "Nothing to do: the store knows."
+    def update(self, keys): "Nothing to do: the store knows."  # Of new files
 
     def _look(self):
         "Take note of what is new: most by the order of their hashes, the last ones in a dictionary."
