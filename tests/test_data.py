@@ -10,7 +10,8 @@ from fastai.learner import Learner
 from fastai.callback.schedule import lr_find
 from fastai.vision.augment import aug_transforms
 from tmpa.core import ConfigError, DataError, ProtocolError, ReIDImage
-from tmpa.data.image import _bits, decoded, image_exts
+from tmpa.data.image import decoded
+from tmpa.data.raw import _bits, image_exts
 from tmpa.results import read_lines
 from tmpa.report import write_report
 from tmpa.models.tmpa import TMPANet

@@ -9,7 +9,7 @@ FILES = sorted(f for f in ROOT.rglob('*.py') if f.name not in ('_modidx.py', '__
 
 CEILINGS = {
     'lines over 120 columns': 0,
-    'modules over 250 lines': 7,
+    'modules over 250 lines': 5,
     'export cells over 30 lines': 30,
     'functions with 8 parameters or more': 37,
     'own names in tmpa.all': 155,
@@ -110,6 +110,7 @@ def test_no_name_hides_one_of_fastai():
 @pytest.mark.parametrize('module, names', [
     ('callback.loop', 'RunawayError StopRunaway not_finite'), ('callback.mix', 'show_mixes'),
     ('models.net', 'load_tmpa load_weights read_meta save_weights'),
+    ('data.image', 'image_exts'), ('data.readers', 'as_float decoded item_range load_resized read_image'),
     ('store', 'StoredItems StoredNames as_record as_records read_head'),
     ('verify', 'OpenSet Roc open_set plot_curves roc unit_distances')])
 def test_what_moved_is_found_where_it_was(module, names):

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from PIL import Image
 from .core import CheckpointError, ConfigError, DataError, Modality, ReIDImage
 from .data.folder import find_records
-from .data.image import FORMATS
+from .data.raw import FORMATS, known_formats
 from .search import Gallery
 from .vis.hits import thumbnail
 
@@ -31,7 +31,7 @@ def open_picture(
     def opened():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # a lower limit follows
-            return Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
+            return Image.open(io.BytesIO(data), formats=known_formats())
     if not data: raise DataError('the file is empty: choose a picture')
     Image.init()
     try: im = opened()

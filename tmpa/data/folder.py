@@ -15,7 +15,8 @@ from typing import NamedTuple
 from warnings import warn
 from ..core import (UNKNOWN, ConfigError, DataError, Modality, ReIDImage, as_picture, check_record, check_records,
                        known, shortened, user_path, whole_number)
-from .image import image_exts, read_image
+from .image import read_image
+from .raw import image_exts
 
 # %% ../../nbs/01j_data.folder.ipynb #205a4dc9
 _litter = {'thumbs.db', 'desktop.ini'} # what Windows leaves in folders
