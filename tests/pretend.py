@@ -6,58 +6,32 @@ GPU would raise. Autocast lowers what takes the time, not all that CUDA's does. 
 """
 import ctypes, sys
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.library import Library, fallthrough_kernel
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = 'pretend'
-EXTERNAL, UINT = 12, 1  # DLPack's codes of a device of somebody else's and of unsigned numbers
+EXTERNAL = 12  # DLPack's code of a device of somebody else's
+CPU = torch.device('cpu')
 CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+AS_STRIDED = torch.ops.aten.as_strided.default
 
 
 # ---------------------------------------------------------------- memory
 # A CPU tensor, handed over as one of the device by DLPack.
 
-class _DLTensor(ctypes.Structure):
-    _fields_ = [
-        ('data', ctypes.c_void_p),
-        ('device_type', ctypes.c_int32), ('device_id', ctypes.c_int32),
-        ('ndim', ctypes.c_int32),
-        ('code', ctypes.c_uint8), ('bits', ctypes.c_uint8), ('lanes', ctypes.c_uint16),
-        ('shape', ctypes.c_void_p), ('strides', ctypes.c_void_p),
-        ('byte_offset', ctypes.c_uint64),
-    ]
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
-class _Managed(ctypes.Structure):
-    _fields_ = [('tensor', _DLTensor), ('context', ctypes.c_void_p), ('deleter', ctypes.c_void_p)]
-
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-_libc = ctypes.CDLL(None)
-_libc.calloc.restype, _libc.calloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]*2
-_free = ctypes.cast(_libc.free, ctypes.c_void_p).value
-
-def _bytes_of(n):
-    "n bytes of the device, zeros. Description and numbers are one block, so that C's `free` is all that ends them."
-    head = -(-ctypes.sizeof(_Managed)//64)*64
-    block = _libc.calloc(1, head + 64 + max(n, 1))
-    sizes = (ctypes.c_int64*2).from_address(block + head)
-    sizes[0], sizes[1] = n, 1
-    managed = _Managed.from_address(block)
-    managed.tensor = _DLTensor(block + head + 64, EXTERNAL, 0, 1, UINT, 8, 1, block + head, block + head + 8, 0)
-    managed.deleter = _free
-    return torch._C._from_dlpack(_capsule(block, b'dltensor', None))
-
-def _there(x, like=None):
-    "A CPU tensor's numbers on the device, with its strides."
-    last = sum((n-1)*s for n,s in zip(x.shape, x.stride()))
-    span = last + 1 if x.numel() else 0
-    raw = _bytes_of(span*x.element_size())
-    typed = torch.ops.aten.view.dtype.redispatch(CPU_KEYS, raw, x.dtype)
-    out = torch.ops.aten.as_strided.default.redispatch(CPU_KEYS, typed, x.shape, x.stride(), 0)
-    _here(out).copy_(x)
-    return out
+def _there(x):
+    "A CPU tensor of ours as one of the device, with its memory and strides."
+    capsule = torch._C._to_dlpack(x)
+    # the first two fields: where the numbers are, and the type of their device
+    device_type = ctypes.c_int32.from_address(_pointer(capsule, b'dltensor') + ctypes.sizeof(ctypes.c_void_p))
+    device_type.value = EXTERNAL
+    return torch._C._from_dlpack(capsule)
 
 def _set_(x, storage, offset, shape, strides=()):
     op = torch.ops.aten.set_.source_Storage_storage_offset
@@ -71,17 +45,13 @@ def _here(x):
     "The same memory as a CPU tensor."
     s = x.untyped_storage()
     if not s.nbytes(): return torch.empty(x.shape, dtype=x.dtype)
-    s = torch._C._construct_storage_from_data_pointer(s.data_ptr(), torch.device('cpu'), s.nbytes())
+    s = torch._C._construct_storage_from_data_pointer(s.data_ptr(), CPU, s.nbytes())
     return torch.empty(0, dtype=x.dtype).set_(s, x.storage_offset(), x.shape, x.stride())
 
 
 # ---------------------------------------------------------------- operations
 
-def _is_there(x): return isinstance(x, torch.Tensor) and x.device.type == NAME
-
-def _each(f, x):
-    "`f` of everything in tuples and lists; torch's own tree functions take most of the time here."
-    return type(x)([_each(f, o) for o in x]) if type(x) in (tuple, list) else f(x)
+def _is_there(x): return isinstance(x, torch.Tensor) and not x.is_cpu and x.device.type == NAME
 
 def _tensors(xs, out):
     for x in xs:
@@ -89,18 +59,32 @@ def _tensors(xs, out):
         elif type(x) in (tuple, list): _tensors(x, out)
     return out
 
-def _run(op, args, kwargs):
-    "Run `op` on the same memory by the CPU's kernel; its results are views of an argument, an argument itself, or new."
-    mine = [x for x in _tensors((args, tuple(kwargs.values())), []) if _is_there(x)]
-    pairs = [(x, _here(x)) for x in mine]
-    known = {id(x): c for x,c in pairs}
+def _check_devices(op, args, kwargs):
+    "Indices of what is on the device may be the CPU's, in a list; so may tensors without a dimension."
+    indexed = 'index' in op._schema.name and isinstance(args[1], (tuple, list)) and _is_there(args[0])
+    look = (args[0], args[2:]) if indexed else args
+    devices = {x.device.type for x in _tensors((look, tuple(kwargs.values())), []) if x.dim() or _is_there(x)}
+    if len(devices) > 1:
+        found = ' and '.join(sorted(devices))
+        raise RuntimeError(f'Expected all tensors to be on the same device, but found at least two devices, {found}! ({op})')
+
+def _fallback(op, *args, **kwargs):
+    """Run `op` on the same memory by the CPU's kernel. Its results are views of an argument, an argument itself, or new.
+
+    Called for every operation: it looks at each argument once.
+    """
+    pairs, elsewhere = [], []
     def lower(x):
-        if isinstance(x, torch.device) and x.type == NAME: return torch.device('cpu')
-        return known.get(id(x), x)
-    out = op(*_each(lower, args), **{k: _each(lower, v) for k,v in kwargs.items()})
-    for x,c in pairs:
-        if c.numel() > x.numel() == 0: _set(x, _there(c))  # an empty one that was to be filled
+        if isinstance(x, torch.Tensor):
+            if _is_there(x):
+                pairs.append((x, _here(x)))
+                return pairs[-1][1]
+            if x.dim(): elsewhere.append(x)
+        elif type(x) in (tuple, list): return type(x)(map(lower, x))
+        elif isinstance(x, torch.device) and x.type == NAME: return CPU
+        return x
     def lift(c):
+        if type(c) in (tuple, list): return type(c)(map(lift, c))
         if not isinstance(c, torch.Tensor): return c
         for x,k in pairs:
             if c is k: return x
@@ -108,27 +92,28 @@ def _run(op, args, kwargs):
         for x,k in pairs:
             if memory and memory == k.untyped_storage().data_ptr():
                 if x.dtype != c.dtype: x = torch.ops.aten.view.dtype.redispatch(CPU_KEYS, x, c.dtype)
-                as_strided = torch.ops.aten.as_strided.default
-                return as_strided.redispatch(CPU_KEYS, x, c.shape, c.stride(), c.storage_offset())
+                return AS_STRIDED.redispatch(CPU_KEYS, x, c.shape, c.stride(), c.storage_offset())
         return _there(c)
-    return _each(lift, out)
-
-def _fallback(op, *args, **kwargs):
     with torch._C.DisableTorchFunctionSubclass():
-        # indices may be the CPU's, in a list; so may tensors without a dimension
-        takes_indices = 'index' in op._schema.name
-        look = (args[0], args[2:]) if takes_indices and isinstance(args[1], (tuple, list)) else args
-        devices = {x.device.type for x in _tensors((look, tuple(kwargs.values())), []) if x.dim() or _is_there(x)}
-        if len(devices) > 1:
-            found = ' and '.join(sorted(devices))
-            raise RuntimeError('Expected all tensors to be on the same device, but found at least two devices, '
-                               f'{found}! ({op})')
-        return _run(op, args, kwargs)
+        lowered = [lower(x) for x in args]
+        named = {k: lower(v) for k,v in kwargs.items()}
+        if elsewhere: _check_devices(op, args, kwargs)
+        out = op(*lowered, **named)
+        for x,c in pairs:
+            if c.numel() > x.numel() == 0: _set(x, _there(c))  # an empty one that was to be filled
+        return lift(out)
 
 def _copy_(self, src, non_blocking=False):
     with torch._C.DisableTorchFunctionSubclass():
         (_here(self) if _is_there(self) else self).copy_(_here(src) if _is_there(src) else src)
     return self
+
+def _empty(shape, **kwargs): return _there(torch.empty(shape, **{**kwargs, 'device': CPU}))
+
+def _same_memory(name):
+    "A view, as the CPU makes it: its kernel looks at no number."
+    op = getattr(torch.ops.aten, name).default
+    return lambda *args: op.redispatch(CPU_KEYS, *args)
 
 def _convolution(*args): return _fallback(torch.ops.aten.convolution.default, *args)
 
@@ -159,7 +144,7 @@ def _deepcopy(x, memo):
     return memo.setdefault(id(x), copied)
 
 def _storage_on_cpu(storage):
-    same = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), torch.device('cpu'), storage.nbytes())
+    same = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), CPU, storage.nbytes())
     return same.clone()
 
 _OfCPU = torch.Generator
@@ -195,6 +180,15 @@ def _lowered(name):
             return op(*map(cast, args), **{k: cast(v) for k,v in kwargs.items()})
     return run
 
+def _in_two_steps():
+    "Operations that PyTorch else does on a device of others by an empty result and a call that fills it."
+    made_so = 'CompositeExplicitAutogradNonFunctional'
+    for full in torch._C._dispatch_get_all_op_names():
+        if not full.startswith('aten::') or not torch._C._dispatch_has_kernel_for_dispatch_key(full, made_so): continue
+        name, _, overload = full.removeprefix('aten::').partition('.')
+        if torch._C._dispatch_has_kernel_for_dispatch_key(full, 'CPU'):
+            yield getattr(getattr(torch.ops.aten, name), overload or 'default')
+
 _libraries = []
 
 class _Module(_DummyBackendModule):
@@ -210,6 +204,9 @@ def _register():
     aten = Library('aten', 'IMPL')
     every.fallback(_fallback, 'PrivateUse1')
     aten.impl('copy_', _copy_, 'PrivateUse1')
+    aten.impl('empty.memory_format', _empty, 'PrivateUse1')
+    for name in ('as_strided', 'view', '_reshape_alias'): aten.impl(name, _same_memory(name), 'PrivateUse1')
+    for op in _in_two_steps(): aten.impl(op, partial(_fallback, op), 'PrivateUse1')
     aten.impl('convolution_overrideable', _convolution, 'PrivateUse1')
     aten.impl('convolution_backward_overrideable', _convolution_backward, 'PrivateUse1')
     every.fallback(fallthrough_kernel, 'AutocastPrivateUse1')
