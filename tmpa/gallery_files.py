@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from .core import (CheckpointError, ConfigError, DataError, TMPAError, arg_names, atomic_write, check_names,
                        regular_file, remove_dead, user_path)
 from .files import check_zip, first_wrong, is_a, so_many, whole
-from .gallery import Gallery, stored_threshold
+from .gallery import stored_threshold
+from .gallery_weights import Gallery
 from .store import Store, write_store
 from .store_files import HEAD
 from .store_records import as_record, as_records
