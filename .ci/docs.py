@@ -23,6 +23,7 @@ NUMBER = r'\d+[a-z]*_'                                       # before a notebook
 NOTEBOOK_LINK = re.compile(rf'(\]\((?:[\w.]+/)*|^ *- +(?:[\w.]+/)*){NUMBER}([\w.]+\.ipynb)', re.M)
 MATH = re.compile(r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]](?=</span>)', re.S)
 PLOT = re.compile(r'(<img (?:alt="[^"]*" )?src="data:image/(?:png|jpeg);base64,([^"]+)" class="img-fluid")')
+SCREEN = 100                                                 # characters of a line of printed columns that a desk's screen holds
 INCH = 96                                                    # in pixels of a style sheet
 FETCHED = re.compile(r'<(?:link rel="stylesheet"|script)[^>]* (?:href|src)="https?://[^>]*>(?:</script>)?')
 FONTS = re.compile(r'@import url\(https?:[^)]*\);')
@@ -31,6 +32,8 @@ LETTERS = re.compile(r'<mi mathvariant="(script|double-struck)">([A-Z])</mi>')
 STYLED = dict(script=dict(zip('BEFHILMR', 'ℬℰℱℋℐℒℳℛ')), **{'double-struck': dict(zip('CHNPQRZ', 'ℂℍℕℙℚℝℤ'))})
 BLOCK = {'script': 0x1D49C, 'double-struck': 0x1D538}
 BAR = '<mo stretchy="false">&#x0007C;</mo>'                  # |x|, which browsers would set apart as a relation
+OPEN_SOURCE = r'#| code-fold: show\n#| code-summary: \"Exported source\"'   # as nbdev writes it, in a file of JSON
+FOLDED_SOURCE = r'#| code-fold: true\n#| code-summary: \"Source\"'
 QUARTO_ONLY = re.compile(r'(output-file|html-math-method|grid) is (not read|ignored)')
 
 
@@ -49,7 +52,7 @@ def prepare(nbs, work):
 
 def shape_page(page):
     "Examples shown, tests folded, in a prepared notebook."
-    nb = shape_cells(json.loads(page.read_text(encoding='utf8')))
+    nb = shape_cells(json.loads(page.read_text(encoding='utf8').replace(OPEN_SOURCE, FOLDED_SOURCE)))
     page.write_text(json.dumps(nb), encoding='utf8')
 
 
@@ -70,8 +73,15 @@ def plot_size(found):
 
 
 def sentences(found):
-    "A printed output without columns, whose lines may wrap; columns keep their places and scroll."
-    return found[0] if re.search(r'\S {3,}\S', found[1]) else found[0].replace('cell-output-stdout', 'cell-output-stdout sentences', 1)
+    "A printed output without columns, whose lines may wrap; columns keep their places, and wide ones scroll."
+    columns = [o for o in found[1].splitlines() if re.search(r'\S {3,}\S', o)]
+    kind = 'sentences' if not columns else 'around' if max(map(len, columns)) <= SCREEN else ''
+    return found[0].replace('cell-output-stdout', f'cell-output-stdout {kind}'.strip(), 1)
+
+
+def short_numbers(found):
+    "fastai's table of epochs with three places instead of six, so that its columns can be read."
+    return re.sub(r'(?<=\.\d{3})\d{3}(?=<)', '', found[0])
 
 
 def finish(page, out, url):
@@ -79,6 +89,7 @@ def finish(page, out, url):
     text = FETCHED.sub('', MATH.sub(mathml, page.read_text(encoding='utf8')))
     text = PLOT.sub(plot_size, text)
     text = re.sub(r'<div class="cell-output cell-output-stdout">(.*?)</div>', sentences, text, flags=re.S)
+    text = re.sub(r'<table[^>]*fastprogress.*?</table>', short_numbers, text, flags=re.S)
     text = re.sub(r'<t[hd]\b.*?</t[hd]>', lambda m: m[0].replace('Rank-', 'Rank&#8209;').replace('± ', '±&nbsp;'), text, flags=re.S)
     text = re.sub(rf'(?<=href="){re.escape(url)}/', os.path.relpath(out, page.parent) + '/', text)
     page.write_text(text, encoding='utf8')

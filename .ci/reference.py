@@ -13,7 +13,7 @@ from nbdev.processors import FilterDefaults
 
 EMPTY = inspect.Parameter.empty
 DEFS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
-WIDTH = 88                                                    # of a signature
+WIDTH = 80                                                    # of a signature
 SHAPE = r'\((?:[\w*+]+, ?)+[\w*+]*\)'
 SHAPES = re.compile(rf'{SHAPE}(?: and {SHAPE})*')
 OWN = 'tmpa'                                                  # whose classes show how they are made
@@ -21,6 +21,8 @@ ARRAYS = 'Tensor', 'ndarray'
 STARS = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
 WORD = re.compile(r"`[^`]*`|(?<!\w)'[\w.+/-]+'(?!\w)")          # a value in quotes, and what is code already
 PROPERTIES = property, functools.cached_property
+SYMBOL = re.compile(r"`[^`]*`|(?<![\w./'\"])([EFC]'?)((?:[_^](?:sh|sp|C|V|I)){1,2})(?![\w(])")   # of the paper, as docments write them
+OPTION = re.compile(r'`[^`]*`|(?<!\w)--[a-z][\w-]*')   # an option of a command, whose two dashes would become one
 NAME = re.compile(r'`[^`]*`|(?<![\w.+\'"/])(?:tmpa\.[\w.]+\w|[a-z]+_\w+|[A-Z][a-z]\w*[A-Z]\w*|[A-Z]{2}\w+[a-z]\w*)(?![\w\'"/])')
 
 
@@ -190,9 +192,17 @@ def with_shape(kind, text):
     return f'{kind} {shape}'.strip(), rest if re.match(r'(bool|u?int|float)\d*\b', rest) else rest[:1].upper() + rest[1:]
 
 
+def as_maths(found):
+    "A symbol of the paper such as F^V_sp as an equation; code stays as it is."
+    if found[0][0] == '`': return found[0]
+    return f'${found[1]}' + re.sub(r'([_^])(\w+?)(?=[_^]|$)', r'\1{\2}', found[2]) + '$'
+
+
 def named(text):
     "Prose with the names of ours in it marked as code, which become links."
     known = NbdevLookup().syms
+    text = SYMBOL.sub(as_maths, text)
+    text = OPTION.sub(lambda m: m[0] if m[0][0] == '`' else f'`{m[0]}`', text)
     return NAME.sub(lambda m: f'`{m[0]}`' if m[0][0] != '`' and m[0] in known else m[0], text)
 
 

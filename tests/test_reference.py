@@ -163,3 +163,8 @@ def test_entries_are_fit_to_read():
     said = {name: text.split('```')[1] for name, _, text in entries()}
     for name in ('tmpa.learner.tmpa_learner', 'tmpa.learner.reid_learner', 'tmpa.dart.dart_learner'):
         assert 'opt_func=sgd' in said[name] and 'splitter=split_params' in said[name] and 'wd_bn_bias=True' in said[name]
+
+
+def test_symbols_and_options_in_docments():
+    assert reference.named("The parts E_sh, F'^V_sp and `F_C`; a name such as f_sh stays") == "The parts $E_{sh}$, $F'^{V}_{sp}$ and `F_C`; a name such as f_sh stays"
+    assert reference.named('With --features: the rule; `--k 2` as well') == 'With `--features`: the rule; `--k 2` as well'

@@ -167,7 +167,8 @@ def difference_table(
         d = difference(runs, scores[base], level)
         interval = 'none: one run' if isnan(d.low) else f'{d.low:+.1f} to {d.high:+.1f}'
         shown_from = '-' if isnan(d.low) else f'{d.needs:.1f}'
-        rows.append([f'{name} − {base}', f'{d.diff:+.1f}', interval, shown_from, ', '.join(map(str, d.runs))])
+        diff = round(d.diff, 1) + 0.                          # not -0.0
+        rows.append([f'{name} − {base}', f'{diff:+.1f}', interval, shown_from, ', '.join(map(str, d.runs))])
     return TextTable(rows)
 
 # %% ../nbs/13i_results.ipynb #f9f70f50
