@@ -6,6 +6,7 @@
 __all__ = ['CSS', 'JS', 'results_section', 'home_page']
 
 # %% ../nbs/22b_page.ipynb #fc711130
+from importlib.resources import files
 from pathlib import Path
 from .core import Modality, known
 from .desk import MAX_BYTES, PAGE, PAGES, image_name
@@ -79,88 +80,9 @@ def _form(desk):
                 Label('Show: ', Select(*cam, id='cam')), id='form')
 
 # %% ../nbs/22b_page.ipynb #79d2a78e
-CSS = '''
-:root { color-scheme: light dark; --line: #8885; --soft: #8882; --match: #117733; --maybe: #8a6d00; --nobody: #666 }
-* { box-sizing: border-box }
-body { margin: 0; font: 15px/1.45 system-ui, sans-serif }
-main { max-width: 1200px; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.5rem; margin: .3rem 0 } h2 { font-size: 1.1rem; margin: 0 }
-p { margin: .3rem 0 }
-form { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; align-items: center; margin: .8rem 0 }
-#drop { flex: 1 1 100%; border: 2px dashed var(--line); border-radius: 10px; padding: 1.6rem 1rem;
-  text-align: center; cursor: pointer }
-#drop.over, #drop:hover, #drop:focus-within { background: var(--soft) }
-#drop input { position: absolute; width: 1px; height: 1px; opacity: 0 }
-select, button { font: inherit; color: inherit; background: var(--soft); border: 1px solid var(--line);
-  border-radius: 6px; padding: .3rem .7rem }
-button:disabled { opacity: .4 }
-#said { min-height: 1.5em; font-weight: 600 }
-.asked { display: flex; gap: 1rem; align-items: flex-start; margin-bottom: 1rem }
-.asked img { height: 150px; max-width: 35%; object-fit: contain; border: 1px solid var(--line); border-radius: 8px }
-.note { opacity: .75 }
-.hits { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: .8rem }
-figure { margin: 0; font-size: 13px; min-width: 0 }
-figure button { padding: 0; width: 100%; height: 170px; border-radius: 8px; overflow: hidden; cursor: pointer }
-figure img { width: 100%; height: 100%; object-fit: contain; display: block }
-.d { float: right; font-variant-numeric: tabular-nums }
-.path { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; opacity: .7 }
-.verdict { color: #fff; border-radius: 5px; padding: 0 .45em; background: var(--nobody) }
-.match { background: var(--match) } .maybe { background: var(--maybe) } .big { font-size: 1.15rem; padding: .1em .6em }
-.turn { display: flex; gap: 1rem; justify-content: center; align-items: center; margin: 1.2rem 0 }
-@media (max-width: 480px) {
-  .hits { grid-template-columns: repeat(3, 1fr); gap: .5rem }
-  figure button { height: 130px }
-  .asked img { height: 110px }
-}
-'''
+def _file(name):
+    "A text file of the package."
+    return (files('tmpa')/name).read_text(encoding='utf8')
 
-# %% ../nbs/22b_page.ipynb #06308729
-JS = '''
-const by = id => document.getElementById(id), out = by('out'), said = by('said'), drop = by('drop')
-let file = null, last = 0
-async function show(url, options) {
-  const mine = ++last
-  said.textContent = 'Searching ...'
-  try {
-    const r = await fetch(url, options), text = await r.text()
-    if (mine !== last) return
-    if (r.status === 410 && file) return ask(file)
-    said.textContent = r.ok ? '' : text
-    if (r.ok) out.innerHTML = text
-  } catch { if (mine === last) said.textContent = 'No answer: is tmpa_serve still running?' }
-}
-function ask(f) {
-  file = f
-  const most = +document.body.dataset.most
-  if (f.size > most) {
-    last++  // what is on its way no longer counts
-    said.textContent = `${f.name} has ${Math.ceil(f.size/2**20)} MB, more than ${most/2**20}: choose a smaller picture`
-    return
-  }
-  const q = new URLSearchParams({ modality: by('modality').value, cam: by('cam').value })
-  show('ask?' + q, { method: 'POST', body: f, headers: { 'content-type': 'application/octet-stream' } })
-}
-function again(page) {
-  const s = out.querySelector('[data-query]')
-  if (s) show('hits?' + new URLSearchParams({ q: s.dataset.query, page, cam: by('cam').value }))
-}
-by('form').addEventListener('submit', e => e.preventDefault())
-by('file').addEventListener('change', e => { if (e.target.files[0]) ask(e.target.files[0]); e.target.value = '' })
-by('modality').addEventListener('change', () => { if (file) ask(file) })
-by('cam').addEventListener('change', () => again(1))
-for (const name of ['dragover', 'dragleave', 'drop']) document.addEventListener(name, e => {
-  e.preventDefault()
-  drop.classList.toggle('over', name === 'dragover')
-  if (name === 'drop' && e.dataTransfer.files[0]) ask(e.dataTransfer.files[0])
-})
-document.addEventListener('paste', e => { const f = e.clipboardData.files[0]; if (f) ask(f) })
-out.addEventListener('click', e => {
-  const like = e.target.closest('[data-like]'), page = e.target.closest('[data-page]')
-  if (page) again(page.dataset.page)
-  if (like) {
-    file = null
-    show(`like/${like.dataset.like}?` + new URLSearchParams({ cam: by('cam').value }), { method: 'POST' })
-  }
-  if (like || page) scrollTo(0, 0)
-})
-'''
+CSS = _file('page.css')
+JS = _file('page.js')

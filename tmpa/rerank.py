@@ -24,7 +24,7 @@ def rerank_slow(
     np.fill_diagonal(d, 0)
     d /= d.max(axis=1, keepdims=True)
     near = np.argsort(d - np.eye(n), axis=1, kind='stable')  # each image is the first of its own neighbours
-    mutual = lambda i, k: {j for j in near[i,:k+1] if i in near[j,:k+1]}
+    def mutual(i, k): return {j for j in near[i,:k+1] if i in near[j,:k+1]}
     half, v = round(k1/2), np.zeros((n, n))
     for i in range(n):
         group = core = mutual(i, k1)
@@ -97,6 +97,25 @@ def _shared(v, g, most=2**22):
     sums = np.bincount(cells, least, minlength=v.shape[0]*g.shape[0])
     return sums.reshape(v.shape[0], g.shape[0])
 
+# %% ../nbs/13b_rerank.ipynb #b76e04b9
+def _mean_of_nearest(v, near):
+    "Each row of `v` (n, n) as the mean of those of its nearest (n, k)."
+    n, k = near.shape
+    mean = np.full(n*k, 1/k), near.cpu().numpy().ravel(), np.arange(0, n*k+1, k)
+    return sparse.csr_matrix(mean, (n, n)) @ v
+
+def _checked(q_feats, g_feats, k1, k2):
+    "Features as matrices of one model, and numbers of neighbours that there are."
+    q, g = (check_finite(as_matrix(f, k), k) for f, k in ((q_feats, 'q_feats'), (g_feats, 'g_feats')))
+    if q.shape[1] != g.shape[1]:
+        raise ProtocolError(f'q_feats have {q.shape[1]} columns and g_feats {g.shape[1]}: '
+                            'both must come from one model')
+    n = len(q) + len(g)
+    if not all(isinstance(k, (int, np.integer)) for k in (k1, k2)) or not 0 < k2 <= k1 < n:
+        raise ProtocolError(f'k1={k1}, k2={k2}: re-ranking needs whole numbers 0 < k2 <= k1 < {n}, '
+                            'the number of images')
+    return q, g
+
 # %% ../nbs/13b_rerank.ipynb #f2371ca7
 def reranker(
     q_feats, g_feats,  # (n_q, D) and (n_g, D) features; L2-normalised here
@@ -106,22 +125,14 @@ def reranker(
     chunk:int=128,     # Rows at a time: memory is some chunk x (n_q + n_g) numbers
 ): # A function from the numbers of some queries (b,) to their float64 distances (b, n_g)
     "What re-ranking has to know of all images, and the distances of a few queries from it."
-    q, g = (check_finite(as_matrix(f, k), k) for f,k in ((q_feats, 'q_feats'), (g_feats, 'g_feats')))
-    if q.shape[1] != g.shape[1]:
-        raise ProtocolError(f'q_feats have {q.shape[1]} columns and g_feats {g.shape[1]}: '
-                            'both must come from one model')
+    q, g = _checked(q_feats, g_feats, k1, k2)
     n, n_q = len(q) + len(g), len(q)
-    if not all(isinstance(k, (int, np.integer)) for k in (k1, k2)) or not 0 < k2 <= k1 < n:
-        raise ProtocolError(f'k1={k1}, k2={k2}: re-ranking needs whole numbers 0 < k2 <= k1 < {n}, '
-                            'the number of images')
     what, size = f're-ranking {n_q:,} queries in a gallery of {len(g):,}', 3*n*q.shape[1]*g.element_size() + 64*chunk*n
     with in_memory(what, size, 'pass a smaller chunk, or fewer images', g.device):
         x = F.normalize(torch.cat([q.to(g), g]), dim=1)
         first = _first_equal(x)
         near, top = _neighbours(x, k1+1, chunk, first)
-        v = _encode(x, near, top, k1, chunk)
-        mean = np.full(n*k2, 1/k2), near[:,:k2].cpu().numpy().ravel(), np.arange(0, n*k2+1, k2)
-        v = sparse.csr_matrix(mean, (n, n)) @ v
+        v = _mean_of_nearest(_encode(x, near, top, k1, chunk), near[:,:k2])
         vq, vg = v[:n_q], v[n_q:].tocsc()
     def distances(rows):
         d = 2 - 2*x[rows]@x[n_q:].T if first is None else (2 - 2*x[rows]@x.T)[:,first[n_q:]]
@@ -137,7 +148,7 @@ def rerank(
     k2:int=6,          # Neighbours over which the encoding is averaged
     lam:float=0.3,     # Share of the original distance
     chunk:int=128,     # Rows at a time: memory is some chunk x (n_q + n_g) numbers beside the result
-) -> np.ndarray: # (n_q, n_g) float64 distances for cmc_map
+)->np.ndarray: # (n_q, n_g) float64 distances for cmc_map
     "k-reciprocal re-ranking of Zhong et al., in blocks of rows."
     n_q, n_g = len(q_feats), len(g_feats)
     remedy = 'call evaluate(..., rerank=True), which needs a block of them at a time, or take fewer images'

@@ -14,6 +14,7 @@ load_fastai()
 # %% ../nbs/22c_serve.ipynb #a9142cc0
 import asyncio, ipaddress, socket
 from urllib.parse import urlsplit
+from fastcore.basics import patch
 from fastcore.script import call_parse
 from .core import ConfigError, DataError, TMPAError
 from .desk import MAX_BYTES, PAGES, Desk
@@ -90,78 +91,106 @@ def _number(text, most, name):
         raise ConfigError(f'{name}={text[:40]}: give a number from 0 to {most}')
     return int(text)
 
-# %% ../nbs/22c_serve.ipynb #ee6bd789
+# %% ../nbs/22c_serve.ipynb #b8eb2421
 _WAITING = 4             # Uploads that are held in memory at a time
 
+class _Answers:
+    "What the page of a gallery answers, a method for each address."
+    def __init__(self,
+        gallery:Gallery, # As in make_app
+    ):
+        self.desk, self.gallery = Desk(gallery), gallery
+        self.waiting, self.readers = asyncio.Semaphore(_WAITING), asyncio.Semaphore(_WAITING)
+
+    async def _html(self, work):
+        "A part of the page, or the one line of what is wrong."
+        from starlette.concurrency import run_in_threadpool
+        from starlette.responses import HTMLResponse
+        try: return HTMLResponse(await run_in_threadpool(work))
+        except TMPAError as e: return _text(str(e), 400)
+
+    def _shown(self, name, page=1, cam=None):
+        "A question and a page of its hits, as HTML."
+        from fasthtml.core import to_xml
+        return to_xml(results_section(self.desk, name, self.desk.asked.get(name), page, cam))
+
+    def _place(self, request):
+        "Place of an image, from the path of an address; None where there is no such image."
+        try: return _number(request.path_params['place'], len(self.gallery) - 1, 'place')
+        except ConfigError: return None
+
+# %% ../nbs/22c_serve.ipynb #642bc6fb
+def _asked(request, name, most): return _number(request.query_params.get(name), most, name)
+
+def _camera(request): return _asked(request, 'cam', 10**9)
+
+@patch
+async def _home(self:_Answers, request):
+    "The page before anything was asked."
+    from fasthtml.core import to_xml
+    return await self._html(lambda: to_xml(home_page(self.desk)))
+
+@patch
+async def _ask(self:_Answers, request):
+    "Hits of a picture that was sent."
+    from starlette.requests import ClientDisconnect
+    async with self.waiting:
+        try:
+            m, cam = _asked(request, 'modality', 1), _camera(request)
+            data = await _body(request)
+        except TMPAError as e:
+            r = _text(str(e), 413 if 'MB' in str(e) else 400)
+            r.headers['connection'] = 'close'  # or the rest of the file would be waited for
+            return r
+        except ClientDisconnect: return _text('the file did not arrive', 400)
+        return await self._html(lambda: self._shown(self.desk.ask(data, m), cam=cam))
+
+# %% ../nbs/22c_serve.ipynb #80b09b7f
+@patch
+async def _like(self:_Answers, request):
+    "Hits of an image of the gallery."
+    place = self._place(request)
+    if place is None: return _text('there is no such image', 404)
+    return await self._html(lambda: self._shown(self.desk.ask_like(place), cam=_camera(request)))
+
+@patch
+async def _hits(self:_Answers, request):
+    "Another page of hits."
+    name = request.query_params.get('q', '')
+    if self.desk.asked.get(name) is None: return _text('this question is forgotten: ask it again', 410)
+    return await self._html(lambda: self._shown(name, _asked(request, 'page', PAGES) or 1, _camera(request)))
+
+@patch
+async def _image(self:_Answers, request):
+    "A small copy of an image of the gallery."
+    from starlette.concurrency import run_in_threadpool
+    from starlette.responses import Response
+    place = self._place(request)
+    if place is None: return _text('there is no such image', 404)
+    async with self.readers: data = await run_in_threadpool(self.desk.picture, place)
+    if data is None: return _text('this image cannot be read any more', 404)
+    return Response(data, media_type='image/jpeg')
+
+# %% ../nbs/22c_serve.ipynb #4336f222
 def make_app(
     gallery:Gallery, # With a model, or to be searched with its own images alone
     names:tuple=(), # Of this machine, by which it may be called beside localhost and its number
 ): # For uvicorn, or for any other server of ASGI
     "The page of a gallery."
-    try: from fasthtml.core import FastHTML, to_xml
+    try: from fasthtml.core import FastHTML
     except ImportError:
         raise ConfigError('the page needs FastHTML: install it with `pip install "tmpa[serve]"`') from None
-    from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
-    from starlette.requests import ClientDisconnect
-    from starlette.responses import HTMLResponse, Response
+    from starlette.responses import Response
     from starlette.routing import Route
-    desk, waiting, readers = Desk(gallery), asyncio.Semaphore(_WAITING), asyncio.Semaphore(_WAITING)
     guard = Middleware(Guard, names=names)
     app = FastHTML(default_hdrs=False, sess_cls=None, secret_key='no sessions', middleware=[guard])
-
-    async def answer(work, *args):
-        "A part of the page, or the one line of what is wrong."
-        try: return HTMLResponse(await run_in_threadpool(work, *args))
-        except TMPAError as e: return _text(str(e), 400)
-
-    def shown(name, page=1, cam=None): return to_xml(results_section(desk, name, desk.asked.get(name), page, cam))
-
-    def asked(request, name, most): return _number(request.query_params.get(name), most, name)
-
-    def camera(request): return asked(request, 'cam', 10**9)
-
-    def place_in(request):
-        "Place of an image, from the path of an address; None where there is no such image."
-        try: return _number(request.path_params['place'], len(gallery) - 1, 'place')
-        except ConfigError: return None
-
-    async def home(request): return await answer(lambda: to_xml(home_page(desk)))
-
-    async def ask(request):
-        async with waiting:
-            try:
-                m, cam = asked(request, 'modality', 1), camera(request)
-                data = await _body(request)
-            except TMPAError as e:
-                r = _text(str(e), 413 if 'MB' in str(e) else 400)
-                r.headers['connection'] = 'close'  # or the rest of the file would be waited for
-                return r
-            except ClientDisconnect: return _text('the file did not arrive', 400)
-            return await answer(lambda: shown(desk.ask(data, m), cam=cam))
-
-    async def like(request):
-        place = place_in(request)
-        if place is None: return _text('there is no such image', 404)
-        return await answer(lambda: shown(desk.ask_like(place), cam=camera(request)))
-
-    async def hits(request):
-        name = request.query_params.get('q', '')
-        if desk.asked.get(name) is None: return _text('this question is forgotten: ask it again', 410)
-        return await answer(lambda: shown(name, asked(request, 'page', PAGES) or 1, camera(request)))
-
-    async def image(request):
-        place = place_in(request)
-        if place is None: return _text('there is no such image', 404)
-        async with readers: data = await run_in_threadpool(desk.picture, place)
-        if data is None: return _text('this image cannot be read any more', 404)
-        return Response(data, media_type='image/jpeg')
-
     async def css(request): return Response(CSS, media_type='text/css')
     async def js(request): return Response(JS, media_type='text/javascript')
-
-    routes = (('/', home, 'GET'), ('/ask', ask, 'POST'), ('/like/{place}', like, 'POST'), ('/hits', hits, 'GET'),
-              ('/image/{place}', image, 'GET'), ('/page.css', css, 'GET'), ('/page.js', js, 'GET'))
+    its = _Answers(gallery)
+    routes = (('/', its._home, 'GET'), ('/ask', its._ask, 'POST'), ('/like/{place}', its._like, 'POST'),
+              ('/hits', its._hits, 'GET'), ('/image/{place}', its._image, 'GET'), ('/page.css', css, 'GET'),
+              ('/page.js', js, 'GET'))
     for path, f, method in routes: app.add_route(Route(path, f, methods=[method]))
     return app
 

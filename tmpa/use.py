@@ -12,6 +12,28 @@ from .commands import (KINDS, add_and_save, chosen_device, gallery_for, images_o
                            new_file, one_writer, say_broken, say_found, shown_warnings)
 from .console import load_fastai, one_line_errors, parse_ints, parse_range, parse_size
 
+# %% ../nbs/23_use.ipynb #2da9b54b
+def _how(command, device, bs, workers):
+    "How a command reads images and makes features."
+    from tmpa.core import ConfigError, check_ranges
+    if bs < 1: raise ConfigError(f'bs={bs}: give 1 or more')
+    check_ranges(num_workers=workers)
+    with shown_warnings(command): return dict(device=chosen_device(device), bs=bs, num_workers=workers)
+
+def _say_left_out(command, found, broken, where, none):
+    "Name images that cannot be read; `DataError` where that is true of all."
+    from tmpa.core import DataError
+    n = len(found.items) + len(found.broken)
+    say_broken(command, broken, n)
+    if none: raise DataError(f'none of the {n} images of {where} can be read: restore them')
+
+def _gallery_path(out):
+    "A file or folder that a gallery can be."
+    from tmpa.core import ConfigError, user_path
+    out = user_path(out)
+    if out.suffix in ('', '.npz'): return out
+    raise ConfigError(f'{out}: a gallery is a .npz file, or a folder, whose name has no ending')
+
 # %% ../nbs/23_use.ipynb #7bdd2d73
 @call_parse
 @one_line_errors
@@ -31,22 +53,14 @@ def tmpa_index(
     "Make a gallery of a folder of images, or go on with one; images that cannot be read are left out and named."
     size, ir_range = size and parse_size(size), parse_range(ir_range)
     load_fastai()
-    from tmpa.core import ConfigError, DataError, check_ranges, user_path
-    out = user_path(out)
-    if out.suffix not in ('', '.npz'):
-        raise ConfigError(f'{out}: a gallery is a .npz file, or a folder, whose name has no ending')
-    if bs < 1: raise ConfigError(f'bs={bs}: give 1 or more')
-    check_ranges(num_workers=workers)
+    out, how = _gallery_path(out), _how('tmpa_index', device, bs, workers)
     with shown_warnings('tmpa_index'), one_writer(out) if out.suffix else nullcontext():
-        how = dict(device=chosen_device(device), bs=bs, num_workers=workers)
         g, changed = gallery_for(out, weights, size, ir_range, how)
         found = images_of(folder, modality_number(modality), g.ir_range, split)
         say_found('tmpa_index', found, folder)
         before = len(g)
         broken = add_and_save(g, found, out, quiet, changed)
-    n = len(found.items) + len(found.broken)
-    say_broken('tmpa_index', broken, n)
-    if not len(g): raise DataError(f'none of the {n} images of {folder} can be read: restore them')
+    _say_left_out('tmpa_index', found, broken, folder, not len(g))
     print(f'{len(g)-before:,} images are new, {len(g):,} images are in {out}')
 
 # %% ../nbs/23_use.ipynb #bd7cb26f
@@ -92,6 +106,12 @@ def _answer(g, gallery, found, broken, k):
 # %% ../nbs/23_use.ipynb #489f4f4d
 _ENDINGS = dict(json=('.json',), html=('.html', '.htm'), sheet=('.png', '.pdf', '.svg', '.jpg'))
 
+def _new_files(rows, **wanted):
+    "Kind -> path of the files that are asked for."
+    from tmpa.core import ConfigError
+    if rows < 1: raise ConfigError(f'rows={rows}: give 1 or more')
+    return {kind: new_file(path, _ENDINGS[kind]) for kind, path in wanted.items() if path is not None}
+
 def _write(files, g, gallery, found, broken, k, rows):
     "The files that were asked for, whole or not at all."
     from tmpa.run_files import write_json
@@ -104,6 +124,23 @@ def _write(files, g, gallery, found, broken, k, rows):
             save_page(path, hits_page(found, title, what, k))
         if kind == 'sheet': save_sheet(path, plot_hits(found, k, rows))
         print(f'{kind}: {path}')
+
+# %% ../nbs/23_use.ipynb #32ab98db
+def _opened(gallery, weights, how, query, modality, split):
+    "A gallery with its model, and the images that are asked about."
+    from tmpa.core import user_path
+    from tmpa.search import Gallery
+    g = Gallery.load(gallery, **how).use_weights(weights)
+    queries = images_of(query, modality_number(modality), g.ir_range, split)
+    if user_path(query).is_dir(): say_found('tmpa_search', queries, query)
+    return g, queries
+
+def _searched(g, queries, k, cams, only, max_distance):
+    "Hits of all queries that can be read, and why the others cannot."
+    on_error = 'raise' if len(queries.items) == 1 else 'skip'
+    found = g.search(queries.items, k, cams=cams, only=modality_number(only), on_error=on_error,
+                     max_distance=_limit(g, max_distance))
+    return found, {**queries.broken, **g.skipped}
 
 # %% ../nbs/23_use.ipynb #d87b4908
 @call_parse
@@ -129,26 +166,21 @@ def tmpa_search(
     "Find the nearest images of a gallery for an image, or for each image of a folder."
     cams = None if cams is None else parse_ints(cams, 'cams')
     load_fastai()
-    from tmpa.core import ConfigError, DataError, check_ranges, user_path
-    from tmpa.search import Gallery
-    if bs < 1: raise ConfigError(f'bs={bs}: give 1 or more')
-    if rows < 1: raise ConfigError(f'rows={rows}: give 1 or more')
-    check_ranges(num_workers=workers)
-    wanted = dict(json=json, html=html, sheet=sheet)
-    files = {kind: new_file(path, _ENDINGS[kind]) for kind, path in wanted.items() if path is not None}
+    how, files = _how('tmpa_search', device, bs, workers), _new_files(rows, json=json, html=html, sheet=sheet)
     with shown_warnings('tmpa_search'):
-        g = Gallery.load(gallery, device=chosen_device(device), bs=bs, num_workers=workers).use_weights(weights)
-        queries = images_of(query, modality_number(modality), g.ir_range, split)
-        if user_path(query).is_dir(): say_found('tmpa_search', queries, query)
-        on_error = 'raise' if len(queries.items) == 1 else 'skip'
-        found = g.search(queries.items, k, cams=cams, only=modality_number(only), on_error=on_error,
-                         max_distance=_limit(g, max_distance))
-        broken = {**queries.broken, **g.skipped}
-    n = len(queries.items) + len(queries.broken)
-    say_broken('tmpa_search', broken, n)
-    if not found: raise DataError(f'none of the {n} images of {query} can be read: restore them')
+        g, queries = _opened(gallery, weights, how, query, modality, split)
+        found, broken = _searched(g, queries, k, cams, only, max_distance)
+    _say_left_out('tmpa_search', queries, broken, query, not found)
     print(found[0] if len(found) == 1 else _nearest_lines(found, 10 if files else None))
     _write(files, g, gallery, found, broken, k, rows)
+
+# %% ../nbs/23_use.ipynb #b2a60985
+def _save_features(out, g):
+    "Write the features of a gallery; cameras, where any is known."
+    from tmpa.features import save_features
+    pids, cams, modalities = ([int(getattr(o, k)) for o in g.items] for k in ('pid', 'cam', 'modality'))
+    names = [str(o.path) for o in g.items]
+    save_features(out, g.rows(range(len(g))).cpu(), pids, cams if any(cams) else None, modalities, names)
 
 # %% ../nbs/23_use.ipynb #ca5cbb5e
 @call_parse
@@ -169,22 +201,12 @@ def tmpa_features(
     "Write features of a folder of images, with identities and cameras where names or a list have them."
     size, ir_range = size and parse_size(size), parse_range(ir_range)
     load_fastai()
-    from tmpa.core import ConfigError, DataError, check_ranges
-    from tmpa.features import save_features
-    if bs < 1: raise ConfigError(f'bs={bs}: give 1 or more')
-    check_ranges(num_workers=workers)
-    out = new_file(out, ('.npz', '.pt', '.mat'))
+    out, how = new_file(out, ('.npz', '.pt', '.mat')), _how('tmpa_features', device, bs, workers)
     with shown_warnings('tmpa_features'):
-        how = dict(device=chosen_device(device), bs=bs, num_workers=workers)
         g, _ = gallery_for(None, weights, size, ir_range, how)
         found = images_of(folder, modality_number(modality), g.ir_range, split)
         say_found('tmpa_features', found, folder)
         broken = add_and_save(g, found, None, quiet)
-    n = len(found.items) + len(found.broken)
-    say_broken('tmpa_features', broken, n)
-    if not len(g): raise DataError(f'none of the {n} images of {folder} can be read: restore them')
-    pids, cams, modalities = ([int(getattr(o, k)) for o in g.items] for k in ('pid', 'cam', 'modality'))
-    new_file(out)
-    names = [str(o.path) for o in g.items]
-    save_features(out, g.rows(range(len(g))).cpu(), pids, cams if any(cams) else None, modalities, names)
+    _say_left_out('tmpa_features', found, broken, folder, not len(g))
+    _save_features(new_file(out), g)
     print(f'features of {len(g):,} images, {g.dim} numbers each, are in {out}')

@@ -8,6 +8,7 @@ __all__ = ['thumbnail', 'hit_name', 'plot_hits', 'save_sheet', 'hits_page', 'sav
 # %% ../../nbs/17j_vis.hits.ipynb #26d4a599
 import base64, html, io, warnings
 import matplotlib.pyplot as plt, numpy as np
+from importlib.resources import files
 from matplotlib.patches import Rectangle
 from pathlib import Path
 from PIL import Image
@@ -111,18 +112,7 @@ def save_sheet(
         fig.savefig(tmp)
 
 # %% ../../nbs/17j_vis.hits.ipynb #1a3a26ce
-_STYLE = '''body{font:15px/1.4 system-ui,sans-serif;margin:1.5rem;color:#222;background:#fff}
-section{border-top:1px solid #ccc;padding:.7rem 0}
-h2{font-size:1rem;overflow-wrap:anywhere;margin:.2rem 0 .6rem}
-.row{display:flex;flex-wrap:wrap;gap:.7rem}
-figure{margin:0;width:9.5rem}
-figure.query{border-right:2px solid #888;padding-right:.7rem}
-img,.none{display:block;height:144px;max-width:100%;object-fit:contain}
-.none{background:#ddd;color:#333;padding:.5rem}
-figcaption{font-size:.8rem;overflow-wrap:anywhere}
-.match{color:#117733;font-weight:bold}
-.maybe{color:#8a5a00;font-weight:bold}
-.nobody{color:#CC3311;font-weight:bold}'''
+_STYLE = (files('tmpa')/'vis'/'hits.css').read_text(encoding='utf8').strip()
 
 def _uri(im):
     b = io.BytesIO()
