@@ -10,14 +10,24 @@ import atexit, os, shutil, sys, tempfile
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(name, '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 
-# what tests render and decode goes with them; processes of pytest-xdist find it here
-if 'TMPA_HOME' not in os.environ:
-    os.environ['TMPA_HOME'] = tempfile.mkdtemp(prefix='tmpa-tests-')
-    atexit.register(shutil.rmtree, os.environ['TMPA_HOME'], ignore_errors=True)
+# What a process of the suite puts into the temporary folder it puts into one of its own. All of them are removed at the end
+# with what tests render, decode and compile; pytest keeps the folders of failed tests where it always does.
+if 'TMPA_TESTS' not in os.environ:
+    os.environ['TMPA_TESTS'] = tempfile.mkdtemp(prefix='tmpa-tests-')
+    atexit.register(shutil.rmtree, os.environ['TMPA_TESTS'], ignore_errors=True)
+    os.environ.setdefault('PYTEST_DEBUG_TEMPROOT', tempfile.gettempdir())
+SCRATCH = os.path.join(os.environ['TMPA_TESTS'], os.environ.get('PYTEST_XDIST_WORKER', 'main'))
+os.makedirs(SCRATCH)
+os.environ['TMPDIR'] = tempfile.tempdir = SCRATCH
+os.environ.setdefault('TMPA_HOME', os.path.join(os.environ['TMPA_TESTS'], 'home'))
+os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(os.environ['TMPA_TESTS'], 'compiled'))
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import fastai.torch_core, pytest, torch
+
+from tmpa import interpret, run_report
 
 import pretend
 
@@ -39,6 +49,14 @@ def tol(device):
     def of(precision='fp32'): return tolerances[precision]
     return of
 
+# To draw six ranked lists of ten is most of what a short run takes.
+run_report.plot_ranks = partial(interpret.plot_ranks, queries=2, k=3)
+
+@pytest.fixture
+def whole_report(monkeypatch):
+    "The run draws its ranked lists as a user's does."
+    monkeypatch.setattr(run_report, 'plot_ranks', interpret.plot_ranks)
+
 @contextmanager
 def _on_cpu():
     "No CUDA for this process nor for those that it starts."
@@ -55,10 +73,18 @@ _ON = {'cpu': _on_cpu, 'cuda': _on_cuda, pretend.NAME: pretend.pretending}
 
 def _device_of(item): return getattr(item, 'callspec', None) and item.callspec.params.get('device')
 
+_entered = []
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    on_its_device = _ON[_device_of(item) or 'cpu']
-    with on_its_device(): return (yield)
+    "Tests of one device in a row enter it once: it takes a look into every module."
+    device = _device_of(item) or 'cpu'
+    if not _entered:
+        _entered.append(ExitStack())
+        _entered[0].enter_context(_ON[device]())
+    try: return (yield)
+    finally:
+        if nextitem is None or (_device_of(nextitem) or 'cpu') != device: _entered.pop().close()
 
 SLOW = 'test_every_page', 'test_inductor_agrees', 'test_one_graph', 'test_runs'
 
@@ -94,3 +120,22 @@ def pytest_runtest_call(item):
 def pytest_runtest_setup(item):
     _asked.clear()
     return (yield)
+
+# of multiprocessing, as long as the process lives, of onnxruntime and of torchrun
+OTHERS = 'pymp-', '.ses', 'torchelastic_'
+
+def left_behind():
+    "What tests have left in this process's temporary folder, which is emptied of it."
+    left = [o for o in os.listdir(SCRATCH) if not o.startswith(OTHERS)]
+    for name in left:
+        path = os.path.join(SCRATCH, name)
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    return left
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    result = yield
+    # what a module shares goes when its last test ends
+    if (nextitem is None or nextitem.module is not item.module) and (left := left_behind()):
+        pytest.fail(f'tests of {item.module.__name__} left in the temporary folder: {", ".join(left)}')
+    return result

@@ -64,7 +64,7 @@ def test_help_is_complete(run, command):
     assert f'{command}=tmpa.cli:{command}' in cfg['DEFAULT']['console_scripts']
 
 
-def test_train_then_evaluate(run, regdb, tmp_path, device):
+def test_train_then_evaluate(run, regdb, tmp_path, device, whole_report):
     status, out, err = run('tmpa_train', '--data', 'regdb', '--path', regdb, '--trial', 2, '--out', tmp_path/'r', *SMALL)
     assert status == 0, err
     assert 'Rank-1' in out and 'v2t' in out and 't2v' in out and 'mINP' in out

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, yaml
 
 import pretend, warm
-from conftest import DEVICES
+from conftest import DEVICES, left_behind
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(q.startswith(('.', '_')) for q in p.relative_to(ROOT).parts))
@@ -59,6 +59,7 @@ def test_runs(path, device):
     run = cold if device == 'cuda' else warm.run
     status, out = run(PRETENDING if device == pretend.NAME else RUN, path, cwd=ROOT, env=env, timeout=HANGS)
     assert status == 0 and 'Success' in out, out[-6000:]
+    assert not left_behind(), 'make folders with tempfile.TemporaryDirectory, which goes when the notebook ends'
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/'nbs')))
