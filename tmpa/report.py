@@ -137,6 +137,14 @@ figure { margin: 0; width: 64px; flex: none; font-size: 12px; line-height: 1.3 }
 figure img { width: 100%; display: block }
 .right img { outline: 3px solid #117733 } .wrong img { outline: 3px dashed #CC3311 }
 figcaption { margin-top: 4px; overflow-wrap: anywhere }
+@media (max-width: 40rem) {
+  .wide img { width: 100%; height: auto }
+  figure { width: 46px; font-size: 11px }
+  table { font-size: .66rem }
+  td, th { padding: .25rem .15rem }
+  th { white-space: normal }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere }
+}
 details { border-top: 1px solid #ddd; padding: .5rem 0 } summary { cursor: pointer; font-weight: bold }
 pre { background: #f6f6f6; padding: .7rem; font-size: 12px }
 '''
