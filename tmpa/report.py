@@ -140,8 +140,8 @@ figcaption { margin-top: 4px; overflow-wrap: anywhere }
 @media (max-width: 40rem) {
   .wide img { width: 100%; height: auto }
   figure { width: 46px; font-size: 11px }
-  table { font-size: .66rem }
-  td, th { padding: .25rem .15rem }
+  table { font-size: .62rem }
+  td, th { padding: .25rem .1rem }
   th { white-space: normal }
   pre { white-space: pre-wrap; overflow-wrap: anywhere }
 }
