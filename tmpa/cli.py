@@ -6,14 +6,13 @@
 __all__ = ['tmpa_demo', 'tmpa_check', 'tmpa_train', 'tmpa_evaluate', 'tmpa_reproduce']
 
 # %% ../nbs/18i_cli.ipynb #fa4a0470
-from .console import any_console, load_fastai, one_line_errors, parse_ints, parse_range, parse_size
+from .console import load_fastai, one_line_errors, parse_ints, parse_range, parse_size
 
 # %% ../nbs/18i_cli.ipynb #29a2f0cb
 load_fastai()
 
 # %% ../nbs/18i_cli.ipynb #8ac7f0f5
 import sys
-from fastcore.basics import noop
 from fastcore.script import call_parse, Param, store_true
 from .check import check_data, check_text
 from .core import CheckpointError, ConfigError, regular_file, user_path
@@ -22,9 +21,9 @@ from .demo import compare, demo_patch, demo_rows, summary_table
 from .evaluation import evaluate_features
 from .experiment import train_run
 from .many_runs import train_trials
-from .pretrain import Rendered, train_rendered
+from .pretrain import train_given
 from .processes import agreed, this_process
-from .recipes import field_values, get_recipe, with_fields
+from .recipes import field_values, with_fields
 from .reproduce import pick_tables, reproduce
 from .results import score_table
 from .run import RunConfig, check_arch
@@ -80,22 +79,15 @@ def tmpa_check(
     if any(c.state == 'error' for c in checks): sys.exit(1)
 
 # %% ../nbs/18i_cli.ipynb #f6c971ca
-def _warn_also_trained(found, where=''):
-    "Say where people of the test are in the training part too."
-    if found: print(f'Warning: {where}{also_trained_note(found)}')
-
-def _print_run(m, cfg):
-    "What a run came to."
-    print(f"\n{m['recipe']} on {cfg.spec.data}, per cent:\n{score_table(m['scores'])}")
-    print(f"\nReport: {user_path(cfg.out)/'report.html'}")
+def _print_run(m, cfg, several):
+    "What a run came to, or the models of all trials."
+    name, mean = m.get('recipe', cfg.recipe.name), ', mean of ten trials' if several else ''
+    print(f"\n{name} on {cfg.spec.data}{mean}, per cent:\n{score_table(m['scores'])}")
+    print(f"\nReport{'s'*several}: {cfg.out}/{'trial*/'*several}report.html")
     if 'mix' in m: print(m['mix'].replace('; ', '\n'))
-    _warn_also_trained(m.get('also_trained'))
-
-def _print_trials(m, cfg):
-    "What the models of all trials came to."
-    print(f"\n{cfg.recipe.name} on {cfg.spec.data}, mean of ten trials, per cent:\n{score_table(m['scores'])}")
-    print(f'\nReports: {cfg.out}/trial*/report.html')
-    for name,found in m.get('also_trained', {}).items(): _warn_also_trained(found, f'{name}: ')
+    also = m.get('also_trained', {})
+    for trial, found in (also if several else {'': also}).items():
+        if found: print(f"Warning: {trial}{': '*several}{also_trained_note(found)}")
 
 # %% ../nbs/18i_cli.ipynb #1c1380f0
 def _start(scratch, pretrained):
@@ -114,13 +106,6 @@ def _refuse_idle(why, **given):
 
 _USUAL = dict(recipe='TMPA', arch='resnet50', size='288x144', epochs=80, lr=.1, ids=400)  # but for --data rendered
 
-def _train_rendered(given, out, **how):
-    "Train on people who are drawn meanwhile; what was not given is as for the weights that the package carries."
-    given = {dict(ids='n_ids').get(k, k): v for k, v in given.items() if v is not None}
-    if 'size' in given: given['size'] = parse_size(given['size'])
-    if 'recipe' in given: given['recipe'] = get_recipe(given['recipe']).name
-    train_rendered(Rendered(**given), out, **how)
-    print(f'Weights with a card: {user_path(out)/"weights"}')
 
 # %% ../nbs/18i_cli.ipynb #7f220b0a
 @call_parse
@@ -163,12 +148,11 @@ def tmpa_train(
     given = dict(recipe=recipe, arch=arch, size=size, epochs=epochs, lr=lr, ids=ids)
     if data == 'rendered':
         _refuse_idle('not for rendered people, who are drawn while a network learns from nothing', path=path,
-                     trial=trial, set=set, scratch=scratch, pretrained=pretrained, patch=patch,
-                     select=select != 'published', eval_every=eval_every != 1, precision=precision != 'auto',
-                     compile=compile, sync_bn=sync_bn, beta_warmup=beta_warmup, ir_range=ir_range,
-                     cache=cache != 'auto', log=log != 'csv')
-        _train_rendered(dict(given, P=p, K=k, seed=seed), out, num_workers=workers or 0, resume=resume, quiet=quiet)
-        return
+                     trial=trial, set=set, scratch=scratch, pretrained=pretrained, patch=patch, log=log != 'csv',
+                     cache=cache != 'auto', select=select != 'published', eval_every=eval_every != 1,
+                     precision=precision != 'auto', compile=compile, sync_bn=sync_bn, beta_warmup=beta_warmup,
+                     ir_range=ir_range)
+        return train_given(dict(given, P=p, K=k, seed=seed), out, num_workers=workers or 0, resume=resume, quiet=quiet)
     def config():
         check_given(data, trial, 400 if ids is None else ids)
         use = {k: _USUAL[k] if v is None else v for k, v in given.items()}
@@ -182,10 +166,9 @@ def tmpa_train(
             beta_warmup=beta_warmup, num_workers=workers, ir_range=parse_range(ir_range), log=log,
             cache=dict(auto=None, on=True, off=False).get(cache, cache))
     cfg = agreed(config)
-    facts = cfg.spec.facts
-    all_of_them = facts.one_model_per_trial and cfg.spec.trial == 'all'
+    all_of_them = cfg.spec.facts.one_model_per_trial and cfg.spec.trial == 'all'
     m = (train_trials if all_of_them else train_run)(cfg, quiet=quiet, resume=resume)
-    if not this_process(): (_print_trials if all_of_them else _print_run)(m, cfg)
+    if not this_process(): _print_run(m, cfg, all_of_them)
 
 # %% ../nbs/18i_cli.ipynb #24847480
 def _score_features(files, rule, metric, rerank):
@@ -198,8 +181,8 @@ def _score_features(files, rule, metric, rerank):
 @call_parse
 @one_line_errors
 def tmpa_evaluate(
-    weights:str=None, # Weights that tmpa_train wrote (last.pth, best.pth)
-    data:Param('Data set', str, choices=list(DATASETS))=None,
+    weights:str=None, # Of tmpa_train (last.pth, best.pth), a folder of tmpa_export, rendered (the package's) ...
+    data:Param("Data set (default: that of the weights' run)", str, choices=list(DATASETS))=None,
     path:str=None, # Folder that holds the data set
     trial:str=None, # As in tmpa_train; RegDB: default the model's own trial, any other is refused
     features:Param('Two files of features, queries and gallery (.npz, .pt, .mat), instead of weights and data', str,
@@ -213,6 +196,7 @@ def tmpa_evaluate(
     ir_range:str=None, # low,high of 16-bit infrared files
     workers:int=None, # Loader processes
     bs:int=128, # Images at a time
+    size:str=None, # Image height x width (default: what the weights say)
     out:str=None, # Also write the scores to this JSON file (it must not exist)
 ):
     "Score weights by a data set's protocol, or anybody's features by a rule."
@@ -220,7 +204,7 @@ def tmpa_evaluate(
     if features:
         _refuse_idle('of weights and images, not of --features, which are scored as they are',
                      weights=weights, data=data, path=path, trial=trial, complete=complete, flip=flip,
-                     ir_range=ir_range, bs=bs != 128)
+                     ir_range=ir_range, bs=bs != 128, size=size)
         scores, how = _score_features(features, rule, metric, rerank)
     else:
         if bs < 1: raise ConfigError(f'bs={bs}: give 1 or more')
@@ -228,9 +212,9 @@ def tmpa_evaluate(
             raise ConfigError('pass --weights FILE with --data and --path, or --features QUERIES GALLERY with --rule')
         _refuse_idle("for --features alone; weights are scored by their data set's protocol",
                      rule=rule != 'regdb', metric=metric != 'cosine')
-        switches = dict(eval_complete=complete) if complete else {}
-        scores, how = evaluate_run(weights, data, path, trial, switches, flip=flip, rerank=rerank, num_workers=workers,
-                                   ir_range=parse_range(ir_range), bs=bs)
+        switches = complete and dict(eval_complete=complete)
+        how = dict(flip=flip, rerank=rerank, num_workers=workers, ir_range=parse_range(ir_range), bs=bs)
+        scores, how = evaluate_run(weights, data, path, trial, switches, size=size and parse_size(size), **how)
     print(score_table(scores), how.replace('; ', '\n'), sep='\n\n')
     if out: write_json(out, dict(how=how, scores=scores))
 

@@ -18,6 +18,8 @@ from .files import first_wrong, is_a, so_many, whole
 from .learner import extract_features
 from .models.net import set_switches
 from .models.checkpoint import load_tmpa, read_meta
+from .card import image_size, read_card
+from .weights import find_weights, open_weights
 from .provenance import changed_images, image_files, read_images
 
 # %% ../nbs/17e_scoring.ipynb #acc7a8e2
@@ -89,21 +91,28 @@ def save_queries(
 _FIELDS = dict(data=(lambda v: v in DATASETS, 'a data set'), size=so_many(2, [int]), n_ids=whole(0), data_seed=whole(0),
                trial=is_a(str, int, None), ir_range=so_many(2, none=True))
 
-def _read_meta(weights):
-    "What the file says of its run; what scoring would stumble over, or render people without end for, is refused."
-    meta = read_meta(weights)
-    if 'size' not in meta:
-        raise CheckpointError(f'{weights}: was not written by tmpa_train: load it with tmpa.models.tmpa.load_weights')
+def _said(path):
+    "What a file or folder of weights says, as a file says it."
+    if not path.is_dir(): return read_meta(path)
+    card = read_card(path)
+    said = {**card['run'], **{k: card[k] for k in ('data', 'size', 'ir_range')}}
+    known = {'trial', 'n_ids', 'data_seed'} <= said.keys() and said['data'] in DATASETS
+    return said if known else {}
+
+def _run_of(path, weights):
+    "What weights say of their run on a data set, None of others; what scoring would stumble over is refused."
+    meta = _said(path)
+    if 'size' not in meta or meta.get('data') == 'rendered': return None
     wrong = first_wrong({'ir_range': None, **meta}, _FIELDS)
     classes = meta.get('n_classes', 0)
-    if not wrong and not DATASETS[meta['data']].has_files and meta['n_ids'] > 2*classes+4:
+    if path.is_file() and not wrong and not DATASETS[meta['data']].has_files and meta['n_ids'] > 2*classes+4:
         wrong = f"{meta['n_ids']} people were rendered, and {classes} of them trained on"
     if not wrong and not all(1 <= o <= 4096 for o in meta['size']): wrong = f"images are of {meta['size']} pixels"
     if not wrong: return meta
     raise CheckpointError(f'{weights}: its metadata says that {shortened(wrong, 200)}: copy the file again')
 
 # %% ../nbs/17e_scoring.ipynb #a4580d09
-def _spec_of(meta, weights, data, path, trial):
+def _spec_of(meta, weights, data, path, trial, size):
     "The data that weights are scored on, their own where nothing else is said."
     data = data or meta['data']
     check_given(data, trial)
@@ -113,7 +122,7 @@ def _spec_of(meta, weights, data, path, trial):
         raise ProtocolError(f'{weights} was trained on trial {own} of {data} and has seen people of trial {trial}: '
                             f'pass --trial {own}, or weights of trial {trial}')
     trial = trial or own or facts.default_trial
-    return DataSpec(data, path, trial, meta['n_ids'], tuple(meta['size']), meta['data_seed'])
+    return DataSpec(data, path, trial, meta['n_ids'], tuple(size or meta['size']), meta['data_seed'])
 
 def _warnings(meta, weights, spec, dataset):
     "What the reader of the scores should know of the images: seen in training, or not those of the run."
@@ -133,28 +142,47 @@ def _other_test(list_of, test):
     return str(changed_images(before, now) or '')
 
 # %% ../nbs/17e_scoring.ipynb #185837ad
+def _open_run(run, where, spec, attention):
+    "The network of weights that know their run, the data, and the range of infrared files that it is for."
+    model = open_weights(where, attention=attention)[0] if where.is_dir() else load_tmpa(where, attention=attention)
+    return model, spec, run.get('ir_range')
+
+def _open_other(weights, data, path, trial, size, attention):
+    "The network of other weights, the data that it is scored on, and the range of infrared files that it is for."
+    if data is None:
+        raise ConfigError(f'{weights}: of no run on a data set: say what to score them on, with data and path '
+                          '(--data, --path)')
+    check_given(data, trial)
+    model, card = open_weights(weights, attention=attention)
+    spec = DataSpec(data, path, trial or DATASETS[data].default_trial, size=image_size(card, size))
+    return model, spec, card['ir_range']
+
+# %% ../nbs/17e_scoring.ipynb #9bede7dc
 def evaluate_run(
-    weights, # File that train_run wrote
-    data:str|None=None, # Default: the data set that it was trained on
+    weights, # File that train_run wrote, or anything that open_weights opens
+    data:str|None=None, # Default: the data set that they were trained on
     path:str|None=None, # Folder of the data set
     trial:str|None=None, # RegDB: must be the model's own; SYSU and LLCM: gallery trial or 'all'
     switches:dict|None=None, # Switches of the network for evaluation: `eval_complete`, `feature`, `part`
     attention=None, # The recipe's attention block, where that is of your own
+    size:tuple|None=None, # (height, width), of weights that do not say it
     **how # `flip`, `rerank`, `num_workers`, `ir_range` (default: as trained) and `bs` of score_model
 )->tuple: # Scores, and one line on how they were made
-    "Score a file of weights by a data set's protocol."
+    "Score weights by a data set's protocol."
     check_names(how, ['flip', 'rerank', 'num_workers', 'ir_range', 'bs'], 'evaluate_run')
     check_ranges(num_workers=how.get('num_workers'))
-    meta = _read_meta(weights)
-    spec = _spec_of(meta, weights, data, path, trial)
+    where = find_weights(weights)
+    run = _run_of(where, weights)
+    if run is None: model, spec, ir_range = _open_other(weights, data, path, trial, size, attention)
+    else: model, spec, ir_range = _open_run(run, where, _spec_of(run, weights, data, path, trial, size), attention)
     dataset = spec.dataset()
-    model = load_tmpa(weights, attention=attention)
     set_switches(model, **(switches or {}))
     if torch.cuda.is_available(): model.cuda()
-    if how.get('ir_range') is None: how['ir_range'] = meta.get('ir_range')
+    if how.get('ir_range') is None: how['ir_range'] = ir_range
     scores, _ = score_model(model, dataset.test, dataset.settings, spec.size, **how)
     said = [f'{spec.data}, trial {spec.trial}',
             f"after BNNeck, L2-normalised, {'flip-averaged' if how.get('flip') else 'no flip'}, "
             f"{'k-reciprocal re-ranking' if how.get('rerank') else 'no re-ranking'}",
             f'completion {model.eval_complete}', f"gallery: {dataset.settings[0].note or 'all test images'}"]
-    return scores, '; '.join(said + _warnings(meta, weights, spec, dataset))
+    if run is not None: said += _warnings(run, where, spec, dataset)
+    return scores, '; '.join(said)
