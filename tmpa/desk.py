@@ -33,7 +33,6 @@ def open_picture(
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # a lower limit follows
             return Image.open(io.BytesIO(data), formats=known_formats())
     if not data: raise DataError('the file is empty: choose a picture')
-    Image.init()
     try: im = opened()
     except Image.DecompressionBombError: raise DataError('the picture has too many pixels: make it smaller') from None
     except Exception:
