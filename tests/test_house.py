@@ -108,6 +108,8 @@ def test_no_name_hides_one_of_fastai():
     assert [f'{m.__name__}.{n}' for m, n in ours if getattr(fastai, n, getattr(m, n)) is not getattr(m, n)] == []
 
 @pytest.mark.parametrize('module, names', [
+    ('callback.resume', 'data_key outline random_state set_random_state'), ('dart', 'TwinNet'),
+    ('data.batches', 'on_device'), ('data.load', 'on_device one_ahead'),
     ('callback.loop', 'RunawayError StopRunaway not_finite'), ('callback.mix', 'show_mixes'),
     ('models.net', 'load_tmpa load_weights read_meta save_weights'),
     ('data.image', 'image_exts'), ('data.readers', 'as_float decoded item_range load_resized read_image'),

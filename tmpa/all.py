@@ -37,6 +37,7 @@ from .models.net import NETS, ReIDNet, n_flops, n_params, set_switches, show_siz
 from .models.checkpoint import build_net, load_tmpa, load_weights, save_weights
 from .models.tmpa import TMPANet
 from .models.agw import AGWNet, TwoStems
+from .models.twin import TwinNet
 from .weights import from_pretrained, open_weights, save_pretrained
 from .models.onnx import export_onnx
 from .losses import BetaWarmup, TMPALoss, id_loss, mft_loss, msi_loss, mss_loss, wrt_loss
@@ -59,7 +60,7 @@ from .tracks import track_features
 from .metrics import LossTerms, ReIDMetrics
 from .learner import extract_features, reid_learner, tmpa_learner
 from .robust import noisy_items
-from .dart import DART, DARTLoss, TwinNet, dart_learner
+from .dart import DART, DARTLoss, dart_learner
 from .callback.runaway import StopRunaway
 from .callback.distributed import SyncNorm
 from .guard import ReIDLearner

@@ -14,7 +14,7 @@ from .models.agw import AGWNet
 from .models.backbone import arch_name
 from .models.net import ReIDNet
 from .models.checkpoint import build_net
-from .dart import TwinNet
+from .models.twin import TwinNet
 
 # %% ../nbs/23b_published.ipynb #d1fd5ef4
 _NAMES = [  # of the published code -> ours; '' for what no image passes in evaluation

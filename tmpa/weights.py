@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from . import __version__
 from .core import CheckpointError, ConfigError, check_names, regular_file, shortened, temp_folder, user_path
 from .card import CARD, CARD_FILE, card_page, make_card, plain_card, read_card
-from .dart import TwinNet  # with it all networks are known
+from .models.twin import TwinNet  # with it all networks are known
 from .files import first_wrong, load_torch, weights_in
 from .models.checkpoint import build_net, first_not_finite, load_tmpa, read_meta
 from .models.net import ReIDNet, is_classifier
