@@ -72,6 +72,7 @@ def test_is_kept_as_agreed(path):
     source = '\n'.join(code(path))
     assert not re.search(r'^#(slow|cuda|skip)\b', source, re.M), 'nbdev reads `#| slow`; the bare form runs'
     assert 'filterwarnings' not in source
+    assert 'tempfile.mkdtemp()' not in source, 'tempfile.TemporaryDirectory() goes when the notebook ends'
     mixed = [s[:80] for s in code(path) if mixes_imports(s)]
     assert not mixed, f'a cell with imports is to hold nothing else, or building the docs runs the rest of it: {mixed}'
     for kind,text in printed(path):
