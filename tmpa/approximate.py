@@ -28,27 +28,33 @@ class FaissIndex:
         probes:int=64, # Lists that a query looks into
     ):
         _faiss()
-        self.gallery, self.probes, self.inner, self.of = gallery, probes, None, None
+        self.gallery, self.probes = gallery, probes
+        self.inner = None # FAISS's index, once there is one
+        self.of = None    # Generation of the gallery that it follows
 
-    def train(self):
-        "Choose centres from a sample of the gallery."
-        faiss, g = _faiss(), self.gallery
-        n = ceil(sqrt(len(g)))
-        some = np.random.default_rng(0).choice(len(g), min(len(g), 64*n), replace=False)
-        kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
-        self.centres = faiss.IndexFlatIP(g.dim)
-        self.inner = faiss.IndexIVFScalarQuantizer(self.centres, g.dim, n, kind, metric)
-        self.inner.train(self._rows(np.sort(some)))
-        self.ids, self.trained = np.zeros(0, np.int64), len(g)
+# %% ../nbs/21d_approximate.ipynb #ae14cbaf
+@patch
+def train(self:FaissIndex):
+    "Choose centres from a sample of the gallery."
+    faiss, g = _faiss(), self.gallery
+    n = ceil(sqrt(len(g)))
+    some = np.random.default_rng(0).choice(len(g), min(len(g), 64*n), replace=False)
+    kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+    self.centres = faiss.IndexFlatIP(g.dim)
+    self.inner = faiss.IndexIVFScalarQuantizer(self.centres, g.dim, n, kind, metric)
+    self.inner.train(self._rows(np.sort(some)))
+    self.ids, self.trained = np.zeros(0, np.int64), len(g)
 
-    def _rows(self, places): return np.ascontiguousarray(self.gallery.rows(places).float().cpu().numpy())
+@patch
+def _rows(self:FaissIndex, places): return np.ascontiguousarray(self.gallery.rows(places).float().cpu().numpy())
 
 # %% ../nbs/21d_approximate.ipynb #6c87e2fc
 @patch
 def follow(self:FaissIndex):
     "Take in what the gallery has more, and begin anew where it is another, or four times as large."
     g = self.gallery
-    if (self.inner is None and not self._read()) or len(g) > 4*self.trained or self.inner.d != g.dim: self.train()
+    if self.inner is None: self._read()
+    if self.inner is None or len(g) > 4*self.trained or self.inner.d != g.dim: self.train()
     elif self.of != _generation(g) or len(self.ids) > len(g):
         self.inner.reset()
         self.ids = self.ids[:0]
@@ -106,10 +112,12 @@ def nearest(self:FaissIndex,
     self.follow()
     q = g._features(feats)
     places = self._candidates(q, m)
-    mask, step = hidden and hidden(places), 64
-    parts = [slice(s, s + step) for s in range(0, len(q), step)]
-    parts = [self._ranked(q[s], places[s], None if mask is None else mask[s]) for s in parts]
-    v, i = (torch.cat(o)[:, :k].contiguous() for o in zip(*parts))
+    mask = hidden and hidden(places)
+    ranked = []
+    for s in range(0, len(q), 64):
+        part = slice(s, s + 64)
+        ranked.append(self._ranked(q[part], places[part], None if mask is None else mask[part]))
+    v, i = (torch.cat(o)[:, :k].contiguous() for o in zip(*ranked))
     few = (v[:, -1] == -torch.inf).nonzero()[:, 0]
     if len(few): v[few], i[few] = g.nearest(q[few], k, hidden and (lambda s: _of(hidden(s), few)))
     return v, i
@@ -130,9 +138,10 @@ def save(self:FaissIndex):
         np.savez(tmp, index=_faiss().serialize_index(self.inner), ids=self.ids, trained=self.trained)
 
 @patch
-def _read(self:FaissIndex)->bool: # Whether there is one
+def _read(self:FaissIndex):
+    "Take the index that lies in the folder of the gallery, if there is one."
     f = self._file() if self.gallery.store is not None else None
-    if f is None or not f.is_file(): return False
+    if f is None or not f.is_file(): return
     try:
         with np.load(f, allow_pickle=False) as z: index, ids, trained = (z[k] for k in ('index', 'ids', 'trained'))
         inner = _faiss().deserialize_index(index)
@@ -140,4 +149,3 @@ def _read(self:FaissIndex)->bool: # Whether there is one
         raise DataError(f'{f} is damaged ({type(e).__name__}): remove it, it can be made again') from None
     self.inner, self.ids, self.trained = inner, ids, int(trained)
     self.of = _generation(self.gallery)
-    return True

@@ -37,9 +37,9 @@ def open_picture(
     except Image.DecompressionBombError: raise DataError('the picture has too many pixels: make it smaller') from None
     except Exception:
         raise DataError(f'this is no picture of a kind that is read here: choose one of {", ".join(FORMATS)}') from None
-    n, most = (f'{o/1e6:.0f}' for o in (im.width*im.height, MAX_PIXELS))
-    if im.width*im.height > MAX_PIXELS:
-        raise DataError(f'the picture has {n} million pixels, more than {most}: make it smaller')
+    n = im.width*im.height
+    if n > MAX_PIXELS:
+        raise DataError(f'the picture has {n/1e6:.0f} million pixels, more than {MAX_PIXELS/1e6:.0f}: make it smaller')
     try: im.load()
     except Exception as e: raise DataError(f'the picture cannot be decoded ({e}): it is damaged or cut off') from None
     return opened()  # not loaded: only then the reader sees how many bits it has
@@ -47,7 +47,9 @@ def open_picture(
 # %% ../nbs/22a_desk.ipynb #029a6efb
 class _Recent:
     "The last `n` values that were used."
-    def __init__(self, n:int): self.n, self.values, self.lock = n, OrderedDict(), threading.Lock()
+    def __init__(self, n:int):
+        self.n, self.values = n, OrderedDict()
+        self.lock = threading.Lock()
 
     def put(self, key, value):
         with self.lock:

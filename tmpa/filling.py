@@ -7,6 +7,7 @@ __all__ = ['warn_skipped', 'whole_numbers']
 
 # %% ../nbs/21g_filling.ipynb #9eedb760
 import os
+from typing import NamedTuple
 from warnings import warn
 import numpy as np, torch
 from fastcore.basics import patch
@@ -27,14 +28,21 @@ def _folder():
     try: return os.getcwd()
     except OSError: return None
 
+class _Seen(NamedTuple):
+    "The files of a gallery in memory, and what it was like when they were looked at."
+    files: set
+    items: list
+    folder: str|None
+    n: int
+
 @patch
 def _known(self:Gallery):
     "The files of all images, kept from one `add` to the next."
     if self.store is not None: return self._there
-    items, folder, n = (self._there or 4*[None])[1:]
-    if items is not self.items or folder != _folder() or n != len(self):
-        self._there = {_key(o) for o in self.items}, self.items, _folder(), len(self)
-    return self._there[0]
+    old, folder = self._there, _folder()
+    if old is None or old.items is not self.items or (old.folder, old.n) != (folder, len(self)):
+        self._there = _Seen({_key(o) for o in self.items}, self.items, folder, len(self))
+    return self._there.files
 
 # %% ../nbs/21g_filling.ipynb #fc987e52
 @patch
@@ -83,8 +91,8 @@ def _append(self:Gallery, x, items, keys):
         with self._following(): return self.store.append(x, items, self._meta(), self._there)
     self._put(len(self), x)
     self.items += items
-    self._there[0].update(keys)
-    self._there = *self._there[:3], len(self)
+    self._there.files.update(keys)
+    self._there = self._there._replace(n=len(self))
     return len(items)
 
 # %% ../nbs/21g_filling.ipynb #a44a3b01

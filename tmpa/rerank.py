@@ -66,7 +66,8 @@ def _mutual(near, k, step=4096):
 # %% ../nbs/13b_rerank.ipynb #59cc0fa2
 def _encode(x, near, top, k1, chunk):
     "Sparse rows (n, n): weights of the expanded reciprocal neighbours, each row summing to one."
-    half, n, rows = round(k1/2), len(near), []
+    n, half = len(near), round(k1/2)
+    rows = []
     core, friends = _mutual(near, k1), _mutual(near, half)
     for i in range(0, n, chunk):
         j, own = near[i:i+chunk,:k1+1], core[i:i+chunk]

@@ -38,8 +38,9 @@ def _allowed(self:Gallery, cams, only):
 def _hidden(self:Gallery, queries, cams, only, rule):
     "A function from a slice of the gallery to what is hidden there, (n, ) or (n_q, n); None hides nothing."
     allowed = self._allowed(cams, only)
-    its, same_cam = get_rule(rule), get_rule(rule).remove == 'same_cam'
+    its = get_rule(rule)
     if its.remove == 'none': return None if allowed.all() else lambda s: ~allowed[s]
+    same_cam = its.remove == 'same_cam'
     if any(q is None or q.cam < 1 or (same_cam and not known(q.pid)) for q in queries):
         needs = 'camera and identity' if same_cam else 'camera'
         raise ProtocolError(f'rule={rule!r} needs the {needs} of each query: pass ReIDImages, or records=')
@@ -79,19 +80,20 @@ def nearest(self:Gallery,
     "The exact `k` nearest of each query, block by block; equal similarities in the order of the gallery."
     if not len(self): raise ProtocolError('the gallery is empty: add images first')
     if not isinstance(k, (int, np.integer)) or k < 1: raise ConfigError(f'k={k}: ask for 1 or more')
-    q, v, i = self._features(feats), None, None
+    q, best = self._features(feats), None  # similarities and places, of the blocks so far
     # long lists are merged rarely, and few queries take many rows at a time: every step costs
     many = max(1 + 16*k//self.block, _TOGETHER//(self.block*len(q)))
     for b in range(0, len(self.blocks), many):
         s = slice(b*self.block, min((b+many)*self.block, len(self)))
         h = None if hidden is None else hidden(s)
-        if h is not None and h.all() and (v is not None or s.stop < len(self)): continue
+        if h is not None and h.all() and (best is not None or s.stop < len(self)): continue
         rows = [x[:s.stop-n*self.block] for n, x in enumerate(self.blocks[b:b+many], b)]
         sim = _similar(q, rows)                                          # (n_q, rows)
         if h is not None: sim.masked_fill_(h, -torch.inf)
-        w, j = top_columns(sim, min(k, sim.shape[1]))
-        v, i = (w, j+s.start) if v is None else _merged(v, i, w, j+s.start, k)
-    return v, i
+        v, i = top_columns(sim, min(k, sim.shape[1]))
+        here = v, i + s.start
+        best = here if best is None else _merged(*best, *here, k)
+    return best
 
 # %% ../nbs/22_search.ipynb #64eccab1
 def _queries(query, found):

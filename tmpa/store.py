@@ -25,7 +25,8 @@ SEGMENT = 2**18 # Images that are mapped into memory together
 
 def _segment(f, head, start):
     "Features (SEGMENT or fewer, D) from an image on."
-    n, dim, kind = min(SEGMENT, head['n'] - start), head['dim'], np.dtype(head['dtype'])
+    n, dim = min(SEGMENT, head['n'] - start), head['dim']
+    kind = np.dtype(head['dtype'])
     a = map_file(f, kind.newbyteorder('<'), n*dim, start*dim*kind.itemsize).reshape(n, dim)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # that the array cannot be written to: nobody does
@@ -76,7 +77,8 @@ def _open(self:Store, head):
     maps += [_segment(files['features'], head, start) for start in range(len(maps)*SEGMENT, n, SEGMENT)]
     fine = np.zeros(len(sums), bool)
     fine[:full] = self.fine[:full]
-    self.head, self.maps, self.records, self.names, self.sums, self.fine = head, maps, records, names, sums, fine
+    self.head, self.records, self.names = head, records, names
+    self.maps, self.sums, self.fine = maps, sums, fine
 
 # %% ../nbs/21c_store.ipynb #3b94cf0e
 @contextmanager

@@ -105,7 +105,8 @@ def commit(
 # %% ../nbs/21b_store_files.ipynb #23cb1410
 def _piece_sums(head, x, records, names):
     "Checksums (m, 3) of the pieces that these rows fill, and of the images behind them."
-    full, tail, n = [], head['tail'], head['n']
+    n, tail = head['n'], head['tail']
+    full = []
     cuts = [0, *range(PIECE - n%PIECE, len(x), PIECE), len(x)]
     for i, j in pairwise(cuts):
         parts = x[i:j], records[i:j], b''.join(names[i:j])

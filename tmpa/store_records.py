@@ -115,7 +115,8 @@ class StoredNames:
     def __init__(self,
         store, # A Store, which may grow
     ):
-        self.store, self.generation, self.n = store, None, 0
+        self.store, self.n = store, 0
+        self.generation = None  # that the places are of
 
     def update(self, keys): "Nothing to do: the store knows."  # Of new files
 
