@@ -32,8 +32,8 @@ LETTERS = re.compile(r'<mi mathvariant="(script|double-struck)">([A-Z])</mi>')
 STYLED = dict(script=dict(zip('BEFHILMR', 'ℬℰℱℋℐℒℳℛ')), **{'double-struck': dict(zip('CHNPQRZ', 'ℂℍℕℙℚℝℤ'))})
 BLOCK = {'script': 0x1D49C, 'double-struck': 0x1D538}
 BAR = '<mo stretchy="false">&#x0007C;</mo>'                  # |x|, which browsers would set apart as a relation
-OPEN_SOURCE = r'#| code-fold: show\n#| code-summary: \"Exported source\"'   # as nbdev writes it, in a file of JSON
-FOLDED_SOURCE = r'#| code-fold: true\n#| code-summary: \"Source\"'
+OPEN_SOURCE = '#| code-fold: show\n#| code-summary: "Exported source"'   # as nbdev writes it
+FOLDED_SOURCE = '#| code-fold: true\n#| code-summary: "Source"'
 QUARTO_ONLY = re.compile(r'(output-file|html-math-method|grid) is (not read|ignored)')
 
 
@@ -52,7 +52,10 @@ def prepare(nbs, work):
 
 def shape_page(page):
     "Examples shown, tests folded, in a prepared notebook."
-    nb = shape_cells(json.loads(page.read_text(encoding='utf8').replace(OPEN_SOURCE, FOLDED_SOURCE)))
+    nb = shape_cells(json.loads(page.read_text(encoding='utf8')))
+    for cell in nb['cells']:
+        source = ''.join(cell['source'])
+        if re.search(r'^(class|def|@)', source, re.M): cell['source'] = source.replace(OPEN_SOURCE, FOLDED_SOURCE)
     page.write_text(json.dumps(nb), encoding='utf8')
 
 

@@ -14,7 +14,7 @@ from nbdev.processors import FilterDefaults
 EMPTY = inspect.Parameter.empty
 DEFS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 WIDTH = 80                                                    # of a signature
-SHAPE = r'\((?:[\w*+]+, ?)+[\w*+]*\)'
+SHAPE = r'\((?:[\w*+]+, ?)+[\w*+]*\)(?!\w)'
 SHAPES = re.compile(rf'{SHAPE}(?: and {SHAPE})*')
 OWN = 'tmpa'                                                  # whose classes show how they are made
 ARRAYS = 'Tensor', 'ndarray'
@@ -167,7 +167,7 @@ def default_text(value):
     if value is EMPTY: return ''
     if isinstance(value, enum.Enum): return str(value)
     text = getattr(value, '__name__', None) or constant(value) or repr(value)
-    text = re.sub(r'<function (\w+).*?>|<(?:\w+\.)*(\w+) object at .*?>', r'\1\2', text)
+    text = re.sub(r'<function (\w+).*?>|<(?:\w+\.)*(\w+) object at .*?>|<class \'(?:\w+\.)*(\w+)\'>', r'\1\2\3', text)
     return text if len(text) <= 40 else text[:37] + '...'
 
 

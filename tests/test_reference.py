@@ -168,3 +168,8 @@ def test_entries_are_fit_to_read():
 def test_symbols_and_options_in_docments():
     assert reference.named("The parts E_sh, F'^V_sp and `F_C`; a name such as f_sh stays") == "The parts $E_{sh}$, $F'^{V}_{sp}$ and `F_C`; a name such as f_sh stays"
     assert reference.named('With --features: the rule; `--k 2` as well') == 'With `--features`: the rule; `--k 2` as well'
+
+
+def test_classes_as_defaults_and_plural_shapes():
+    assert reference.default_text((int, float)) == '(int, float)'
+    assert with_shape('`int`', '(row, column)s of the map, or how many') == ('`int`', '(row, column)s of the map, or how many')

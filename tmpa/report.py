@@ -193,7 +193,7 @@ def link_list(
 def write_report(
     path, # The HTML file to make
     title:str, # Heading
-    sections:list, # (heading, content): text, TextTable, dict (folded), figures, or what `fastcore.xml` makes
+    sections:list, # Pairs of heading and content: text, TextTable, dict (folded), figures, or `fastcore.xml`
     lead:str='', # A sentence below the heading: what came out
 ):
     "Write one self-contained HTML page; figures are closed."
