@@ -35,7 +35,8 @@ window.Fuse = class {
     if (missing > words.length / 3) return 0;
     const extra = entry.section ? entry.section.length : entry.title.length;  // of two titles with the words, the shorter
     const guide = /^(howto|tutorials)\//.test(entry.page) || entry.page === "index.html" ? 3 : 0;
-    return (sum + guide) / (1 + missing) - 0.1 * extra - (/^experiments\//.test(entry.page) ? 3 : 0);
+    const begins = entry.title[0] === words[0] ? 0.5 : 0;  // of equal ones, the page whose title begins so
+    return (sum + guide + begins) / (1 + missing) - 0.1 * extra - (/^experiments\//.test(entry.page) ? 3 : 0);
   }
 
   search(query, { limit = 20 } = {}) {
