@@ -34,7 +34,7 @@ from tmpa.data.readers import csv_items, regdb_items
 from tmpa.data.synthetic import GENERATOR_VERSION, make_regdb, make_sysu
 from tmpa.data.transforms import ReIDAug
 from tmpa.experiment import make_learner
-from tmpa.learner import extract_features
+from tmpa.extract import extract_features
 from tmpa.models.backbone import get_arch
 from tmpa.models.net import set_switches
 from tmpa.recipes import get_recipe

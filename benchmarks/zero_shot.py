@@ -33,7 +33,8 @@ from tmpa.data.readers import csv_items, regdb_items
 from tmpa.data.synthetic import make_regdb
 from tmpa.data.transforms import ReIDAug
 from tmpa.evaluation import evaluate
-from tmpa.learner import extract_features, reid_learner
+from tmpa.extract import extract_features
+from tmpa.learner import reid_learner
 from tmpa.models.backbone import get_arch, ibn_resnet
 from tmpa.pretrain import Rendered, train_rendered
 from tmpa.recipes import get_recipe

@@ -25,7 +25,8 @@ from multiprocessing import get_context
 from tmpa.callback.pedmix import PedMix
 from tmpa.data.cache import image_cache
 from tmpa.data.load import ReIDDataLoaders, ReIDDataset, ReIDDL, _cache_for, identity_batches, on_device, one_ahead, split_by_pid
-from tmpa.learner import extract_features, tmpa_learner
+from tmpa.extract import extract_features
+from tmpa.learner import tmpa_learner
 from tmpa.search import Gallery
 from tmpa.models.backbone import micro_resnet
 from tmpa.data.transforms import Pieces, ReIDAug, channel_exchange, hflip, pad_crop, random_erase
@@ -974,7 +975,7 @@ def test_listed_people_without_images_are_said(sysu_small, tmp_path):
 
 def test_a_fixed_range_is_the_infrared_cameras(tmp_path, device):
     "In the loaders as in `extract_features`: visible files of more than 8 bits keep their own."
-    from tmpa.learner import extract_features
+    from tmpa.extract import extract_features
     items = []
     for i in range(8):
         for m in range(2):
@@ -1049,7 +1050,7 @@ def test_a_list_of_transforms_augments(people):
     assert torch.equal(a, b)                                                           # training alone
 
 def test_a_damaged_image_leaves_the_model_in_training(people, tmp_path):
-    from tmpa.learner import extract_features
+    from tmpa.extract import extract_features
     (tmp_path/'zero.png').touch()
     m = torch.nn.Linear(1, 1).train()
     with pytest.raises(DataError, match='zero.png'): extract_features(m, [people[0]._replace(path=tmp_path/'zero.png')], (8, 4))

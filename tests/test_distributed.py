@@ -20,7 +20,8 @@ from tmpa.callback.resume import ResumeFit
 from tmpa.core import ConfigError, DataError
 from tmpa.dart import dart_learner
 from tmpa.data.load import ReIDDataLoaders, ReIDDataset
-from tmpa.learner import extract_features, reid_learner, tmpa_learner
+from tmpa.extract import extract_features
+from tmpa.learner import reid_learner, tmpa_learner
 from tmpa.losses import TMPALoss
 from tmpa.models.agw import AGWNet
 from tmpa.models.backbone import micro_resnet

@@ -14,7 +14,7 @@ from tmpa.data.synthetic import make_regdb
 from tmpa.demo import FIELDS, compare, demo_rows
 from tmpa.callback.run import Watch
 from tmpa.experiment import make_learner, train_run
-from tmpa.learner import extract_features
+from tmpa.extract import extract_features
 from tmpa.many_runs import trials_folder
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet, save_weights

@@ -8,7 +8,8 @@ from tmpa.core import OutOfMemory
 from tmpa.data.load import ReIDDataLoaders
 from tmpa.data.synthetic import make_regdb
 from tmpa.callback.run import SaveWeights
-from tmpa.learner import extract_features, tmpa_learner
+from tmpa.extract import extract_features
+from tmpa.learner import tmpa_learner
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet
 from tmpa.search import Gallery

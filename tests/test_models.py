@@ -10,7 +10,7 @@ from pathlib import Path
 from tmpa.core import CheckpointError, ConfigError, ReIDImage
 from tmpa.dart import TwinNet
 from tmpa.data.load import ReIDDataLoaders, ReIDDataset
-from tmpa.learner import extract_features
+from tmpa.extract import extract_features
 from tmpa.layers import GeM, avg_pool
 from tmpa.losses import TMPALoss
 from tmpa.models.agw import AGWNet, NonLocal

@@ -6,7 +6,7 @@ from tmpa.core import ConfigError, TMPAError
 from tmpa.dart import TwinNet
 from tmpa.data.synthetic import make_sysu
 from tmpa.data.readers import sysu_items
-from tmpa.learner import extract_features
+from tmpa.extract import extract_features
 from tmpa.models.agw import AGWNet
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.net import set_switches

@@ -5,7 +5,8 @@ import pytest, torch
 from fastai.torch_core import set_seed
 from tmpa.callback.pedmix import PedMix
 from tmpa.data.load import ReIDDataLoaders
-from tmpa.learner import extract_features, tmpa_learner
+from tmpa.extract import extract_features
+from tmpa.learner import tmpa_learner
 from tmpa.models.backbone import micro_resnet
 
 import pretend

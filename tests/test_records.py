@@ -11,7 +11,8 @@ from tmpa.core import ConfigError, DataError, Modality, ReIDImage, check_records
 from tmpa.protocols import cross_settings
 from tmpa.data.load import ReIDDataLoaders, split_by_pid
 from tmpa.interpret import ReIDInterpretation, plot_ranks
-from tmpa.learner import extract_features, tmpa_learner
+from tmpa.extract import extract_features
+from tmpa.learner import tmpa_learner
 from tmpa.models.backbone import micro_resnet
 from tmpa.models.tmpa import TMPANet
 from tmpa.search import Gallery

@@ -58,7 +58,8 @@ from .tracks import track_features
 
 # %% ../nbs/24_all.ipynb #708b141f
 from .metrics import LossTerms, ReIDMetrics
-from .learner import extract_features, reid_learner, tmpa_learner
+from .extract import extract_features
+from .learner import reid_learner, tmpa_learner
 from .robust import noisy_items
 from .dart import DART, DARTLoss, dart_learner
 from .callback.runaway import StopRunaway

@@ -26,7 +26,8 @@ from .data.datasets import also_trained, also_trained_note, read_data
 from .data.load import ReIDDataLoaders
 from .data.synthetic import GENERATOR_VERSION
 from .earlier import earlier_run, is_trained, run_images
-from .learner import extract_features, reid_learner
+from .extract import extract_features
+from .learner import reid_learner
 from .models.checkpoint import load_weights, read_meta
 from .processes import is_told, n_processes, on_rank0, rank0_first, this_process, together, told
 from .provenance import changed_images, image_files, read_images, save_environment, save_images

@@ -22,6 +22,17 @@ def run_scores(
     made = read_json(metrics)
     return {k: made[k] for k in ('scores', 'feature', 'gallery') if k in made}
 
+# %% ../nbs/23a_export.ipynb #451f3dc1
+def _card_of_export(card, known, size, licence):
+    "What is known of weights, with the scores of their run, and the size and licence that were asked for."
+    from tmpa.card import image_size
+    wanted = list(image_size(card, size and parse_size(size)))
+    same = wanted == list(card['size'] or ())  # distances of another size are others
+    threshold = card['threshold'] if same else None
+    how = {k: v for k, v in known.items() if k != 'scores'}
+    return {**card, 'size': wanted, 'threshold': threshold, 'licence': licence or card['licence'],
+            'scores': known.get('scores', card['scores']), 'run': {**card['run'], **how}}
+
 # %% ../nbs/23a_export.ipynb #7524fb4d
 @call_parse
 @one_line_errors
@@ -40,15 +51,9 @@ def tmpa_export(
     from tmpa.core import ConfigError
     from tmpa.models.onnx import export_onnx
     from tmpa.weights import open_weights, save_pretrained
-    from tmpa.card import image_size
     if not (onnx or folder): raise ConfigError('nothing to write: pass --onnx FILE or --folder FOLDER')
     model, card = open_weights(weights)
-    known = run_scores(weights)
-    wanted = list(image_size(card, size and parse_size(size)))
-    same = wanted == list(card['size'] or ())  # distances of another size are others
-    card = {**card, 'size': wanted, 'threshold': card['threshold'] if same else None,
-            'licence': licence or card['licence'],
-            'scores': known.pop('scores', card['scores']), 'run': {**card['run'], **known}}
+    card = _card_of_export(card, run_scores(weights), size, licence)
     if folder:
         made = save_pretrained(model, folder, torch.float16 if half else torch.float32, not features_only, **card)
         print(f"{folder}: {sum(o.stat().st_size for o in made.iterdir())/1e6:.1f} MB, {card['dim']} numbers a feature")

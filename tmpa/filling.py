@@ -16,7 +16,7 @@ from .core import ConfigError, DataError, user_path
 from .data.folder import find_records
 from .data.image import check_range, decoded, how_read
 from .gallery import Gallery
-from .learner import extract_features
+from .extract import extract_features
 
 # %% ../nbs/21g_filling.ipynb #9d9bdd08
 def _key(o):

@@ -119,21 +119,24 @@ class ReIDLearner(Learner):
         if asked.get('with_loss'): check_losses(res[-1])
         return res
 
-    def add_cb(self, cb):
-        return super().add_cb(self.accepted(cb() if isinstance(cb, type) else cb))
+# %% ../nbs/15d_guard.ipynb #8818f2b9
+@patch
+def add_cb(self:ReIDLearner, cb):
+    return super(ReIDLearner, self).add_cb(self.accepted(cb() if isinstance(cb, type) else cb))
 
-    @contextmanager
-    def added_cbs(self,
-        cbs, # Callbacks
-    ):
-        "Callbacks for a while; the mixed precision that one of them takes the place of comes back."
-        before = self._grab_cbs(MixedPrecision)
-        try:
-            with super().added_cbs(cbs):
-                try: yield
-                finally: self.leave_autocast()  # while those callbacks are still there
-        finally:
-            if not self._grab_cbs(MixedPrecision): self.add_cbs(before)
+@patch
+@contextmanager
+def added_cbs(self:ReIDLearner,
+    cbs, # Callbacks
+):
+    "Callbacks for a while; the mixed precision that one of them takes the place of comes back."
+    before = self._grab_cbs(MixedPrecision)
+    try:
+        with super(ReIDLearner, self).added_cbs(cbs):
+            try: yield
+            finally: self.leave_autocast()  # while those callbacks are still there
+    finally:
+        if not self._grab_cbs(MixedPrecision): self.add_cbs(before)
 
 # %% ../nbs/15d_guard.ipynb #27f4f001
 @patch

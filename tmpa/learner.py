@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['sgd', 'step_factor', 'scaled_schedule', 'n_identities', 'NeedsMonitor', 'PlainTensors', 'reid_learner',
-           'tmpa_learner', 'extract_features']
+           'tmpa_learner']
 
 # %% ../nbs/16_learner.ipynb #bebb1e37
 from functools import partial
 import torch
 from torchvision.models import resnet50
-from torch.nn import functional as F
 from fastcore.basics import defaults, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -19,12 +18,8 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.channelslast import ChannelsLast
-from fastai.vision.core import imagenet_stats
-from .core import ConfigError, DataError, arg_names, check_names, check_records, enough_memory, plain, check_ranges
-from .processes import agreed, in_order, n_processes, own_batches, this_process
-from .data.cache import ImageCache
-from .data.load import ReIDDataset, ReIDDL
-from .data.transforms import PixelNorm
+from .core import ConfigError, arg_names, check_names, check_ranges, plain
+from .errors import moved_names
 from .callback.loop import AsyncMixedPrecision, StayOnDevice, TorchOptim
 from .callback.runaway import StopRunaway
 from .callback.distributed import Processes
@@ -53,7 +48,7 @@ def scaled_schedule(
 )->dict:
     "`warmup` and `decay` in epochs for `step_factor`, the paper's in proportion to its 80 epochs unless given."
     paper = min(n_epoch, 80)/80
-    at = lambda e: round(e*n_epoch) if 0 < e < 1 else e
+    def at(e): return round(e*n_epoch) if 0 < e < 1 else e
     warmup = round(10*paper) if warmup is None else at(warmup)
     if decay is None: decay = max(1, round(20*paper)), max(1, round(50*paper))
     return dict(warmup=warmup, decay=tuple(map(at, decay)))
@@ -114,6 +109,7 @@ def n_identities(
         raise ConfigError('dls has no training identities (dls.c): make it with ReIDDataLoaders.from_*')
     return dls.c
 
+# %% ../nbs/16_learner.ipynb #c330e928
 class NeedsMonitor(Callback):
     """Refuse trackers of `valid_loss`, fastai's default: people who were never trained on have no loss, so nothing
     would ever be better, and `SaveModelCallback` would load an old file in the end."""
@@ -124,6 +120,7 @@ class NeedsMonitor(Callback):
                 why = f'{type(c).__name__} watches valid_loss, which people outside of training do not have'
                 raise ConfigError(f"{why}: pass monitor='mAP' (or 'train_loss')")
 
+# %% ../nbs/16_learner.ipynb #beb6a1c9
 class PlainTensors(Callback):
     "Take fastai's types off a batch, once and before anything else: no compiler can follow them."
     order = SlotMix.order-1
@@ -131,6 +128,7 @@ class PlainTensors(Callback):
         self.learn.xb = tuple(map(plain, self.xb))
         self.learn.yb = tuple(map(plain, self.yb))
 
+# %% ../nbs/16_learner.ipynb #49b1923a
 def _terms(model, loss_func):
     "The terms that the loss has for this network: all that it names, but for those of TMPA that the network lacks."
     has = getattr(model, 'loss_terms', None)
@@ -138,6 +136,23 @@ def _terms(model, loss_func):
     if named is None: return [t for t in has or () if hasattr(loss_func, t)]
     return [t for t in named if has is None or t in has or t not in TMPALoss.terms]
 
+# %% ../nbs/16_learner.ipynb #386f9215
+def _mix_callback(mix):
+    "The mix as a callback, None for none."
+    if isinstance(mix, str) and mix == 'pedmix': return PedMix()
+    if mix is None or isinstance(mix, Callback): return mix
+    raise ConfigError(f"mix={mix!r}: pass a mix callback such as PedMix(), 'pedmix', or None")
+
+def _own_callbacks(dls, terms, mix, precision, eval_every):
+    "Columns of scores and terms, the mix, and what guards a step and keeps it from waiting."
+    mix = _mix_callback(mix)
+    scores = [ReIDMetrics(every=eval_every)] if len(getattr(dls, 'valid_items', ())) else []
+    own = [*scores, Processes(), NeedsMonitor(), PlainTensors(), LossTerms(terms), StayOnDevice(), StopRunaway()]
+    own += [ChannelsLast()]  # nearly twice as fast on a CPU
+    if mix is not None: own += [mix]
+    return own + _precision_cbs(precision, getattr(dls, 'device', None))
+
+# %% ../nbs/16_learner.ipynb #e9bb935d
 @delegates(Learner.__init__)
 def reid_learner(dls, # ReIDDataLoaders
     model, # `model(images, modality[, mixed])`: what the loss reads in training, features in evaluation
@@ -156,18 +171,12 @@ def reid_learner(dls, # ReIDDataLoaders
 )->Learner:
     "A fastai `Learner` for any network and loss: the paper's optimiser, a mix, loss terms and scores as columns."
     check_names(kwargs, arg_names(reid_learner), 'reid_learner')
-    mix = PedMix() if isinstance(mix, str) and mix == 'pedmix' else mix
-    if mix is not None and not isinstance(mix, Callback):
-        raise ConfigError(f"mix={mix!r}: pass a mix callback such as PedMix(), 'pedmix', or None")
-    scores = [ReIDMetrics(every=eval_every)] if len(getattr(dls, 'valid_items', ())) else []
     terms = _terms(model, loss_func) if terms is None else terms
-    own = [*scores, Processes(), NeedsMonitor(), PlainTensors(), LossTerms(terms), StayOnDevice(), StopRunaway()]
-    own += [ChannelsLast()]  # nearly twice as fast on a CPU
-    own += ([] if mix is None else [mix]) + _precision_cbs(precision, getattr(dls, 'device', None))
+    own = _own_callbacks(dls, terms, mix, precision, eval_every)
     # one graph, for each of training, evaluation and their sizes: past eight of them eager, not an end
     if compile: model.compile()
     return ReIDLearner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter,
-                       cbs=own + list(L(cbs)), wd_bn_bias=wd_bn_bias, **kwargs)
+                       cbs=[*own, *L(cbs)], wd_bn_bias=wd_bn_bias, **kwargs)
 
 # %% ../nbs/16_learner.ipynb #d272b964
 @delegates(reid_learner, but=['terms'])
@@ -192,54 +201,5 @@ def tmpa_learner(dls, # ReIDDataLoaders
     loss_func = TMPALoss() if loss_func is None else loss_func
     return reid_learner(dls, model, loss_func, None, mix, precision, eval_every, cbs, compile, **kwargs)
 
-# %% ../nbs/16_learner.ipynb #1fb804aa
-def extract_features(
-    model, # A network with `model(images, modality) -> features`
-    items:list, # ReIDImages, or paths or pictures
-    size:tuple, # Height and width that the network was trained with
-    bs:int=128, # Images a batch
-    ir_range:tuple|None=None, # Fixed range of 16-bit infrared files, see read_image
-    num_workers:int|None=None, # Loader processes; default 0 on a CPU and with a cache, else up to 8
-    device=None, # Default: where the model is
-    flip:bool=False, # Average with the feature of the mirrored image (to be named beside the score)
-    cache:ImageCache|None=None, # Decoded images; what is not in there is decoded
-    modality:int|list|None=None, # Of paths and pictures: 0 visible, 1 infrared; one for all, or one for each
-)->torch.Tensor: # (n, D) float32 on the CPU, in the order of `items`; L2-normalised
-    "Features of all images, each from its own modality's path; within `learn.distrib_ctx()` processes share the work."
-    items = check_records(items, modality)
-    if not items: raise DataError('no images to extract features from: the item list is empty')
-    how = dict(size=size, bs=bs, ir_range=ir_range, num_workers=num_workers, cache=cache)
-    if n_processes() > 1:
-        own = items[own_batches(len(items), bs, this_process(), n_processes())]
-        one = partial(_extract, model, own, device, flip, how)
-        return torch.cat([f for f in in_order(agreed(lambda: one() if own else None)) if f is not None])
-    return _extract(model, items, device, flip, how)
-
-def _images(items, device, size, bs, ir_range, num_workers, cache):
-    "A loader of images to be scored."
-    if num_workers is None: num_workers = 0 if cache is not None or device.type == 'cpu' else min(8, defaults.cpus)
-    ds = ReIDDataset(items, size=size, ir_range=ir_range, cache=cache)
-    return ReIDDL(ds, bs=bs, num_workers=num_workers, device=device,
-                  pin_memory=device.type == 'cuda', after_batch=[PixelNorm.from_stats(*imagenet_stats, cuda=False)])
-
-def _extract(model, items, device, flip, how):
-    "Features of the images of one process; `how` is for `_images`."
-    device = next(model.parameters()).device if device is None else torch.device(device)
-    dl = _images(items, device, **how)
-    h, w = how['size']
-    work = f"features of {len(items):,} images of {h}x{w}, bs={how['bs']} at a time"
-    with enough_memory(work, 'make bs smaller (tmpa_evaluate: --bs)'): return _features(model, dl, flip)
-
-def _features(model, dl, flip):
-    "Features of the images of a loader."
-    was_training, out = model.training, []
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for x, modality, *_ in dl:
-                x = plain(x)
-                f = model(x, modality)
-                if flip: f = F.normalize(f + model(x.flip(-1), modality), dim=1)
-                out.append(f.float())
-    finally: model.train(was_training)
-    return torch.cat(out).cpu().clone()
+# %% ../nbs/16_learner.ipynb #6235af3d
+__getattr__ = moved_names({'tmpa.extract': 'extract_features'})  # as up to 0.10

@@ -15,7 +15,7 @@ from .data.datasets import DATASETS, DataSpec, also_trained, also_trained_note, 
 from .data.image import check_range
 from .evaluation import evaluate_settings
 from .files import first_wrong, is_a, so_many, whole
-from .learner import extract_features
+from .extract import extract_features
 from .models.net import set_switches
 from .models.checkpoint import load_tmpa, read_meta
 from .card import image_size, read_card

@@ -206,7 +206,7 @@ def threshold_of(
     bs:int=128, ir_range=None, num_workers=None, # As in extract_features
 ) -> Threshold:
     "A threshold by a model on labelled images, its intervals by drawing people."
-    from tmpa.learner import extract_features
+    from tmpa.extract import extract_features
     feats = extract_features(model, items, size, bs, ir_range, num_workers)
     return threshold(pairs(feats, items, cross, rule), far=far, keep=keep, note=note)
 

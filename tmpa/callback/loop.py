@@ -140,17 +140,18 @@ class AsyncMixedPrecision(MixedPrecision):
 
     def after_loss(self): self.leave()
 
-    def _asking(self):
-        "fastai's way."
-        try: super().before_step()
-        finally: self.skips = self.skips + 1 if self.skipped else 0
-
 # %% ../../nbs/15a_callback.loop.ipynb #10e184b8
 @patch
 def leave(self:AsyncMixedPrecision):
     "Leave autocast, unless that has been done."
     if self.inside: self.autocast.__exit__(None, None, None)
     self.inside = False
+
+@patch
+def _asking(self:AsyncMixedPrecision):
+    "fastai's way."
+    try: super(AsyncMixedPrecision, self).before_step()
+    finally: self.skips = self.skips + 1 if self.skipped else 0
 
 @patch
 def before_step(self:AsyncMixedPrecision):

@@ -49,7 +49,6 @@ class TMPANet(TrainingViews, method='tmpa'):
     "The whole network: images and modalities to features, and in training to everything that the losses need."
     settings = dict(complete=('single', 'pair'), eval_complete=('self', 'own', 'miss'), feature=('bn', 'pool'),
                     part=('both', 'shared', 'specific'), keep_originals=(True, False), lams=None)
-
     def __init__(self,
         n_classes:int,                # Training identities
         arch=resnet50,                # ResNet builder, its name (`'timm/resnet50d'` too), or a function for one
@@ -73,21 +72,40 @@ class TMPANet(TrainingViews, method='tmpa'):
         _check(n_classes, mfe, mft, part, attention)
         self.remember(locals())
         self.pretrained = pretrained is not False
-        extractor, tail = split_resnet(make_resnet(arch, pretrained, weights))
-        c, self.dim = tail.c_in, tail.c_out
-        if mft and self.dim != 2*c:
-            raise ConfigError(f'layer 4 of {arch_name(arch)} has {self.dim} channels, not twice the {c} of layer 3, '
-                              'which eq. 12 needs: use another arch, or mft=False')
-        specific = _specific_extractors(extractor, tail, arch, mfe, mft, copies=self.pretrained or same_start)
-        self.mfe, self.tail = MFE(extractor, *specific), tail
-        self.attention = get_attention(attention)(c) if attention else None
-        self.mft = MFT(c, tail.width, heads, own_k=not tail.bottleneck) if mft else None
-        if mft and self.pretrained: self.mft.load_bottleneck(tail.layer4[0])
-        if mfe:
-            self.classifier_vis = SpecificClassifier(c if mft else self.dim, n_classes)
-            self.classifier_ir = SpecificClassifier(c if mft else self.dim, n_classes)
-        self.pool = GeM(pool_p, pool_trainable)
-        self.neck, self.classifier = BNNeck(self.dim), Classifier(self.dim, n_classes)
+        self._add_trunks(arch, weights, pretrained, mfe, mft, same_start)
+        self._add_transfer(mft, heads, attention)
+        self._add_heads(n_classes, mfe, pool_p, pool_trainable)
+
+# %% ../../nbs/12_models.tmpa.ipynb #f754ab59
+@patch
+def _add_trunks(self:TMPANet, arch, weights, pretrained, mfe, mft, same_start):
+    "E_sh and layer 4 from one ResNet, E^V_sp and E^I_sp beside it."
+    extractor, tail = split_resnet(make_resnet(arch, pretrained, weights))
+    c, self.dim = tail.c_in, tail.c_out
+    if mft and self.dim != 2*c:
+        raise ConfigError(f'layer 4 of {arch_name(arch)} has {self.dim} channels, not twice the {c} of layer 3, '
+                          'which eq. 12 needs: use another arch, or mft=False')
+    specific = _specific_extractors(extractor, tail, arch, mfe, mft, copies=self.pretrained or same_start)
+    self.mfe, self.tail = MFE(extractor, *specific), tail
+
+@patch
+def _add_transfer(self:TMPANet, mft, heads, attention):
+    "MFT, or what stands in its place with one trunk."
+    c, tail = self.tail.c_in, self.tail
+    self.attention = get_attention(attention)(c) if attention else None
+    self.mft = MFT(c, tail.width, heads, own_k=not tail.bottleneck) if mft else None
+    if mft and self.pretrained: self.mft.load_bottleneck(tail.layer4[0])
+
+@patch
+def _add_heads(self:TMPANet, n_classes, mfe, pool_p, pool_trainable):
+    "Pooling, neck and classifiers."
+    if mfe:
+        d = self.dim if self.mft is None else self.tail.c_in
+        self.classifier_vis = SpecificClassifier(d, n_classes)
+        self.classifier_ir = SpecificClassifier(d, n_classes)
+    self.pool = GeM(pool_p, pool_trainable)
+    self.neck = BNNeck(self.dim)
+    self.classifier = Classifier(self.dim, n_classes)
 
 # %% ../../nbs/12_models.tmpa.ipynb #b4bca10c
 @patch

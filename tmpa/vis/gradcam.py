@@ -24,11 +24,10 @@ def get_layer(
     "The module that a name stands for."
     if isinstance(layer, nn.Module): return layer
     name = f'mfe.{layer}' if layer in ('shared', 'visible', 'infrared') else layer
-    m = dict(model.named_modules()).get(name)
-    if m is None:
-        raise ConfigError(f"layer={layer!r}: the model has no such module; use 'shared', 'visible', 'infrared' "
-                          "where it has these extractors, or a name of model.named_modules()")
-    return m
+    modules = dict(model.named_modules())
+    if name in modules: return modules[name]
+    raise ConfigError(f"layer={layer!r}: the model has no such module; use 'shared', 'visible', 'infrared' "
+                      "where it has these extractors, or a name of model.named_modules()")
 
 @contextmanager
 def _evaluating(model):
@@ -124,6 +123,7 @@ def _extractors(model):
     three = getattr(getattr(model, 'mfe', None), 'visible', None) is not None
     return ['shared', 'visible', 'infrared'] if three else ['shared']
 
+# %% ../../nbs/21_vis.gradcam.ipynb #b37d5221
 def plot_gradcam(
     model, # A `Learner` on ReIDDataLoaders, or a network
     query_item, # ReIDImage, path or picture
@@ -164,9 +164,9 @@ def _watch_mft(model, got):
 def _mft_inputs(model, x, modality):
     "What enters the attention when the model is given one image."
     got = {}
+    modality = torch.tensor([int(modality)], device=x.device)
     handles = _watch_mft(model, got)
     try:
-        modality = torch.tensor([int(modality)], device=x.device)
         with torch.no_grad(), _evaluating(model): model(x[None], modality)
     finally:
         for h in handles: h.remove()
@@ -201,7 +201,7 @@ def attention_map(
         raise ConfigError('attention_map: a model with one trunk has no cross attention: pass one with mfe=True')
     asks = _mft_inputs(model, image, modality)
     read = asks if source is None else _mft_inputs(model, source, modality)
-    f = asks[('vis', 'ir')[int(modality)]]
+    f = asks['ir' if modality else 'vis']
     with torch.no_grad(), _evaluating(model): q,k,heads = _queries_and_keys(model.mft, f, read, int(modality))
     w = attention_weights(q, k, heads).mean(1)[0]
     if position is None: return w
@@ -231,14 +231,14 @@ def plot_attention(
     modality=None, # Of paths and pictures: 0 visible, 1 infrared; one for both, or (item, source)
 ):
     "Which positions of one image some positions of another read in MFT's cross attention (eq. 10)."
-    item,source_item = check_records((item, item if source_item is None else source_item), modality)
-    model,x,xn = load_pair(model, (item, source_item), size, ir_range)
-    w = attention_map(model, xn[0], item.modality, source=xn[1])
+    items = check_records((item, item if source_item is None else source_item), modality)
+    model, x, xn = load_pair(model, items, size, ir_range)
+    w = attention_map(model, xn[0], items[0].modality, source=xn[1])
     rows, cols = w.shape[:2]
     if isinstance(positions, int): positions = [(int((i+.5)*rows/positions), cols//2) for i in range(positions)]
     n = 1 + len(positions)
-    fig,axs = plt.subplots(1, n, figsize=(1.35*n, 3), squeeze=False, layout='constrained')
-    asks, is_read = (Modality(int(o.modality)).name.lower() for o in (item, source_item))
+    fig, axs = plt.subplots(1, n, figsize=(1.35*n, 3), squeeze=False, layout='constrained')
+    asks, is_read = (Modality(int(o.modality)).name.lower() for o in items)
     _show(axs[0, 0], x[0], f'{asks} asks\n{rows*cols} positions')
     for i,(ax,at) in enumerate(zip(axs[0, 1:], positions), 1):
         p = w[at]

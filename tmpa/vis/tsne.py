@@ -44,11 +44,6 @@ def separation(
     return dict(silhouette=silhouette, **means)
 
 # %% ../../nbs/20_vis.tsne.ipynb #82ca5237
-# told apart by the colour-blind
-_COLOURS = '#332288 #88CCEE #44AA99 #117733 #999933 #DDCC77 #CC6677 #882255 #AA4499 #000000'.split()
-
-def _colour(k): return _COLOURS[k % len(_COLOURS)]
-
 def tsne(
     feats, # Tensor (n, D)
     seed:int=0, # Of the optimisation
@@ -62,6 +57,12 @@ def tsne(
     if len(x) < 2: raise ConfigError(f'{len(x)} images: t-SNE needs 2 or more')
     init = 'pca' if min(x.shape) > 1 else 'random'
     return TSNE(perplexity=perplexity or min(30, (len(x)-1)/3), init=init, random_state=seed).fit_transform(x)
+
+# %% ../../nbs/20_vis.tsne.ipynb #474c7638
+# told apart by the colour-blind
+_COLOURS = '#332288 #88CCEE #44AA99 #117733 #999933 #DDCC77 #CC6677 #882255 #AA4499 #000000'.split()
+
+def _colour(k): return _COLOURS[k % len(_COLOURS)]
 
 def _number(ax, p, heaps, size):
     "The number of a person on each heap of theirs, one number where both heaps are one."
