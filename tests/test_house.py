@@ -10,7 +10,7 @@ FILES = sorted(f for f in ROOT.rglob('*.py') if f.name not in ('_modidx.py', '__
 CEILINGS = {
     'lines over 120 columns': 0,
     'modules over 250 lines': 2,
-    'export cells over 30 lines': 18,
+    'export cells over 30 lines': 10,
     'functions with 8 parameters or more': 37,
     'own names in tmpa.all': 155,
 }
