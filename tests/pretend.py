@@ -68,40 +68,45 @@ def _check_devices(op, args, kwargs):
         found = ' and '.join(sorted(devices))
         raise RuntimeError(f'Expected all tensors to be on the same device, but found at least two devices, {found}! ({op})')
 
-def _fallback(op, *args, **kwargs):
-    """Run `op` on the same memory by the CPU's kernel. Its results are views of an argument, an argument itself, or new.
+def _lowered_one(x, pairs, elsewhere):
+    "An argument for the CPU's kernel. Notes tensors of the device with the CPU's of the same memory, and all others."
+    if isinstance(x, torch.Tensor):
+        if _is_there(x):
+            pairs.append((x, _here(x)))
+            return pairs[-1][1]
+        if x.dim(): elsewhere.append(x)
+    elif type(x) in (tuple, list): return type(x)([_lowered_one(o, pairs, elsewhere) for o in x])
+    elif isinstance(x, torch.device) and x.type == NAME: return CPU
+    return x
 
-    Called for every operation: it looks at each argument once.
+def _lifted(c, pairs):
+    "A result of the CPU's kernel as one of the device: a view of an argument, an argument itself, or new."
+    if type(c) in (tuple, list): return type(c)([_lifted(o, pairs) for o in c])
+    if not isinstance(c, torch.Tensor): return c
+    for x,k in pairs:
+        if c is k: return x
+    memory = c.untyped_storage().data_ptr()
+    for x,k in pairs:
+        if memory and memory == k.untyped_storage().data_ptr():
+            if x.dtype != c.dtype: x = torch.ops.aten.view.dtype.redispatch(CPU_KEYS, x, c.dtype)
+            return AS_STRIDED.redispatch(CPU_KEYS, x, c.shape, c.stride(), c.storage_offset())
+    return _there(c)
+
+def _fallback(op, *args, **kwargs):
+    """Run `op` on the same memory by the CPU's kernel.
+
+    Called for every operation: it looks at each argument once, and keeps nothing alive (functions within that call
+    themselves would, until the next collection, and weights that a graph holds cannot move).
     """
     pairs, elsewhere = [], []
-    def lower(x):
-        if isinstance(x, torch.Tensor):
-            if _is_there(x):
-                pairs.append((x, _here(x)))
-                return pairs[-1][1]
-            if x.dim(): elsewhere.append(x)
-        elif type(x) in (tuple, list): return type(x)(map(lower, x))
-        elif isinstance(x, torch.device) and x.type == NAME: return CPU
-        return x
-    def lift(c):
-        if type(c) in (tuple, list): return type(c)(map(lift, c))
-        if not isinstance(c, torch.Tensor): return c
-        for x,k in pairs:
-            if c is k: return x
-        memory = c.untyped_storage().data_ptr()
-        for x,k in pairs:
-            if memory and memory == k.untyped_storage().data_ptr():
-                if x.dtype != c.dtype: x = torch.ops.aten.view.dtype.redispatch(CPU_KEYS, x, c.dtype)
-                return AS_STRIDED.redispatch(CPU_KEYS, x, c.shape, c.stride(), c.storage_offset())
-        return _there(c)
     with torch._C.DisableTorchFunctionSubclass():
-        lowered = [lower(x) for x in args]
-        named = {k: lower(v) for k,v in kwargs.items()}
+        lowered = [_lowered_one(x, pairs, elsewhere) for x in args]
+        named = {k: _lowered_one(v, pairs, elsewhere) for k,v in kwargs.items()}
         if elsewhere: _check_devices(op, args, kwargs)
         out = op(*lowered, **named)
         for x,c in pairs:
             if c.numel() > x.numel() == 0: _set(x, _there(c))  # an empty one that was to be filled
-        return lift(out)
+        return _lifted(out, pairs)
 
 def _copy_(self, src, non_blocking=False):
     with torch._C.DisableTorchFunctionSubclass():

@@ -1,5 +1,5 @@
 "The stand-in for a second device computes what the CPU computes, and raises what a GPU raises."
-import copy
+import copy, gc, weakref
 
 import pytest, torch
 from fastai.torch_core import set_seed
@@ -37,6 +37,16 @@ def test_what_a_gpu_allows():
     assert x.tolist() == [[0, 9, 2], [3, 9, 5]] and float(x.sum()) == 28
     other = copy.deepcopy(torch.nn.Linear(3, 2).to(pretend.NAME))
     assert other.weight.device.type == pretend.NAME and other(x).shape == (2, 2)
+
+def test_an_operation_keeps_nothing_alive():
+    x = torch.zeros(2, 3).to(pretend.NAME)
+    seen = weakref.ref(x)
+    gc.disable()
+    try:
+        torch.stack([x + x, x.t().reshape(2, 3)])
+        del x
+        assert seen() is None
+    finally: gc.enable()
 
 def test_training_gives_the_numbers_of_the_cpu(tmp_path, device, tol):
     """Two steps of TMPA with its loader, loss, mix, optimiser and scores, then features.
