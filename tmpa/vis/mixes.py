@@ -38,7 +38,7 @@ def show_slots(
     fig, axs = _pictures(rows, cols, size, figsize, dpi)
     for ax, (name, x) in zip(axs.flat, pictures):
         _draw(ax, x)
-        ax.set_title(name, fontsize=9, pad=3)
+        ax.set_title(name, fontsize=9, pad=3, y=1)
         if outlines: mix.outline(ax, size)
     return fig
 
@@ -47,7 +47,9 @@ def _pictures(rows, cols, size, figsize, dpi):
     "A figure of empty axes for pictures of this (height, width), one inch wide where nothing else is said."
     figsize = figsize or (cols, rows*(size[0]/size[1] + .3))
     fig, axs = plt.subplots(rows, cols, figsize=figsize, dpi=dpi, squeeze=False, layout='constrained')
-    for ax in axs.flat: ax.axis('off')
+    for ax in axs.flat:
+        ax.set(xticks=[], yticks=[])  # unseen ones would take most of the time of saving
+        ax.axis('off')
     plt.close(fig)  # the caller shows or saves it; otherwise a notebook would draw it twice
     return fig, axs
 
