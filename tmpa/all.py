@@ -68,7 +68,8 @@ from .guard import ReIDLearner
 from .callback.resume import ResumeFit
 
 # %% ../nbs/24_all.ipynb #ed121e19
-from .recipes import RECIPES, Recipe, field_values, get_recipe, with_fields
+from .recipe import Recipe
+from .recipes import RECIPES, field_values, get_recipe, with_fields
 from .paper import TABLES, RecipeTable, TableRow, get_table
 from .scoring import evaluate_run
 from .run import RunConfig

@@ -15,13 +15,13 @@ from .core import ConfigError, arg_names, atomic_write, check_names, check_range
 from .data.datasets import DataSpec, read_data
 from .data.synthetic import GENERATOR_VERSION
 from .earlier import earlier_run, run_images
-from .experiment import mean_map
 from .many_runs import train_runs
 from .provenance import environment
-from .recipes import Recipe, get_recipe
+from .recipe import Recipe
+from .recipes import get_recipe
 from .report import link_list, plot_runs, plot_scores, read_log, write_report
-from .results import COLUMNS, TextTable, best_row_text, difference_table, mean_text, read_lines, results_frame
-from .results import row_scores, score_stats, write_lines
+from .results import COLUMNS, TextTable, best_row_text, difference_table, mean_map, mean_text, read_lines
+from .results import results_frame, row_scores, score_stats, write_lines
 from .run import ARCHS, RunConfig
 from .run_files import check_own, folder_lock, new_folder, read_json, write_json
 from .vis.ranked import ranked_lists

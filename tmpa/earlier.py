@@ -18,7 +18,8 @@ from .data.datasets import DataSpec
 from .data.synthetic import GENERATOR_VERSION
 from .models.checkpoint import read_meta
 from .provenance import changed_images, image_files, read_images
-from .recipes import Recipe, recipe_key
+from .recipe import Recipe
+from .recipes import recipe_key
 from .run import RunConfig, run_content
 from .run_files import clear_run, damaged_file, read_json, read_metrics
 

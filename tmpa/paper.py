@@ -10,7 +10,8 @@ import csv
 from dataclasses import dataclass, field
 from importlib.resources import files
 from .core import ConfigError
-from .recipes import Recipe, field_values
+from .recipe import Recipe
+from .recipes import field_values
 
 # %% ../nbs/17b_paper.ipynb #0a15cdca
 @dataclass(frozen=True)

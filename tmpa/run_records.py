@@ -12,7 +12,7 @@ from warnings import warn
 from .core import ConfigError, shortened, user_path
 from .data.datasets import DATASETS, DataSpec
 from .earlier import run_state
-from .recipes import Recipe
+from .recipe import Recipe
 from .results import COLUMNS, write_lines
 from .run import RunConfig
 from .run_files import damaged_file, read_json, wrong_scores

@@ -15,7 +15,8 @@ from .data.datasets import DATASETS, DataSpec, check_given
 from .demo import demo_patch, folder_slug
 from .errors import moved_names
 from .paper import TableRow
-from .recipes import Recipe, get_recipe, recipe_content
+from .recipe import Recipe, recipe_content
+from .recipes import get_recipe
 from .regions import grid_size
 from .run import RunConfig, run_key
 
