@@ -9,8 +9,8 @@ FILES = sorted(f for f in ROOT.rglob('*.py') if f.name not in ('_modidx.py', '__
 
 CEILINGS = {
     'lines over 120 columns': 0,
-    'modules over 250 lines': 2,
-    'export cells over 30 lines': 10,
+    'modules over 250 lines': 0,
+    'export cells over 30 lines': 9,
     'functions with 8 parameters or more': 37,
     'own names in tmpa.all': 155,
 }

@@ -128,7 +128,8 @@ def fit(self:Run):
 @patch
 def _fit(self:Run):
     cfg, going = self.cfg, ResumeFit(self.out/'resume.pth', self.quiet)
-    writers = [] if this_process() else [CSVLogger('history.csv'), SaveWeights(self.out, cfg.weights_meta()), *self.loggers]
+    writers = [CSVLogger('history.csv'), SaveWeights(self.out, cfg.weights_meta()), *self.loggers]
+    if this_process(): writers = []  # the first process writes
     how = dict(lr=cfg.lr, warmup=cfg.warmup, decay=cfg.decay, beta_warmup=cfg.beta_warmup)
     with ExitStack() as silence:
         show_progress(self.learn, self.quiet, silence)
