@@ -121,7 +121,9 @@ class ReIDLearner(Learner):
 
 # %% ../nbs/15d_guard.ipynb #8818f2b9
 @patch
-def add_cb(self:ReIDLearner, cb):
+def add_cb(self:ReIDLearner,
+    cb, # A callback, or its class
+):
     return super(ReIDLearner, self).add_cb(self.accepted(cb() if isinstance(cb, type) else cb))
 
 @patch
