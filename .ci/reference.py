@@ -187,7 +187,7 @@ def with_shape(kind, text):
     found = SHAPES.match(text)
     if not found and any(o in kind for o in ARRAYS) and len(SHAPES.findall(text)) == 1: found = SHAPES.search(text)
     if not found or text[found.end():].startswith((' that', ' of', ' where', ' as ', ' or')): return kind, text
-    rest = (text[:found.start()].rstrip() + text[found.end():]).strip(' ,')
+    rest = (text[:found.start()].rstrip() + text[found.end():]).strip(' ,:')
     shape = ' and '.join(code(o) for o in found[0].split(' and '))
     return f'{kind} {shape}'.strip(), rest if re.match(r'(bool|u?int|float)\d*\b', rest) else rest[:1].upper() + rest[1:]
 

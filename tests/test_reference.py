@@ -173,3 +173,7 @@ def test_symbols_and_options_in_docments():
 def test_classes_as_defaults_and_plural_shapes():
     assert reference.default_text((int, float)) == '(int, float)'
     assert with_shape('`int`', '(row, column)s of the map, or how many') == ('`int`', '(row, column)s of the map, or how many')
+
+
+def test_a_colon_after_a_shape_goes():
+    assert with_shape('', '(B,): which feature is missing') == ('<code>(B,)</code>', 'Which feature is missing')
