@@ -10,8 +10,8 @@ import atexit, os, shutil, sys, tempfile
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(name, '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 
-# What a process of the suite puts into the temporary folder it puts into one of its own. All of them are removed at the end
-# with what tests render, decode and compile; pytest keeps the folders of failed tests where it always does.
+# What a process of the suite puts into the temporary folder it puts into one of its own. All of them are removed at
+# the end, with what tests render, decode and compile; pytest keeps folders of failed tests where it always does.
 if 'TMPA_TESTS' not in os.environ:
     os.environ['TMPA_TESTS'] = tempfile.mkdtemp(prefix='tmpa-tests-')
     atexit.register(shutil.rmtree, os.environ['TMPA_TESTS'], ignore_errors=True)

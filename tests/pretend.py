@@ -66,7 +66,8 @@ def _check_devices(op, args, kwargs):
     devices = {x.device.type for x in _tensors((look, tuple(kwargs.values())), []) if x.dim() or _is_there(x)}
     if len(devices) > 1:
         found = ' and '.join(sorted(devices))
-        raise RuntimeError(f'Expected all tensors to be on the same device, but found at least two devices, {found}! ({op})')
+        expected = 'Expected all tensors to be on the same device, but found at least two devices'
+        raise RuntimeError(f'{expected}, {found}! ({op})')
 
 def _lowered_one(x, pairs, elsewhere):
     "An argument for the CPU's kernel. Notes tensors of the device with the CPU's of the same memory, and all others."
