@@ -398,6 +398,12 @@ def defined(source):
     return names
 
 
+def is_silent(name, obj):
+    "Whether a method that is patched in has no word for users, as the events of a callback."
+    func = maker(obj)
+    return '.' in name and not own_doc(obj) and func is not None and not is_described(func)
+
+
 def module_of(nb):
     "The module that a notebook exports, or None."
     return next((f"{OWN}.{o.directives_['default_exp'][0]}" for o in nb.cells if 'default_exp' in getattr(o, 'directives_', {})), None)
@@ -410,7 +416,9 @@ class add_entries(Processor):
         self.nb.module_ = module  # the cell that says so goes before links are made
         for cell in self.nb.cells:
             shown = cell.cell_type == 'code' and 'hide' not in cell.directives_ and {'export', 'exports'} & cell.directives_.keys()
-            if shown: cells += [mk_cell(entry(name, find(module, name)), 'markdown') for name in defined(cell.source)]
+            for name in defined(cell.source) if shown else ():
+                obj = find(module, name)
+                if not is_silent(name, obj): cells.append(mk_cell(entry(name, obj), 'markdown'))
             cells.append(cell)
         self.nb.cells = cells
 

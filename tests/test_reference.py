@@ -154,6 +154,13 @@ def test_what_has_no_docment_is_found(ours):
     assert list(undocumented('Spot', Spot)) == ['Spot: y']
 
 
+def test_events_without_words_have_no_entry():
+    import tmpa.callback.resume, tmpa.recipe
+    assert reference.is_silent('ResumeFit.before_fit', find('tmpa.callback.resume', 'ResumeFit.before_fit'))
+    for module, name in (('tmpa.recipe', 'Recipe.check'), ('tmpa.callback.resume', 'ResumeFit'), ('tmpa.losses', 'id_loss')):
+        assert not reference.is_silent(name, find(module, name))
+
+
 def test_entries_are_fit_to_read():
     for name, obj, text in entries():
         assert not name.rpartition('.')[2].startswith('_'), name
