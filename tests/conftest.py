@@ -17,7 +17,7 @@ if 'TMPA_TESTS' not in os.environ:
     atexit.register(shutil.rmtree, os.environ['TMPA_TESTS'], ignore_errors=True)
     os.environ.setdefault('PYTEST_DEBUG_TEMPROOT', tempfile.gettempdir())
 SCRATCH = os.path.join(os.environ['TMPA_TESTS'], os.environ.get('PYTEST_XDIST_WORKER', 'main'))
-os.makedirs(SCRATCH)
+os.makedirs(SCRATCH, exist_ok=True)
 os.environ['TMPDIR'] = tempfile.tempdir = SCRATCH
 os.environ.setdefault('TMPA_HOME', os.path.join(os.environ['TMPA_TESTS'], 'home'))
 os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(os.environ['TMPA_TESTS'], 'compiled'))
@@ -121,8 +121,8 @@ def pytest_runtest_setup(item):
     _asked.clear()
     return (yield)
 
-# of multiprocessing, as long as the process lives, of onnxruntime and of torchrun
-OTHERS = 'pymp-', '.ses', 'torchelastic_'
+# of multiprocessing, as long as the process lives, of onnxruntime, of torchrun and of torch's compiler
+OTHERS = 'pymp-', '.ses', 'torchelastic_', 'torchinductor_'
 
 def left_behind():
     "What tests have left in this process's temporary folder, which is emptied of it."
