@@ -83,7 +83,7 @@ def mss_loss(
     normalize:bool=True, # L2-normalise all features first; False: raw features
     reduction:str='sum', # Over identities: 'sum' (equation 4) or 'mean'
     return_active:bool=False # Also return the share of identities with an active hinge
-)->Tensor: # Scalar, or (scalar, share)
+)->Tensor: # Scalar; with `return_active` that and the share
     "Modality-shared-specific loss (equations 4 to 6)."
     N, labels = len(labels), plain(labels)
     if (len(f_sh), len(f_vis), len(f_ir)) != (2*N, N, N):
