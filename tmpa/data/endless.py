@@ -60,7 +60,7 @@ def draw(self:RenderedPeople,
 # %% ../../nbs/03a_data.endless.ipynb #d80784df
 @patch
 def pixels(self:RenderedPeople,
-    i, # Row
+    i, # Index of a photograph
 ):
     "The photograph of a row, (3, H, W) uint8."
     return self.draw([i])[0].numpy()
