@@ -109,7 +109,7 @@ def test_no_name_hides_one_of_fastai():
 
 @pytest.mark.parametrize('module, names', [
     ('callback.resume', 'data_key outline random_state set_random_state'), ('dart', 'TwinNet'),
-    ('learner', 'extract_features'),
+    ('learner', 'extract_features'), ('recipes', 'Recipe recipe_content'), ('experiment', 'make_learner mean_map'),
     ('data.batches', 'on_device'), ('data.load', 'on_device one_ahead'),
     ('callback.loop', 'RunawayError StopRunaway not_finite'), ('callback.mix', 'show_mixes'),
     ('models.net', 'load_tmpa load_weights read_meta save_weights'),

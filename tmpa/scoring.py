@@ -96,7 +96,7 @@ def _said(path):
     if not path.is_dir(): return read_meta(path)
     card = read_card(path)
     said = {**card['run'], **{k: card[k] for k in ('data', 'size', 'ir_range')}}
-    known = {'trial', 'n_ids', 'data_seed'} <= said.keys() and said['data'] in DATASETS
+    known = {'trial', 'n_ids', 'data_seed'} <= said.keys() and said['data'] in list(DATASETS)  # a card may have a dict
     return said if known else {}
 
 def _run_of(path, weights):
