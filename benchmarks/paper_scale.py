@@ -35,6 +35,7 @@ from tmpa.data.synthetic import GENERATOR_VERSION, make_regdb, make_sysu
 from tmpa.data.transforms import ReIDAug
 from tmpa.experiment import make_learner
 from tmpa.extract import extract_features
+from tmpa.layers import BNNeck, Classifier
 from tmpa.models.backbone import get_arch
 from tmpa.models.net import set_switches
 from tmpa.recipes import get_recipe
@@ -64,9 +65,9 @@ class Scale:
     world:int = 8             # seed of the people; no other page uses it
     trunk_ids:int = 2000      # people of another world that the trunk has seen
     trunk_world:int = 1008
-    trunk_epochs:int = 20
+    trunk_epochs:int = 12
     trunk_batch:int = 128
-    trunk_lr:float = .1
+    trunk_lr:float = 1e-3
 
 TINY = Scale(arch='micro_resnet', size=(48, 24), ids=16, epochs=2, P=2, K=2, patch=12, trunk_ids=8, trunk_epochs=1,
              trunk_batch=16)
@@ -129,10 +130,10 @@ def train_trunk(scale, device):
     images, who = trunk_images(scale, device)
     set_seed(0, reproducible=True)
     net = get_arch(scale.arch)()
-    net.fc = nn.Linear(net.fc.in_features, int(who.max())+1)
+    net.fc = nn.Sequential(BNNeck(net.fc.in_features), Classifier(net.fc.in_features, int(who.max())+1))
     net = net.to(device, memory_format=torch.channels_last).train()
     steps = max(1, len(images)//scale.trunk_batch)
-    opt = torch.optim.SGD(net.parameters(), scale.trunk_lr, momentum=.9, nesterov=True, weight_decay=5e-4)
+    opt = torch.optim.AdamW(net.parameters(), scale.trunk_lr, weight_decay=.05, fused=device.type == 'cuda')
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == 'cuda')
     aug = ReIDAug(exchange=0.)
     mean, std = (torch.tensor(o, device=device).view(3, 1, 1) for o in ((.485, .456, .406), (.229, .224, .225)))
@@ -193,6 +194,20 @@ def write_results(out, records, queries):
     with atomic_write(Path(out)/'runs.jsonl') as t: t.write_text(''.join(json.dumps(r) + '\n' for r in records))
 
 
+def take(out, folders, scale):
+    "Add the runs of other folders, made beside these or on other machines; those that are here already stay."
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        records, queries = read_results(out, scale)
+        for folder in folders:
+            if not (Path(folder)/'runs.jsonl').exists(): raise ConfigError(f'{folder} holds no results: --take_from')
+            others, theirs = read_results(folder, scale)
+            new = [r for r in others if r['name'] not in {o['name'] for o in records}]
+            records += new
+            for r in new: queries |= {k: v for k,v in theirs.items() if k.startswith(r['name'] + '/')}
+        write_results(out, records, queries)
+
+
 # ---------------------------------------------------------------- what is run, in which order
 
 def name_of(start, row, seed, longer=False): return f"{start}/{row}{' longer' if longer else ''}/{seed}"
@@ -224,9 +239,9 @@ class Part(ResumeFit):
 
     The state of an unfinished row is large and stays on this machine; on another one the row begins anew.
     """
-    def __init__(self, file, at):
+    def __init__(self, file, at, row=''):
         super().__init__(file, quiet=True)
-        self.at, self.spent, self.stopped = at, 0., None
+        self.at, self.spent, self.stopped, self.row = at, 0., None, row
     def resume_state(self): return self.spent
     def set_resume_state(self, spent): self.spent = spent
     def before_epoch(self):
@@ -236,6 +251,8 @@ class Part(ResumeFit):
         super().after_epoch()
         self.last = time.monotonic() - self.begun
         self.spent += self.last
+        done, each = self.epoch+1, max(1, self.n_epoch//10)
+        if done % each == 0: print(f'{self.row}: {done} of {self.n_epoch} epochs, {self.spent:.0f} s', flush=True)
     def _save(self):  # before every epoch but the first
         if time.monotonic() + self.last < self.at: return
         super()._save()
@@ -262,7 +279,10 @@ def real_people(folder):
         return csv_items(photographs.prepare(folder, tmpa_home()/'photographs', 0, n_test=50), 'test')
 
 def score(learn, sets, size, row):
-    "Scores of a trained network on every set of people, in every way that its row is scored; and its queries."
+    """Scores of a trained network on every set of people, in every way that its row is scored; and its queries.
+
+    A query is a column: its average precision, the place of its first hit, whom it shows.
+    """
     scores, queries = {}, {}
     usual = {k: getattr(learn.model, k) for k in ('eval_complete', 'part') if hasattr(learn.model, k)}
     for way, switches in {'': {}, **SCORED.get(row, {})}.items():
@@ -272,7 +292,8 @@ def score(learn, sets, size, row):
             scores[f'{who} {way}'.strip()], results = score_feats(feats, items, settings)
             for s in settings:
                 r = results[s.name].trials[0]
-                queries['/'.join([who, way or 'as trained', s.name])] = np.stack([r.ap, r.first_hit]).astype('f4')
+                pids = [items[i].pid for i in s.q_idx]
+                queries['/'.join([who, way or 'as trained', s.name])] = np.stack([r.ap, r.first_hit, pids]).astype('f4')
         for k in switches: setattr(learn.model, k, usual[k])
     return scores, queries
 
@@ -333,7 +354,7 @@ def run(out, minutes, scale=Scale(), seeds=3, photographs=None, compiled=(), dev
             if worked and time.monotonic() > deadline: break
             worked = True
             cfg = config_of(scale, start, row, seed, epochs, trunk, row in compiled)
-            part = Part(state_file(scale, name), deadline)
+            part = Part(state_file(scale, name), deadline, name)
             about = dict(start=start, row=row, seed=seed, longer=longer, card=card, beside=beside, trunk=about_trunk)
             found = one_run(name, cfg, part, real, scale=scale_key(scale), **about)
             if found is None:
@@ -359,6 +380,7 @@ def main(
     photographs:str=None, # Folder of PKU-Reid, to search real people as well
     compiled:str='', # Rows to compile, with commas
     only:str='', # Runs such as trunk/B/0, with commas
+    take_from:str='', # Folders of results to add first, with commas: made beside these, or on other machines
     beside:int=0, # Trainings that share the card with this one, for the record: their seconds are not compared
     tiny:store_true=False, # A tiny network and few people, to see that everything works
 ):
@@ -367,7 +389,10 @@ def main(
     for given, known in ((rows, ROWS), (names, [name_of(*p) for p in plan(seeds)])):
         if unknown := set(given) - set(known): raise SystemExit(f'{sorted(unknown)[0]!r}: choose of {", ".join(known)}')
     how = dict(compiled=rows, only=names, beside=beside, scoring=1 if tiny else 20)
-    try: records = run(out, minutes, TINY if tiny else Scale(), seeds, photographs, **how)
+    scale = TINY if tiny else Scale()
+    try:
+        if take_from: take(out, take_from.split(','), scale)
+        records = run(out, minutes, scale, seeds, photographs, **how)
     except ConfigError as e: raise SystemExit(str(e)) from None
     left = [name_of(*p) for p in plan(seeds) if name_of(*p) not in {r['name'] for r in records}]
     more = f', the same command goes on with {left[0]}' if left else ''
