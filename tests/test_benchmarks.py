@@ -147,6 +147,34 @@ def test_paper_scale_mixes_no_results(scale, tmp_path):
     with pytest.raises(ConfigError, match='cannot be read'): scale.read_results(tmp_path, scale.TINY)
     assert scale.scale_key(scale.TINY) != scale.scale_key(scale.Scale())
 
+def test_runs_of_several_folders_come_together(scale, tmp_path):
+    "Those that are there already stay, with their queries."
+    key, ap = scale.scale_key(scale.TINY), torch.zeros(3, 4).numpy()
+    def folder(name, where, epochs):
+        (tmp_path/where).mkdir()
+        record, queries = dict(name=name, scale=key, epochs=epochs), {f'{name}/rendered': ap + epochs}
+        scale.write_results(tmp_path/where, [record], queries)
+        return str(tmp_path/where)
+    a, b, again = folder('trunk/B/0', 'a', 1), folder('trunk/B+CA/0', 'b', 2), folder('trunk/B/0', 'c', 3)
+    scale.take(tmp_path/'all', [a, b, again], scale.TINY)
+    records, queries = scale.read_results(tmp_path/'all', scale.TINY)
+    assert [(r['name'], r['epochs']) for r in records] == [('trunk/B/0', 1), ('trunk/B+CA/0', 2)]
+    assert {k: v.max() for k, v in queries.items()} == {'trunk/B/0/rendered': 1, 'trunk/B+CA/0/rendered': 2}
+    with pytest.raises(ConfigError, match='holds no results'): scale.take(tmp_path/'all', ['nowhere'], scale.TINY)
+
+def test_what_was_run_at_the_papers_scale(scale):
+    "The runs that the page shows are of this scale, with scores that their queries give."
+    records, queries = scale.read_results(ROOT/'nbs/experiments/results/paper_scale', scale.Scale())
+    assert {r['name'] for r in records} >= {f'trunk/{row}/0' for row in scale.TABLE2}
+    for r in records:
+        for name, settings in r['scores'].items():
+            who, *way = name.split()
+            for setting, s in settings.items():
+                ap, first, pid = queries['/'.join([r['name'], who, *(way or ['as trained']), setting])]
+                assert len(set(pid)) == {'rendered': 206, 'real': 50}[who]
+                assert ap.mean() == pytest.approx(s['mAP'], abs=1e-5)
+                assert (first == 1).mean() == pytest.approx(s['rank1'], abs=1e-5)
+
 def test_paper_scale_plans_every_row_once(scale):
     names = [scale.name_of(*p) for p in scale.plan(3)]
     assert len(names) == len(set(names)) and names[:4] == [f'trunk/{r}/0' for r in scale.TABLE2]
