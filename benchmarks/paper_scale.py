@@ -13,14 +13,14 @@ The real people (--photographs, see benchmarks/photographs.py) are searched with
 trained on; their infrared is simulated.
 """
 import hashlib, importlib.util, json, math, os, time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
 import numpy as np, torch
 from fastai.callback.core import CancelFitException
 from fastai.torch_core import set_seed
-from fastcore.script import call_parse, store_true
+from fastcore.script import call_parse
 from torch import nn
 from torch.nn import functional as F
 
@@ -61,7 +61,7 @@ class Scale:
     epochs:int = 80
     P:int = 8
     K:int = 4
-    patch:int|None = None     # None: the recipe's
+    patch:int|None = None     # of PedMix; None: the recipe's
     world:int = 8             # seed of the people; no other page uses it
     trunk_ids:int = 2000      # people of another world that the trunk has seen
     trunk_world:int = 1008
@@ -69,8 +69,10 @@ class Scale:
     trunk_batch:int = 128
     trunk_lr:float = 1e-3
 
+SMALL = Scale(arch='micro_resnet', size=(96, 48), epochs=24, patch=16)  # some minutes a row on one core
 TINY = Scale(arch='micro_resnet', size=(48, 24), ids=16, epochs=2, P=2, K=2, patch=12, trunk_ids=8, trunk_epochs=1,
              trunk_batch=16)
+SCALES = dict(paper=Scale(), small=SMALL, tiny=TINY)
 
 def scale_key(scale):
     "Differs when results would."
@@ -382,14 +384,16 @@ def main(
     only:str='', # Runs such as trunk/B/0, with commas
     take_from:str='', # Folders of results to add first, with commas: made beside these, or on other machines
     beside:int=0, # Trainings that share the card with this one, for the record: their seconds are not compared
-    tiny:store_true=False, # A tiny network and few people, to see that everything works
+    scale:str='paper', # 'paper', 'small': a narrow network on a CPU, or 'tiny': to see that everything works
+    patch:int=None, # Side of PedMix's patches in pixels, where the scale's is not meant
 ):
     "Train and score the rows of table II at the paper's scale, as many as the time allows."
     rows, names = ([o for o in given.split(',') if o] for given in (compiled, only))
     for given, known in ((rows, ROWS), (names, [name_of(*p) for p in plan(seeds)])):
         if unknown := set(given) - set(known): raise SystemExit(f'{sorted(unknown)[0]!r}: choose of {", ".join(known)}')
-    how = dict(compiled=rows, only=names, beside=beside, scoring=1 if tiny else 20)
-    scale = TINY if tiny else Scale()
+    if scale not in SCALES: raise SystemExit(f'--scale {scale}: choose of {", ".join(SCALES)}')
+    how = dict(compiled=rows, only=names, beside=beside, scoring=1 if scale == 'tiny' else 20)
+    scale = replace(SCALES[scale], patch=patch or SCALES[scale].patch)
     try:
         if take_from: take(out, take_from.split(','), scale)
         records = run(out, minutes, scale, seeds, photographs, **how)
