@@ -145,7 +145,8 @@ def test_paper_scale_mixes_no_results(scale, tmp_path):
     with pytest.raises(ConfigError, match='another scale'): scale.read_results(tmp_path, scale.TINY)
     (tmp_path/'queries.npz').write_bytes(b'nothing')
     with pytest.raises(ConfigError, match='cannot be read'): scale.read_results(tmp_path, scale.TINY)
-    assert scale.scale_key(scale.TINY) != scale.scale_key(scale.Scale())
+    assert len({scale.scale_key(o) for o in scale.SCALES.values()}) == len(scale.SCALES)
+    with pytest.raises(SystemExit, match='choose of paper, small, tiny'): scale.main(scale='large')
 
 def test_runs_of_several_folders_come_together(scale, tmp_path):
     "Those that are there already stay, with their queries."
