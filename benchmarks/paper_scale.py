@@ -5,6 +5,8 @@ too, from the small folder of results, which holds scores and no weights:
 
     python benchmarks/paper_scale.py --out runs/paper_scale --minutes 9
 
+`--scale small` is the same with a narrow network and smaller images, for a CPU.
+
 Every row starts twice: from random weights, and from a *rendered trunk*: a ResNet-50 that has learnt to tell other
 rendered people apart, in visible images alone. It stands in for ImageNet's weights, which need a download, and is no
 substitute for them: it has seen nothing but drawings.
