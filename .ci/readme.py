@@ -49,7 +49,8 @@ def main():
     FilterDefaults()(nb)  # what nbdev does to every page of the site
     parts = [p for p in map(render, nb.cells) if p]
     new = NOTE + re.sub(r'\n{3,}', '\n\n', '\n\n'.join(parts)) + '\n'
-    if '[[`' in new: sys.exit('nbs/index.ipynb: nbdev makes links of names in backticks itself: write `name`, not [`name`](page)')
+    if '[[`' in new:
+        sys.exit('nbs/index.ipynb: nbdev itself makes a link of a name in backticks: write `name`, not [`name`](page)')
     readme = ROOT/'README.md'
     if '--check' not in sys.argv: readme.write_text(new, encoding='utf8')
     elif readme.read_text(encoding='utf8') != new: sys.exit('README.md is not what nbs/index.ipynb renders to: run `python .ci/readme.py` and commit it')

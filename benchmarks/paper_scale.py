@@ -26,6 +26,7 @@ from fastcore.script import call_parse
 from torch import nn
 from torch.nn import functional as F
 
+from tmpa.callback.pedmix import PedMix
 from tmpa.callback.runaway import RunawayError
 from tmpa.callback.resume import ResumeFit
 from tmpa.core import ConfigError, ReIDImage, atomic_write, locked, tmpa_home
@@ -78,7 +79,14 @@ SCALES = dict(paper=Scale(), small=SMALL, tiny=TINY)
 
 def scale_key(scale):
     "Differs when results would."
-    text = json.dumps({**asdict(scale), 'generator': GENERATOR_VERSION}, sort_keys=True)
+    return short_key(asdict(scale))
+
+def trunk_key(scale):
+    "Differs when the trunk would: rows with other patches begin with the same one."
+    return short_key({k: v for k,v in asdict(scale).items() if k in ('arch', 'size') or k.startswith('trunk_')})
+
+def short_key(content):
+    text = json.dumps({**content, 'generator': GENERATOR_VERSION}, sort_keys=True)
     return hashlib.sha1(text.encode()).hexdigest()[:8]
 
 
@@ -160,7 +168,7 @@ def make_trunk(scale, device):
     with in_turn('scale-trunk'): return _make_trunk(scale, device)
 
 def _make_trunk(scale, device):
-    file = tmpa_home()/f'scale-trunk-{scale_key(scale)}.pth'
+    file = tmpa_home()/f'scale-trunk-{trunk_key(scale)}.pth'
     if not (file.exists() and file.with_suffix('.json').exists()):
         begun = time.perf_counter()
         net, accuracy, loss = train_trunk(scale, device)
@@ -178,8 +186,8 @@ def _make_trunk(scale, device):
 
 def card_name(device): return torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'
 
-def read_results(out, scale):
-    "Records of earlier commands, and the scores of their queries."
+def read_results(out, scale, option='--out'):
+    "Records of earlier commands, and the scores of their queries; `option` is how the folder was named."
     out, key = Path(out), scale_key(scale)
     file = out/'runs.jsonl'
     if not file.exists(): return [], {}
@@ -187,9 +195,10 @@ def read_results(out, scale):
         records = [json.loads(l) for l in file.read_text().splitlines()]
         with np.load(out/'queries.npz') as z: queries = {k: z[k] for k in z.files}
     except (OSError, ValueError) as e:
-        raise ConfigError(f'{out} cannot be read ({type(e).__name__}): choose another --out') from None
+        raise ConfigError(f'{out} cannot be read ({type(e).__name__}): choose another {option}') from None
     if other := next((r['scale'] for r in records if r['scale'] != key), None):
-        raise ConfigError(f'{out} has results of another scale or renderer ({other}, now {key}): choose another --out')
+        why = f'has results of another scale, patch or renderer ({other}, now {key})'
+        raise ConfigError(f'{out} {why}: choose another {option}')
     return records, queries
 
 def write_results(out, records, queries):
@@ -197,19 +206,22 @@ def write_results(out, records, queries):
     with atomic_write(Path(out)/'queries.npz') as t, open(t, 'wb') as f: np.savez_compressed(f, **queries)
     with atomic_write(Path(out)/'runs.jsonl') as t: t.write_text(''.join(json.dumps(r) + '\n' for r in records))
 
-
 def take(out, folders, scale):
-    "Add the runs of other folders, made beside these or on other machines; those that are here already stay."
+    "Add the runs of other folders, made beside these or on other machines; of two of a name the one that is done."
+    for o in folders:
+        if not (Path(o)/'runs.jsonl').exists():
+            raise ConfigError(f'{o}/runs.jsonl is missing: give --take_from folders that this command has made')
+    others = [read_results(o, scale, '--take_from') for o in folders]
     Path(out).mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
         records, queries = read_results(out, scale)
-        for folder in folders:
-            if not (Path(folder)/'runs.jsonl').exists(): raise ConfigError(f'{folder} holds no results: --take_from')
-            others, theirs = read_results(folder, scale)
-            new = [r for r in others if r['name'] not in {o['name'] for o in records}]
-            records += new
-            for r in new: queries |= {k: v for k,v in theirs.items() if k.startswith(r['name'] + '/')}
-        write_results(out, records, queries)
+        found = {r['name']: r for r in records}
+        for theirs, their_queries in others:
+            for r in theirs:
+                if found.get(r['name'], {}).get('status') == 'done': continue
+                found[r['name']] = r
+                queries |= {k: v for k,v in their_queries.items() if k.startswith(r['name'] + '/')}
+        write_results(out, list(found.values()), queries)
 
 
 # ---------------------------------------------------------------- what is run, in which order
@@ -255,8 +267,9 @@ class Part(ResumeFit):
         super().after_epoch()
         self.last = time.monotonic() - self.begun
         self.spent += self.last
-        done, each = self.epoch+1, max(1, self.n_epoch//10)
-        if done % each == 0: print(f'{self.row}: {done} of {self.n_epoch} epochs, {self.spent:.0f} s', flush=True)
+        done, n = self.epoch+1, self.n_epoch
+        if 10*done//n == 10*self.epoch//n: return  # a line for each tenth
+        print(f'{self.row}: {done} of {n} epochs in {self.spent:.0f} s', flush=True)
     def _save(self):  # before every epoch but the first
         if time.monotonic() + self.last < self.at: return
         super()._save()
@@ -371,6 +384,10 @@ def run(out, minutes, scale=Scale(), seeds=3, photographs=None, compiled=(), dev
             print(shown(found[0]), flush=True)
     return records
 
+def of_patch(scale, patch):
+    "The scale with other patches; None, or the side that it has anyhow: itself."
+    return scale if patch in (None, scale.patch or PedMix().patch) else replace(scale, patch=patch)
+
 def shown(r):
     if r['status'] != 'done': return f"{r['name']}: {r['why']}"
     mAP = {k: 100*np.mean([s['mAP'] for s in v.values()]) for k,v in r['scores'].items()}
@@ -379,7 +396,7 @@ def shown(r):
 @call_parse
 def main(
     out:str='runs/paper_scale', # Folder of the results, which the next command goes on with
-    minutes:float=9, # How long the command may take
+    minutes:float=9, # How long the command may take; 0: nothing is trained, for --take_from alone
     seeds:int=3, # Seeds of each row
     photographs:str=None, # Folder of PKU-Reid, to search real people as well
     compiled:str='', # Rows to compile, with commas
@@ -387,7 +404,7 @@ def main(
     take_from:str='', # Folders of results to add first, with commas: made beside these, or on other machines
     beside:int=0, # Trainings that share the card with this one, for the record: their seconds are not compared
     scale:str='paper', # 'paper', 'small': a narrow network on a CPU, or 'tiny': to see that everything works
-    patch:int=None, # Side of PedMix's patches in pixels, where the scale's is not meant
+    patch:int=None, # Side of PedMix's patches in pixels; default the scale's
 ):
     "Train and score the rows of table II at the paper's scale, as many as the time allows."
     rows, names = ([o for o in given.split(',') if o] for given in (compiled, only))
@@ -395,11 +412,12 @@ def main(
         if unknown := set(given) - set(known): raise SystemExit(f'{sorted(unknown)[0]!r}: choose of {", ".join(known)}')
     if scale not in SCALES: raise SystemExit(f'--scale {scale}: choose of {", ".join(SCALES)}')
     how = dict(compiled=rows, only=names, beside=beside, scoring=1 if scale == 'tiny' else 20)
-    scale = replace(SCALES[scale], patch=patch or SCALES[scale].patch)
+    scale = of_patch(SCALES[scale], patch)
     try:
-        if take_from: take(out, take_from.split(','), scale)
-        records = run(out, minutes, scale, seeds, photographs, **how)
+        if others := [o for o in take_from.split(',') if o]: take(out, others, scale)
+        records = run(out, minutes, scale, seeds, photographs, **how) if minutes > 0 else read_results(out, scale)[0]
     except ConfigError as e: raise SystemExit(str(e)) from None
-    left = [name_of(*p) for p in plan(seeds) if name_of(*p) not in {r['name'] for r in records}]
+    wanted = names or [name_of(*p) for p in plan(seeds)]
+    left = [o for o in wanted if o not in {r['name'] for r in records}]
     more = f', the same command goes on with {left[0]}' if left else ''
     print(f'{len(records)} runs in {out}; {len(left)} are left{more}')

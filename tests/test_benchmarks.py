@@ -8,6 +8,7 @@ import pytest, torch
 from tmpa.core import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT/'nbs'/'experiments'/'results'
 
 
 def benchmark(name):
@@ -125,7 +126,9 @@ def test_paper_scale_goes_on(scale, tmp_path, monkeypatch, capsys):
     whole = of('whole', 10)
     assert [r['name'] for r in whole] == list(SOME)
     parts = [len(of('parts', 0)) for _ in range(4)]
-    assert parts == [0, 1, 1, 2] and '1 of 2 epochs' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert parts == [0, 1, 1, 2] and '1 of 2 epochs; the same command goes on, on this machine' in said
+    assert '2 of 2 epochs in ' in said
     again, queries = scale.read_results(tmp_path/'parts', scale.TINY)
     assert same_but_for_time(again) == same_but_for_time(whole)
     _, want = scale.read_results(tmp_path/'whole', scale.TINY)
@@ -148,33 +151,59 @@ def test_paper_scale_mixes_no_results(scale, tmp_path):
     assert len({scale.scale_key(o) for o in scale.SCALES.values()}) == len(scale.SCALES)
     with pytest.raises(SystemExit, match='choose of paper, small, tiny'): scale.main(scale='large')
 
-def test_runs_of_several_folders_come_together(scale, tmp_path):
-    "Those that are there already stay, with their queries."
+def test_runs_of_several_folders_come_together(scale, tmp_path, capsys):
+    "Those that are there already stay, with their queries; a run that is done takes the place of one that ran away."
     key, ap = scale.scale_key(scale.TINY), torch.zeros(3, 4).numpy()
-    def folder(name, where, epochs):
+    def folder(where, name, epochs, status='done'):
         (tmp_path/where).mkdir()
-        record, queries = dict(name=name, scale=key, epochs=epochs), {f'{name}/rendered': ap + epochs}
+        record = dict(name=name, scale=key, epochs=epochs, status=status)
+        queries = {f'{name}/rendered': ap + epochs} if status == 'done' else {}
         scale.write_results(tmp_path/where, [record], queries)
         return str(tmp_path/where)
-    a, b, again = folder('trunk/B/0', 'a', 1), folder('trunk/B+CA/0', 'b', 2), folder('trunk/B/0', 'c', 3)
-    scale.take(tmp_path/'all', [a, b, again], scale.TINY)
-    records, queries = scale.read_results(tmp_path/'all', scale.TINY)
-    assert [(r['name'], r['epochs']) for r in records] == [('trunk/B/0', 1), ('trunk/B+CA/0', 2)]
-    assert {k: v.max() for k, v in queries.items()} == {'trunk/B/0/rendered': 1, 'trunk/B+CA/0/rendered': 2}
-    with pytest.raises(ConfigError, match='holds no results'): scale.take(tmp_path/'all', ['nowhere'], scale.TINY)
+    out, b = folder('all', 'trunk/B/0', 1), folder('b', 'trunk/B+CA/0', 2, 'ran away')
+    more = [b, folder('c', 'trunk/B/0', 3), folder('d', 'trunk/B+CA/0', 4)]
+    scale.main(out=out, scale='tiny', minutes=0, take_from=','.join([*more, '']), only='trunk/B/0,trunk/TMPA/0')
+    assert '2 runs' in (said := capsys.readouterr().out) and '1 are left' in said and 'trunk/TMPA/0' in said
+    records, queries = scale.read_results(out, scale.TINY)
+    assert [(r['name'], r['epochs']) for r in records] == [('trunk/B/0', 1), ('trunk/B+CA/0', 4)]
+    assert {k: v.max() for k, v in queries.items()} == {'trunk/B/0/rendered': 1, 'trunk/B+CA/0/rendered': 4}
+    with pytest.raises(ConfigError, match='nowhere/runs.jsonl is missing'):
+        scale.take(tmp_path/'new', [b, 'nowhere'], scale.TINY)
+    with pytest.raises(ConfigError, match='another scale.*choose another --take_from'):
+        scale.take(tmp_path/'new', [b], scale.SMALL)
+    assert not (tmp_path/'new').exists()
 
 def test_what_was_run_at_the_papers_scale(scale):
-    "The runs that the page shows are of this scale, with scores that their queries give."
-    records, queries = scale.read_results(ROOT/'nbs/experiments/results/paper_scale', scale.Scale())
+    "The runs that the page shows are of this scale, with scores that their queries give, all of the same people."
+    records, queries = scale.read_results(RESULTS/'paper_scale', scale.Scale())
     assert {r['name'] for r in records} >= {f'trunk/{row}/0' for row in scale.TABLE2}
+    people = {}
     for r in records:
         for name, settings in r['scores'].items():
             who, *way = name.split()
             for setting, s in settings.items():
                 ap, first, pid = queries['/'.join([r['name'], who, *(way or ['as trained']), setting])]
-                assert len(set(pid)) == {'rendered': 206, 'real': 50}[who]
+                n, each = {'rendered': (206, 10), 'real': (50, 8)}[who]
+                assert (torch.unique(torch.tensor(pid), return_counts=True)[1] == each).all() and len(set(pid)) == n
+                assert (people.setdefault((r['trial'], who, setting), pid) == pid).all()
                 assert ap.mean() == pytest.approx(s['mAP'], abs=1e-5)
                 assert (first == 1).mean() == pytest.approx(s['rank1'], abs=1e-5)
+
+def test_numbers_of_the_papers_scale_in_the_readme(scale):
+    records, _ = scale.read_results(RESULTS/'paper_scale', scale.Scale())
+    mean = {r['row']: 50*sum(s['mAP'] for s in r['scores']['rendered'].values()) for r in records
+            if (r['start'], r['seed'], r['longer']) == ('trunk', 0, False)}
+    said = ', '.join(f'{row} {mean[row]:.1f}' for row in ('B', 'B+CA', 'B+CA+PedMix', 'TMPA'))
+    assert all(said in (ROOT/f).read_text(encoding='utf8') for f in ('README.md', 'CHANGELOG.md'))
+
+@pytest.mark.parametrize('patch', [16, 4])
+def test_what_was_run_at_the_small_scale(scale, patch):
+    records = [json.loads(l) for l in (RESULTS/'paper_scale_small'/f'patch{patch}.jsonl').read_text().splitlines()]
+    assert {r['scale'] for r in records} == {scale.scale_key(scale.of_patch(scale.SMALL, patch))}
+    rows = ['B+CA+PedMix', *['B+CA']*(patch == 16)]
+    wanted = {scale.name_of(s, r, k) for s in scale.STARTS for r in rows for k in range(3)}
+    assert {r['name'] for r in records} >= wanted
+    assert len({r['trunk']['weights'] for r in records if r['trunk']}) == 1
 
 def test_paper_scale_plans_every_row_once(scale):
     names = [scale.name_of(*p) for p in scale.plan(3)]
@@ -192,8 +221,17 @@ def test_as_long_as_tmpa(scale):
 
 @pytest.mark.cpu(reason='compares two trainings to the last bit')
 def test_the_trunk_learns_and_can_be_made_again(scale):
-    longer = replace(scale.TINY, trunk_epochs=12, trunk_lr=.05)
-    made = [scale.train_trunk(longer, torch.device('cpu')) for _ in range(2)]
-    (a, right, _), (b, _, _) = made
-    assert right > .5  # of eight people
+    "With its own rate; and the ResNet-50 of the page has learnt, where an earlier way of training it did not."
+    more = replace(scale.TINY, trunk_ids=32, trunk_epochs=12)
+    assert scale.train_trunk(more, torch.device('cpu'))[1] > .6  # of 32 people
+    (a, *_), (b, *_) = (scale.train_trunk(replace(more, trunk_epochs=2), torch.device('cpu')) for _ in range(2))
     for v, w in zip(a.state_dict().values(), b.state_dict().values()): assert (v == w).all()
+    kept = [json.loads(l) for l in (RESULTS/'paper_scale'/'runs.jsonl').read_text().splitlines()]
+    assert all(r['trunk']['accuracy'] > .9 for r in kept if r['trunk'])
+
+def test_rows_with_other_patches_begin_with_the_same_trunk(scale):
+    usual, other = (scale.of_patch(scale.SMALL, o) for o in (16, 4))
+    assert usual == scale.of_patch(scale.SMALL, None) == scale.SMALL and other.patch == 4
+    assert scale.of_patch(scale.Scale(), 12) == scale.Scale()  # PedMix's own
+    assert scale.trunk_key(usual) == scale.trunk_key(other) != scale.trunk_key(scale.Scale())
+    assert scale.scale_key(usual) != scale.scale_key(other)
